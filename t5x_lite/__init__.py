@@ -1,0 +1,1 @@
+"""t5x_lite: train, evaluate and serve T5s, decoder-only LMs and sparse MoEs in JAX."""

@@ -1,0 +1,91 @@
+"""Nested dicts of arrays as slash paths: the one naming scheme of parameters everywhere.
+
+"encoder/segment_0/block_0/mlp/wi/kernel" names a parameter in regex groups, assignment
+maps, checkpoints, conversion tables and error messages alike.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from t5x_lite.errors import nearest
+
+
+def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": x}} -> {"a/b": x}, in sorted order. Empty dicts vanish."""
+    flat = {}
+    for key in sorted(tree):
+        path = f"{prefix}{key}"
+        if isinstance(tree[key], Mapping):
+            flat.update(flatten(tree[key], path + "/"))
+        else:
+            flat[path] = tree[key]
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict:
+    """The inverse of flatten."""
+    tree: dict = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        assert last not in node, f"{path!r} is both a leaf and a branch"
+        node[last] = leaf
+    return tree
+
+
+def map_with_path(fn: Callable, tree: Mapping, *rest: Mapping) -> dict:
+    """fn(path, leaf, *leaves of rest at the same path) over a nested dict.
+
+    `rest` may hold any value (not only arrays) at the leaves of `tree`.
+    """
+    flat, others = flatten(tree), [flatten(r) for r in rest]
+    for other in others:
+        assert flat.keys() == other.keys(), diff(flat, other)
+    return unflatten({p: fn(p, leaf, *(o[p] for o in others)) for p, leaf in flat.items()})
+
+
+def first_match(rules: Sequence[tuple[str, Any]], path: str) -> tuple[int, Any] | None:
+    """(index, value) of the first rule whose regex matches the whole path, else None."""
+    for index, (pattern, value) in enumerate(rules):
+        if re.fullmatch(pattern, path):
+            return index, value
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeDiff:
+    """What stands between two flat trees: paths, and (path, expected, found) of mismatches."""
+
+    missing: tuple[str, ...]
+    extra: tuple[str, ...]
+    mismatched: tuple[tuple[str, Any, Any], ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.extra or self.mismatched)
+
+    def __str__(self) -> str:
+        lines = []
+        for path in self.missing:
+            lines.append(f"  missing   {path}{nearest(path, self.extra)}")
+        lines += [f"  extra     {path}" for path in self.extra]
+        lines += [f"  mismatch  {p}: expected {e}, found {f}" for p, e, f in self.mismatched]
+        return "\n".join(lines[:40] + ([f"  … {len(lines) - 40} more"] if len(lines) > 40 else []))
+
+
+def diff(expected: Mapping[str, Any], found: Mapping[str, Any],
+         same: Callable[[Any, Any], bool] = lambda a, b: True) -> TreeDiff:
+    """Compares two flat trees by path, and by `same(expected, found)` where both hold it."""
+    return TreeDiff(
+        missing=tuple(p for p in expected if p not in found),
+        extra=tuple(p for p in found if p not in expected),
+        mismatched=tuple((p, expected[p], found[p]) for p in expected
+                         if p in found and not same(expected[p], found[p])))
+
+
+def shapes(tree: Mapping) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of every leaf."""
+    return {p: tuple(x.shape) for p, x in flatten(tree).items()}
