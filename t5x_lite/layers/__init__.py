@@ -1,0 +1,1 @@
+"""The layers: the only owners of parameters."""

@@ -1,0 +1,104 @@
+"""Parameters and the dense layer.
+
+Shape letters: B batch, L length, D input features, F output features.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from t5x_lite import sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """How fresh parameters are drawn; every number is a standard deviation or a factor on one."""
+
+    kernel: str = "fan_in"         # fan_in: std = fan_in**-0.5 (T5); fixed: std below
+    kernel_std: float = 0.02       # for kernel="fixed" (GPT-2 section 2.3, BERT)
+    embedding_std: float = 1.0     # token embeddings (T5: 1.0)
+    position_std: float = 0.02     # learned absolute positions
+    logits_std: float = 0.0        # 0: as kernels
+    scale_query: bool = True       # T5: query std divided by sqrt(head_dim), attention unscaled
+    output_factor: float = 1.0     # attention-out and mlp-out kernels (GPT-2: (2 layers)**-0.5)
+    value_factor: float = 1.0      # value, attention-out and mlp kernels (DeepNet's beta)
+
+
+def param(key: jax.Array, shape: tuple[int, ...], axes: tuple[str | None, ...], *,
+          std: float = 0.0, mean: float = 0.0, fan_in: int = 0,
+          units: tuple[int, ...] | None = None) -> nnx.Param:
+    """A float32 parameter drawn from a truncated normal (at two deviations), or constant.
+
+    Args:
+        axes: logical axis of each dim.
+        std: standard deviation of the draw (after truncation); 0 gives the constant `mean`.
+        fan_in: inputs summed into one output; 0 where that means nothing.
+        units: what each dim counts, for divisibility: num_heads for heads * head_dim.
+    """
+    assert len(shape) == len(axes), (shape, axes)
+    if std:
+        # 0.8796… is the deviation of a unit normal truncated at +-2: rescale to have `std`.
+        draw = jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32)
+        value = draw * (std / 0.87962566103423978) + mean
+    else:
+        value = jnp.full(shape, mean, jnp.float32)
+    described = f"truncated_normal({std:.4g})" if std else f"constant({mean:g})"
+    return nnx.Param(value, logical_axes=axes, fan_in=fan_in, init=described,
+                     units=units or shape)
+
+
+class Dense(nnx.Module):
+    """y = x @ kernel (+ bias): kernel_DF with logical axes (axis_in, axis_out).
+
+    Args:
+        axes: logical axes of the kernel.
+        std: deviation of the kernel's draw.
+        units: see `param`.
+    """
+
+    def __init__(self, key: jax.Array, d_in: int, d_out: int, axes: tuple[str, str], *,
+                 std: float, use_bias: bool = False, dtype: jnp.dtype = jnp.float32,
+                 units: tuple[int, int] | None = None):
+        self.kernel = param(key, (d_in, d_out), axes, std=std, fan_in=d_in, units=units)
+        if use_bias:
+            # A bias is tiny: only its tensor-parallel split matters, never fsdp's.
+            bias_axis = "norm" if axes[1] == "embed" else axes[1]
+            self.bias = param(key, (d_out,), (bias_axis,), units=units and units[1:])
+        self.axes = axes
+        self.use_bias = use_bias
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array, out: sharding.Axes) -> jax.Array:
+        """x_…D -> y_…F with logical axes `out`, in the compute dtype."""
+        y = sharding.dense(x, sharding.weight(self.kernel[...], self.axes, self.dtype), out)
+        if self.use_bias:
+            y = y + self.bias[...].astype(self.dtype)
+        return y
+
+
+def kernel_std(init: InitConfig, fan_in: int) -> float:
+    """The deviation of an ordinary kernel."""
+    if init.kernel == "fixed":
+        return init.kernel_std
+    assert init.kernel == "fan_in", init.kernel
+    return 1.0 / math.sqrt(fan_in)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None, *axes: str | None,
+            broadcast_dims: tuple[int, ...] = ()) -> jax.Array:
+    """Zeroes units with probability `rate`, scaling the rest by 1/(1-rate); no-op without a key.
+
+    Args:
+        axes: logical axes of x, so that the mask is drawn where x lives. The mask itself does
+            not depend on the sharding (threefry is partitionable).
+        broadcast_dims: dims that share one draw (T5 drops whole positions' features alike).
+    """
+    if key is None or rate == 0.0:
+        return x
+    shape = tuple(1 if i in broadcast_dims else n for i, n in enumerate(x.shape))
+    axes = tuple(None if i in broadcast_dims else a for i, a in enumerate(axes))
+    keep = jax.random.bernoulli(key, 1.0 - rate, shape, out_sharding=sharding.spec(*axes))
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))

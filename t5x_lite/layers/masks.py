@@ -1,0 +1,54 @@
+"""Who may attend to whom: small pure functions of positions and segment ids.
+
+Shape letters: B batch (or 1 where all rows agree), L query length, S key length.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Masking:
+    """What decides which keys a query sees.
+
+    Positions are indices into the row (not restarted by packing), so that causality and
+    relative distance follow from them alone; segments keep packed examples and padding
+    apart. Padding is segment 0: a padded query sees only padding, which changes nothing that
+    is read and keeps its softmax finite.
+    """
+
+    q_positions: jax.Array                 # int32 [B, L]
+    k_positions: jax.Array                 # int32 [B, S]
+    q_segments: jax.Array | None = None    # int32 [B, L]; None: one segment
+    k_segments: jax.Array | None = None    # int32 [B, S]
+    k_prefix: jax.Array | None = None      # bool [B, S]: keys seen by every query (prefix LM)
+    causal: bool = False
+    window: int = 0                        # keys at distance >= window are hidden; 0: none are
+
+    def with_window(self, window: int) -> "Masking":
+        """The same with another attention window."""
+        return dataclasses.replace(self, window=window)
+
+
+jax.tree_util.register_dataclass(
+    Masking, data_fields=["q_positions", "k_positions", "q_segments", "k_segments", "k_prefix"],
+    meta_fields=["causal", "window"])
+
+
+def allowed(masking: Masking) -> jax.Array | None:
+    """bool [B, 1, L, S], True where query may see key; None where every query sees every key."""
+    q, k = masking.q_positions[:, :, None], masking.k_positions[:, None, :]
+    mask = None
+    if masking.causal:
+        mask = q >= k
+        if masking.k_prefix is not None:
+            mask = mask | masking.k_prefix[:, None, :]
+    if masking.window:
+        near = (q - k < masking.window) if masking.causal else (jnp.abs(q - k) < masking.window)
+        mask = near if mask is None else mask & near
+    if masking.q_segments is not None:
+        same = masking.q_segments[:, :, None] == masking.k_segments[:, None, :]
+        mask = same if mask is None else mask & same
+    return None if mask is None else mask[:, None]

@@ -1,0 +1,64 @@
+"""The position-wise feed-forward layer.
+
+Shape letters: B batch, L length, D model, F hidden.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from t5x_lite.layers.linear import Dense, InitConfig, dropout, kernel_std
+
+ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),  # T5 1.1, GPT-2
+    "silu": jax.nn.silu,
+    "squared_relu": lambda x: jnp.square(jax.nn.relu(x)),
+    "linear": lambda x: x,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MLPConfig:
+    """wo(act(wi(x))), or gated wo(act(wi_0(x)) * wi_1(x)) (Shazeer 2020, GLU variants)."""
+
+    mlp_dim: int = 2048
+    activation: str = "gelu_tanh"   # a key of ACTIVATIONS
+    gated: bool = True              # T5 1.1: gelu_tanh gated; SwiGLU: silu gated
+    use_bias: bool = False
+    dropout_rate: float = 0.0       # on the hidden activations
+
+
+class MLP(nnx.Module):
+    """The dense MLP. Returns (y, aux) as every MLP does; the dense one has no auxiliary values."""
+
+    def __init__(self, key: jax.Array, embed_dim: int, config: MLPConfig, init: InitConfig,
+                 dtype: jnp.dtype = jnp.float32):
+        keys = jax.random.split(key, 3)
+        std_in = kernel_std(init, embed_dim) * init.value_factor
+        std_out = kernel_std(init, config.mlp_dim) * init.output_factor * init.value_factor
+        wi = functools.partial(Dense, d_in=embed_dim, d_out=config.mlp_dim, axes=("embed", "mlp"),
+                               std=std_in, use_bias=config.use_bias, dtype=dtype)
+        if config.gated:
+            self.wi_0, self.wi_1 = wi(keys[0]), wi(keys[1])
+        else:
+            self.wi = wi(keys[0])
+        self.wo = Dense(keys[2], config.mlp_dim, embed_dim, ("mlp", "embed"), std=std_out,
+                        use_bias=config.use_bias, dtype=dtype)
+        self.config = config
+
+    def __call__(self, x: jax.Array, key: jax.Array | None = None,
+                 **_) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """x_BLD -> (y_BLD, {}). `key` is the dropout key, None outside training."""
+        hidden = ("act_batch", "act_length", "act_mlp")
+        activation = ACTIVATIONS[self.config.activation]
+        if self.config.gated:
+            h = activation(self.wi_0(x, hidden)) * self.wi_1(x, hidden)
+        else:
+            h = activation(self.wi(x, hidden))
+        h = dropout(h, self.config.dropout_rate, key, *hidden, broadcast_dims=(1,))
+        return self.wo(h, ("act_batch", "act_length", "act_embed")), {}

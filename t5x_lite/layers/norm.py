@@ -1,0 +1,45 @@
+"""Normalisation over the feature dim."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from t5x_lite.layers.linear import param
+
+
+@dataclasses.dataclass(frozen=True)
+class NormConfig:
+    """RMSNorm (Zhang & Sennrich 2019, T5) or LayerNorm (Ba et al. 2016)."""
+
+    kind: str = "rms"        # rms | layer
+    epsilon: float = 1e-6
+    use_bias: bool = False   # layer only
+
+
+class Norm(nnx.Module):
+    """rms: x / sqrt(mean(x^2) + eps) * scale; layer: (x - mean) / sqrt(var + eps) * scale + bias.
+
+    Statistics are float32 whatever the compute dtype.
+    """
+
+    def __init__(self, key: jax.Array, features: int, config: NormConfig,
+                 dtype: jnp.dtype = jnp.float32, axis: str = "norm"):
+        self.scale = param(key, (features,), (axis,), mean=1.0)
+        if config.use_bias:
+            self.bias = param(key, (features,), (axis,))
+        self.config = config
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x_…D -> …D in the compute dtype."""
+        config = self.config
+        y = x.astype(jnp.float32)
+        if config.kind == "layer":
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + config.epsilon)
+        y = y.astype(self.dtype) * self.scale[...].astype(self.dtype)
+        if config.use_bias:
+            y = y + self.bias[...].astype(self.dtype)
+        return y
