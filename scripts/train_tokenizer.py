@@ -1,0 +1,81 @@
+"""Trains a SentencePiece unigram vocabulary that t5x_lite and seqio can use.
+
+    python scripts/train_tokenizer.py --output=my.model --size=32000 corpus/*.txt
+    python scripts/train_tokenizer.py --output=tasks/vocab/python.model --size=4096
+
+Without files it learns from the text that every Python installation holds (the training
+split of tasks/python_text.py); that is how the shipped vocabulary was made. Files may be
+.txt, .jsonl (field "text") or either with .gz.
+
+`--size` counts all ids, the 100 sentinels included: seqio adds them behind the pieces, so
+`--size=4096` trains 3,996. Padding, EOS and unknown are ids 0, 1 and 2. Spaces and line
+breaks are kept as they are and bytes stand in for unseen characters, so that decoding gives
+back the very text.
+"""
+
+import argparse
+import pathlib
+import random
+import sys
+
+import sentencepiece
+
+SENTINELS = 100
+MAX_PIECE_BYTES = 4000   # SentencePiece drops longer sentences; documents are cut to this
+
+
+def sentences(files: list[str]):
+    """Pieces of documents short enough for the trainer, cut at line breaks."""
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+    from tasks import python_text, text_files
+    if files:
+        documents = text_files.read_documents(text_files.find_files(files, "files"), "line")
+    else:
+        documents = (text for make in (python_text.docs_documents, python_text.source_documents)
+                     for split, text in make() if split == "train")
+    for document in documents:
+        block = ""
+        for line in document.splitlines(keepends=True):
+            if block and len((block + line).encode()) > MAX_PIECE_BYTES:
+                yield block
+                block = ""
+            block += line
+        if block.strip():
+            yield block
+
+
+def train(files: list[str], output: str, size: int, max_sentences: int, seed: int) -> None:
+    """Writes `output`; the result depends on the text, the arguments and nothing else."""
+    chosen = list(sentences(files))
+    random.Random(seed).shuffle(chosen)
+    chosen = chosen[:max_sentences]
+    with open(output, "wb") as model:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(chosen), model_writer=model,
+            model_type="unigram", vocab_size=size - SENTINELS,
+            pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+            byte_fallback=True, character_coverage=0.9995,
+            # Text comes back as it was: no Unicode folding, no squeezing of spaces, and runs
+            # of spaces (Python's indentation) may become pieces.
+            normalization_rule_name="identity", remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True, user_defined_symbols=["\n"],
+            split_digits=True, max_sentence_length=2 * MAX_PIECE_BYTES,
+            num_threads=2, minloglevel=1)
+    print(f"{output}: {size} ids ({size - SENTINELS} pieces, {SENTINELS} sentinels) "
+          f"from {len(chosen)} blocks of text")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("files", nargs="*", help="text files; none: Python's own text")
+    parser.add_argument("--output", required=True, help="where the .model file goes")
+    parser.add_argument("--size", type=int, default=32000, help="ids, sentinels included")
+    parser.add_argument("--max_sentences", type=int, default=1_000_000)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    train(arguments.files, arguments.output, arguments.size, arguments.max_sentences,
+          arguments.seed)
+
+
+if __name__ == "__main__":
+    main()

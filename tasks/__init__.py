@@ -1,0 +1,25 @@
+"""seqio tasks, mixtures, preprocessors and vocabularies that ship with t5x_lite.
+
+Importing a module of this package registers its tasks; `register_all` imports them all.
+Your own tasks live in any importable module, named in `data.task_modules`.
+
+    span_corruption   T5's denoising objective
+    preprocessors     tokens to fixed windows, causal LM
+    vocabularies      names of vocabularies: a shipped one, bytes, T5's, any SentencePiece file
+    document_cache    text gathered ahead of tf.data, kept as TFRecord files
+    python_text       docs and source code of the running Python: real text without a download
+    text_files        text, JSONL and gzip files given on the command line
+    c4                C4 through TFDS
+
+This package imports TensorFlow; t5x_lite imports it only inside functions.
+"""
+
+import importlib
+
+_MODULES = ("tasks.python_text", "tasks.c4")
+
+
+def register_all(extra_modules=()) -> None:
+    """Registers the shipped tasks and those of `extra_modules` (dotted module names)."""
+    for name in (*_MODULES, *extra_modules):
+        importlib.import_module(name)

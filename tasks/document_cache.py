@@ -1,0 +1,115 @@
+"""Documents gathered by Python ahead of tf.data, kept as TFRecord files.
+
+tf.data cannot save iterators that call into Python, so text that needs Python to be found
+or parsed is written once and read natively ever after. A cache folder holds
+
+    <split>-<digest>-00003-of-00064.tfrecord    one UTF-8 document a record
+    manifest.json                               {split: {"documents": n, "digest": …}}
+
+The folder's name says where the documents came from; the digest, what they are. File names
+thus change whenever the content does, and a saved iterator cannot be resumed on other text.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+
+import seqio
+import tensorflow as tf
+
+from t5x_lite.errors import UserError
+
+NUM_FILES = 64   # a split; data.num_shards up to this many read only their own files
+
+_root_override = ""
+
+
+def set_root(path: str) -> None:
+    """Uses `path` for every cache of this process; '' goes back to the default."""
+    global _root_override
+    _root_override = path
+
+
+def root() -> pathlib.Path:
+    """data.cache_dir, else $T5X_LITE_CACHE, else ~/.cache/t5x_lite ($XDG_CACHE_HOME)."""
+    default = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "t5x_lite"
+    chosen = _root_override or os.environ.get("T5X_LITE_CACHE") or default
+    return pathlib.Path(chosen).expanduser()
+
+
+class DocumentSource(seqio.FileDataSource):
+    """A seqio source of {"text": document} over a cache folder that is filled on first use.
+
+    key: names the origin of the documents (and the version of the code that finds them).
+    documents: () -> iterable of (split, document); called where the folder is missing.
+    splits: the splits it yields; an empty one is an error.
+    """
+
+    def __init__(self, key: Callable[[], str], splits: Iterable[str],
+                 documents: Callable[[], Iterable[tuple[str, str]]]):
+        self._key, self._documents = key, documents
+        super().__init__(read_file_fn=_read_documents,
+                         split_to_filepattern={split: "" for split in splits})
+
+    def list_shards(self, split: str) -> list[str]:
+        return sorted(str(p) for p in self.folder().glob(f"{split}-*.tfrecord"))
+
+    def num_input_examples(self, split: str) -> int:
+        return json.loads((self.folder() / "manifest.json").read_text())[split]["documents"]
+
+    def folder(self) -> pathlib.Path:
+        """The cache folder, written first if need be."""
+        key = self._key()
+        path = root() / key
+        if not (path / "manifest.json").exists():
+            _write(path, self.splits, self._documents())
+        return path
+
+
+def _read_documents(files) -> tf.data.Dataset:
+    return tf.data.TFRecordDataset(files).map(lambda record: {"text": record})
+
+
+def _write(path: pathlib.Path, splits: Iterable[str],
+           documents: Iterable[tuple[str, str]]) -> None:
+    """Fills a fresh folder and renames it into place, so that no reader sees half of one."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = pathlib.Path(tempfile.mkdtemp(prefix=path.name + ".", dir=path.parent))
+    except OSError as error:
+        raise UserError(f"the text cache {path.parent} cannot be written ({error.strerror}); "
+                        "set data.cache_dir or T5X_LITE_CACHE to a writable folder") from error
+    try:
+        counts = {split: 0 for split in splits}
+        hashes = {split: hashlib.sha256() for split in splits}
+        writers = {split: [tf.io.TFRecordWriter(str(scratch / f"{split}-{i}"))
+                           for i in range(NUM_FILES)] for split in splits}
+        for split, document in documents:
+            record = document.encode()
+            # Round robin: neighbours (parts of one file) end up in different shards.
+            writers[split][counts[split] % NUM_FILES].write(record)
+            hashes[split].update(len(record).to_bytes(8, "big") + record)
+            counts[split] += 1
+        for split, files in writers.items():
+            digest = hashes[split].hexdigest()[:12]
+            for i, writer in enumerate(files):
+                writer.close()
+                if i < counts[split]:
+                    os.rename(scratch / f"{split}-{i}",
+                              scratch / f"{split}-{digest}-{i:05}-of-{NUM_FILES:05}.tfrecord")
+                else:   # fewer documents than files
+                    os.remove(scratch / f"{split}-{i}")
+        manifest = {s: {"documents": counts[s], "digest": hashes[s].hexdigest()} for s in splits}
+        (scratch / "manifest.json").write_text(json.dumps(manifest))
+        try:
+            os.rename(scratch, path)
+        except OSError:
+            # Another process finished first; its folder has the same content.
+            if not (path / "manifest.json").exists():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

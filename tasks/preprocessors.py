@@ -1,0 +1,54 @@
+"""Preprocessors that compose: text to tokens, tokens to windows, windows to LM examples.
+
+All are tf.data graphs without Python functions, so that iterators over them can be saved.
+"""
+
+import tensorflow as tf
+import seqio
+
+
+def tokenize(dataset: tf.data.Dataset, output_features, key: str = "text") -> tf.data.Dataset:
+    """{key: document} -> {"targets": int32 tokens}, without EOS; other fields are dropped."""
+    vocabulary = output_features["targets"].vocabulary
+    return dataset.map(lambda x: {"targets": tf.cast(vocabulary.encode_tf(x[key]), tf.int32)},
+                       num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def concat_and_split(dataset: tf.data.Dataset, key: str, length: int) -> tf.data.Dataset:
+    """Joins the token lists end to end and cuts windows of `length`, in order: {key: window}.
+
+    Every token is used once: what is left of a document opens the next window, and only
+    the last window of a finite stream may be shorter. T5 joins groups of 128 documents,
+    which leaves a short window a group, and cuts them at random offsets; carrying the
+    rest over needs no padding, holds one document in memory instead of 128, and leaves
+    the only randomness, which epoch shows a token at which offset, to the shuffled order.
+    """
+    flush = tf.data.Dataset.from_tensors((tf.zeros([0], tf.int32), True))
+
+    def cut(rest, element):
+        tokens, last = element
+        tokens = tf.concat([rest, tokens], 0)
+        # The end of the stream takes the rest along as one ragged window.
+        used = tf.where(last, tf.size(tokens), tf.size(tokens) // length * length)
+        starts = tf.range(0, used, length)
+        ends = tf.minimum(starts + length, used)
+        return tokens[used:], (tokens[:used], starts, ends)
+
+    def windows(tokens, starts, ends):
+        return tf.data.Dataset.from_tensor_slices((starts, ends)).map(
+            lambda start, end: {key: tokens[start:end]})
+
+    return (dataset.map(lambda x: (tf.cast(x[key], tf.int32), False))
+            .concatenate(flush)
+            .scan(tf.zeros([0], tf.int32), cut)
+            .flat_map(windows))
+
+
+def causal_lm(dataset: tf.data.Dataset, sequence_length, output_features) -> tf.data.Dataset:
+    """{"targets": tokens of a document} -> {"targets": window of targets_length}.
+
+    Documents end with EOS and are joined end to end, so windows hold no padding.
+    """
+    eos = output_features["targets"].vocabulary.eos_id
+    ended = dataset.map(lambda x: {"targets": tf.concat([x["targets"], [eos]], 0)})
+    return concat_and_split(ended, "targets", sequence_length["targets"])

@@ -1,0 +1,98 @@
+"""Vocabularies by name: `data.vocabulary` and the tasks of this package.
+
+    python      the shipped SentencePiece model: 3,996 pieces learned on Python's documentation
+                and source by scripts/train_tokenizer.py, byte fallback, 100 sentinels: 4,096 ids
+    byt5        UTF-8 bytes with T5's ids 0..2 in front and 125 sentinels: 384 ids
+                (ByT5, Xue et al. 2021, arXiv:2105.13626)
+    t5          T5's public English vocabulary: 32,100 ids with its sentinels
+    PATH.model  any SentencePiece file, local or gs://; 100 sentinels are added where it has none
+
+Ids 0, 1, 2 are padding, end of sequence and unknown everywhere.
+"""
+
+import functools
+import hashlib
+import os
+import pathlib
+import urllib.error
+import urllib.request
+
+import seqio
+import tensorflow as tf
+
+from t5x_lite.errors import UserError, nearest
+from tasks import document_cache
+
+PYTHON_MODEL = pathlib.Path(__file__).parent / "vocab" / "python.model"
+T5_MODEL = "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model"
+_T5_SHA256 = "839ffa4b9afae8d77834a88b87781849aa021975d6063dec6085633fcaf7171c"
+NAMES = ("python", "byt5", "t5")
+
+
+class T5Vocabulary(seqio.SentencePieceVocabulary):
+    """T5's public vocabulary, found on first use: $T5X_LITE_T5_VOCAB, else fetched once.
+
+    Registering a task must not touch the network, hence the late look-up.
+    """
+
+    def __init__(self):
+        super().__init__(T5_MODEL)
+
+    def _model_context(self):
+        if self._model is None:
+            self._sentencepiece_model_file = t5_model_path()
+        return super()._model_context()
+
+
+def t5_model_path() -> str:
+    """The file of T5's vocabulary: $T5X_LITE_T5_VOCAB, the cached copy, or a download."""
+    path = os.environ.get("T5X_LITE_T5_VOCAB", T5_MODEL)
+    if path != T5_MODEL:
+        if not tf.io.gfile.exists(path):
+            raise UserError(f"T5X_LITE_T5_VOCAB={path} does not exist")
+        return path
+    cached = document_cache.root() / "vocab" / "cc_all.32000.100extra.sentencepiece.model"
+    if not cached.exists():
+        url = T5_MODEL.replace("gs://", "https://storage.googleapis.com/")
+        try:
+            with urllib.request.urlopen(url, timeout=20) as reply:
+                content = reply.read()
+        except (urllib.error.URLError, OSError) as error:
+            raise UserError(
+                f"T5's vocabulary {T5_MODEL} cannot be reached ({error}); copy it to a local "
+                "file and set T5X_LITE_T5_VOCAB to its path, or choose another data.vocabulary"
+            ) from error
+        found = hashlib.sha256(content).hexdigest()
+        if found != _T5_SHA256:
+            raise UserError(f"{url} has sha256 {found}, not {_T5_SHA256}; fetch it by hand and "
+                            "set T5X_LITE_T5_VOCAB to its path")
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        part = cached.with_suffix(f".{os.getpid()}")
+        part.write_bytes(content)
+        part.replace(cached)
+    return str(cached)
+
+
+@functools.lru_cache(maxsize=None)
+def load(name: str) -> seqio.Vocabulary:
+    """The vocabulary of that name or path (see the module's head); UserError for others."""
+    if name == "python":
+        return seqio.SentencePieceVocabulary(str(PYTHON_MODEL), extra_ids=100)
+    if name == "byt5":
+        return seqio.ByteVocabulary()
+    if name == "t5":
+        return T5Vocabulary()
+    if not name.endswith(".model"):
+        raise UserError(f"data.vocabulary={name!r} is unknown: one of {', '.join(NAMES)}, or the "
+                        f"path of a SentencePiece .model file;{nearest(name, NAMES)}")
+    if not tf.io.gfile.exists(name):
+        raise UserError(f"data.vocabulary={name!r}: no such file")
+    vocabulary = seqio.SentencePieceVocabulary(name)
+    pieces = vocabulary.tokenizer
+    if "<extra_id_" not in pieces.IdToPiece(pieces.GetPieceSize() - 1):
+        vocabulary = seqio.SentencePieceVocabulary(name, extra_ids=100)
+    if (pieces.pad_id(), pieces.eos_id(), pieces.unk_id()) != (0, 1, 2):
+        raise UserError(
+            f"data.vocabulary={name!r} has pad, eos, unk = {pieces.pad_id()}, {pieces.eos_id()}, "
+            f"{pieces.unk_id()}; t5x_lite needs 0, 1, 2 (scripts/train_tokenizer.py makes such)")
+    return vocabulary
