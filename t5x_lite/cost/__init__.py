@@ -1,0 +1,10 @@
+"""What a run costs: FLOPs, bytes, communication, time, energy, carbon and money.
+
+hardware  cited figures of TPUs and GPUs
+flops     FLOPs and parameters from the structure of the model
+hlo       the collectives of a compiled program
+roofline  the fastest a step can be (a bound, never a prediction)
+energy    days, MWh, tCO2e and price of a run; measured power where the machine reports it
+
+None of it needs an accelerator, and none but flops needs JAX.
+"""
