@@ -1,0 +1,333 @@
+"""Blocks, and stacks of them: what every architecture is made of.
+
+A stack is a list of segments, each a few blocks repeated with stacked parameters; a block is
+self-attention, perhaps cross-attention, and an MLP, wired by one of the RESIDUALS.
+
+Modules are plain functions of their parameters: dropout keys, caches and auxiliary values
+are arguments and results.
+
+Shape letters: B batch, L length, S key length, D model, N heads, H head dim.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from t5x_lite import pipeline, sharding
+from t5x_lite.layers.attention import Attention, AttentionConfig
+from t5x_lite.layers.linear import InitConfig, dropout
+from t5x_lite.layers.masks import Masking
+from t5x_lite.layers.mlp import MLP, MLPConfig
+from t5x_lite.layers.norm import Norm, NormConfig
+from t5x_lite.layers.position import LearnedPositions, PositionConfig, make_bias, sinusoids
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """One block; what is None is absent."""
+
+    self_attention: AttentionConfig = AttentionConfig()
+    cross_attention: AttentionConfig | None = None
+    mlp: MLPConfig = MLPConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentConfig:
+    """`blocks` in a row, `repeats` times, with stacked parameters."""
+
+    blocks: tuple[BlockConfig, ...] = (BlockConfig(),)
+    repeats: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class StackConfig:
+    """An encoder or a decoder."""
+
+    segments: tuple[SegmentConfig, ...] = (SegmentConfig(),)
+    causal: bool = False
+    position: PositionConfig = PositionConfig()
+    norm: NormConfig = NormConfig()
+    residual: str = "pre"           # a key of RESIDUALS
+    residual_alpha: float = 1.0     # deepnorm: weight of the skip path (Wang et al. 2022)
+    embedding_norm: bool = False    # a norm right after the embedding (BERT)
+    final_norm: bool = True
+    dropout_rate: float = 0.0       # on embeddings, sub-layer outputs and the final norm
+    scan: bool = True               # see pipeline.run_layers
+    remat: str = "none"             # see pipeline.remat
+
+    @property
+    def num_layers(self) -> int:
+        """Blocks in all."""
+        return sum(len(s.blocks) * s.repeats for s in self.segments)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockInputs:
+    """What all blocks of a stack share."""
+
+    masking: Masking
+    bias: jax.Array | None                  # [1|B, N, L, S]
+    cross_masking: Masking | None = None
+    encoded: jax.Array | None = None        # [B, S, D]; None where the cache holds its keys
+
+
+jax.tree_util.register_dataclass(
+    BlockInputs, data_fields=["masking", "bias", "cross_masking", "encoded"], meta_fields=[])
+
+
+# --- residual wiring: (x, [(run, pre_norm, post_norm)], alpha) -> x, [what each run returned] ---
+
+def _pre(x, sublayers, alpha):
+    """x + f(norm(x)): T5, GPT-2 and most since (Xiong et al. 2020)."""
+    outs = []
+    for run, pre_norm, _ in sublayers:
+        y, out = run(pre_norm(x))
+        x = x + y
+        outs.append(out)
+    return x, outs
+
+
+def _post(x, sublayers, alpha):
+    """norm(alpha x + f(x)): Vaswani et al. 2017 and BERT at alpha 1, DeepNorm above."""
+    outs = []
+    for run, _, post_norm in sublayers:
+        y, out = run(x)
+        x = post_norm((alpha * x if alpha != 1.0 else x) + y)
+        outs.append(out)
+    return x, outs
+
+
+def _sandwich(x, sublayers, alpha):
+    """x + norm'(f(norm(x))): Ding et al. 2021."""
+    outs = []
+    for run, pre_norm, post_norm in sublayers:
+        y, out = run(pre_norm(x))
+        x = x + post_norm(y)
+        outs.append(out)
+    return x, outs
+
+
+def _parallel(x, sublayers, alpha):
+    """x + f(norm(x)) + g(norm(x)) with one norm (GPT-J, PaLM section 2)."""
+    h = sublayers[0][1](x)
+    ys, outs = zip(*(run(h) for run, _, _ in sublayers), strict=True)
+    return x + sum(ys), list(outs)
+
+
+def _parallel_two_norms(x, sublayers, alpha):
+    """x + f(norm_1(x)) + g(norm_2(x)) (GPT-NeoX-20B)."""
+    ys, outs = zip(*(run(pre_norm(x)) for run, pre_norm, _ in sublayers), strict=True)
+    return x + sum(ys), list(outs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Residual:
+    """A wiring, and which norms it needs."""
+
+    wire: Callable
+    pre: str    # norms before sub-layers: none | each | first
+    post: str   # norms after: none | each
+
+
+RESIDUALS = {
+    "pre": Residual(_pre, "each", "none"),
+    "post": Residual(_post, "none", "each"),
+    "deepnorm": Residual(_post, "none", "each"),
+    "sandwich": Residual(_sandwich, "each", "each"),
+    "parallel": Residual(_parallel, "first", "none"),
+    "parallel_two_norms": Residual(_parallel_two_norms, "each", "none"),
+}
+
+
+class Block(nnx.Module):
+    """Self-attention, cross-attention where configured, and an MLP."""
+
+    def __init__(self, key: jax.Array, embed_dim: int, config: BlockConfig, stack: StackConfig,
+                 init: InitConfig, dtype: jnp.dtype):
+        keys = jax.random.split(key, 10)
+        self.self_attention = Attention(keys[0], embed_dim, config.self_attention, stack.position,
+                                        init, dtype)
+        self.names = ("self_attention", "mlp")
+        if config.cross_attention is not None:
+            self.cross_attention = Attention(keys[1], embed_dim, config.cross_attention,
+                                             PositionConfig(kind="none"), init, dtype)
+            self.names = ("self_attention", "cross_attention", "mlp")
+        self.mlp = MLP(keys[2], embed_dim, config.mlp, init, dtype)
+        wiring = RESIDUALS[stack.residual]
+        for i, name in enumerate(self.names):
+            if wiring.pre == "each" or (wiring.pre == "first" and i == 0):
+                setattr(self, f"pre_{name}_norm", Norm(keys[3 + i], embed_dim, stack.norm, dtype))
+            if wiring.post == "each":
+                setattr(self, f"post_{name}_norm", Norm(keys[6 + i], embed_dim, stack.norm, dtype))
+        if stack.position.per_layer:
+            self.relative_position = make_bias(keys[9], config.self_attention.num_heads,
+                                               stack.position, not stack.causal, dtype)
+        self.stack = stack
+
+    def __call__(self, x: jax.Array, inputs: BlockInputs, key: jax.Array | None = None,
+                 cache: dict | None = None) -> tuple[jax.Array, tuple[dict | None, dict]]:
+        """x_BLD -> (x_BLD, (cache, aux)).
+
+        Args:
+            key: this layer's dropout key, None outside training.
+            cache: {"self_attention": …, "cross_attention": …}, see Attention.
+        """
+        keys = dict.fromkeys(("attention", "cross", "mlp", *self.names))
+        if key is not None:
+            keys = {name: jax.random.fold_in(key, i) for i, name in enumerate(keys)}
+        bias = inputs.bias
+        if self.stack.position.per_layer:
+            bias = self.relative_position(inputs.masking.q_positions, inputs.masking.k_positions)
+
+        def self_attention(h):
+            return self.self_attention(
+                h, None, inputs.masking, bias, key=keys["attention"],
+                cache=None if cache is None else cache["self_attention"])
+
+        def cross_attention(h):
+            kv = (cache["cross_attention"]["key"], cache["cross_attention"]["value"]) \
+                if cache is not None else self.cross_attention.project_kv(inputs.encoded, None)
+            y, _ = self.cross_attention(h, kv, inputs.cross_masking, None, key=keys["cross"])
+            return y, None
+
+        def mlp(h):
+            return self.mlp(h, keys["mlp"])
+
+        runs = {"self_attention": self_attention, "cross_attention": cross_attention, "mlp": mlp}
+
+        def with_dropout(name):
+            def run(h):
+                y, out = runs[name](h)
+                return dropout(y, self.stack.dropout_rate, keys[name], "act_batch", "act_length",
+                               "act_embed", broadcast_dims=(1,)), out
+            return run
+
+        sublayers = [(with_dropout(n), getattr(self, f"pre_{n}_norm", None),
+                      getattr(self, f"post_{n}_norm", None)) for n in self.names]
+        x, outs = RESIDUALS[self.stack.residual].wire(x, sublayers, self.stack.residual_alpha)
+        if cache is not None:
+            cache = {**cache, "self_attention": outs[0]}
+        return x, (cache, outs[-1])
+
+
+class Segment(nnx.Module):
+    """The blocks that one repeat of a segment applies."""
+
+    def __init__(self, key: jax.Array, embed_dim: int, config: SegmentConfig, stack: StackConfig,
+                 init: InitConfig, dtype: jnp.dtype):
+        self.names = tuple(f"block_{i}" for i in range(len(config.blocks)))
+        keys = jax.random.split(key, len(config.blocks))
+        for name, block, k in zip(self.names, config.blocks, keys, strict=True):
+            setattr(self, name, Block(k, embed_dim, block, stack, init, dtype))
+
+    def __call__(self, x, inputs, key, layer, cache):
+        """Applies the blocks; `layer` is the index in the stack of the first one."""
+        caches, total = {}, {}
+        for i, name in enumerate(self.names):
+            layer_key = None if key is None else jax.random.fold_in(key, layer + i)
+            x, (block_cache, aux) = getattr(self, name)(
+                x, inputs, layer_key, None if cache is None else cache[name])
+            caches[name] = block_cache
+            total = add_aux(total, aux)
+        return x, (None if cache is None else caches, total)
+
+
+def add_aux(a: Mapping, b: Mapping) -> dict:
+    """Adds two dicts of (sum, count) by name."""
+    return {name: jax.tree.map(jnp.add, a[name], b[name]) if name in a and name in b
+            else a.get(name, b.get(name)) for name in {**a, **b}}
+
+
+class Stack(nnx.Module):
+    """Segments one after another, between the embeddings and the final norm."""
+
+    def __init__(self, key: jax.Array, embed_dim: int, config: StackConfig, init: InitConfig,
+                 dtype: jnp.dtype):
+        keys = jax.random.split(key, len(config.segments) + 4)
+        self.names = tuple(f"segment_{i}" for i in range(len(config.segments)))
+        for name, segment, k in zip(self.names, config.segments, keys[4:], strict=True):
+            setattr(self, name, jax.vmap(
+                lambda k, s=segment: Segment(k, embed_dim, s, config, init, dtype))(
+                    jax.random.split(k, segment.repeats)))
+        first = config.segments[0].blocks[0].self_attention
+        if not config.position.per_layer:
+            self.relative_position = make_bias(keys[0], first.num_heads, config.position,
+                                               not config.causal, dtype)
+        if config.position.kind == "learned":
+            self.learned_positions = LearnedPositions(keys[1], embed_dim, config.position, init)
+        if config.embedding_norm:
+            self.embedding_norm = Norm(keys[2], embed_dim, config.norm, dtype)
+        if config.final_norm:
+            self.final_norm = Norm(keys[3], embed_dim, config.norm, dtype)
+        self.config = config
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array, masking: Masking, positions: jax.Array, *,
+                 encoded: jax.Array | None = None, cross_masking: Masking | None = None,
+                 key: jax.Array | None = None, cache: dict | None = None):
+        """x_BLD (embedded tokens) -> (x_BLD, cache, aux).
+
+        Args:
+            positions: int32 [1|B, L], restarted by packing: what absolute positions count.
+            encoded, cross_masking: the encoder's output and who sees it.
+            key: dropout key; layer n uses fold_in(key, n), however the layers are run.
+            cache: {segment: {block: …}} with leaves stacked over repeats.
+        """
+        config = self.config
+        if config.position.kind == "learned":
+            x = x + self.learned_positions(positions).astype(self.dtype)
+        elif config.position.kind == "sinusoidal":
+            x = x + sinusoids(positions, x.shape[-1]).astype(self.dtype)
+        if config.embedding_norm:
+            x = self.embedding_norm(x)
+        x = self._dropout(x, key, config.num_layers)
+        bias = None
+        if getattr(self, "relative_position", None) is not None:
+            bias = self.relative_position(masking.q_positions, masking.k_positions)
+        inputs = BlockInputs(masking, bias, cross_masking, encoded)
+        layer, caches, total = 0, {}, {}
+        for name, segment in zip(self.names, config.segments, strict=True):
+            blocks = len(segment.blocks)
+            indices = layer + blocks * jnp.arange(segment.repeats)
+
+            def apply(x, module, xs):
+                index, block_cache = xs
+                return module(x, inputs, key, index, block_cache)
+
+            x, (caches[name], aux) = pipeline.run_layers(
+                apply, getattr(self, name), x,
+                (indices, None if cache is None else cache[name]),
+                repeats=segment.repeats, scan=config.scan, remat_policy=config.remat)
+            total = add_aux(total, jax.tree.map(lambda a: jnp.sum(a, axis=0), aux))
+            layer += blocks * segment.repeats
+        if config.final_norm:
+            x = self.final_norm(x)
+        x = self._dropout(x, key, config.num_layers + 1)
+        return x, None if cache is None else caches, total
+
+    def _dropout(self, x, key, site):
+        key = None if key is None else jax.random.fold_in(key, site)
+        return dropout(x, self.config.dropout_rate, key, "act_batch", "act_length", "act_embed",
+                       broadcast_dims=(1,))
+
+    def init_cache(self, batch: int, length: int, encoded: jax.Array | None = None) -> dict:
+        """Empty self-attention caches of `length` slots, and the encoder's keys and values."""
+        caches = {}
+        for name, segment in zip(self.names, self.config.segments, strict=True):
+            caches[name] = {}
+            for i, block in enumerate(segment.blocks):
+                attention = block.self_attention
+                shape = (segment.repeats, batch, attention.kv_heads, length, attention.head_dim)
+                empty = sharding.shard(jnp.zeros(shape, self.dtype), None, "act_batch",
+                                       "act_kv_heads", "act_keys", None)
+                cache = {"self_attention": {"key": empty, "value": empty}}
+                if encoded is not None:
+                    module = getattr(getattr(self, name), f"block_{i}").cross_attention
+                    _, kv = jax.lax.scan(lambda _, m: (None, m.project_kv(encoded, None)),
+                                         None, module)
+                    cache["cross_attention"] = {"key": kv[0], "value": kv[1]}
+                caches[name][f"block_{i}"] = cache
+        return caches
