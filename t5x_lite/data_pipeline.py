@@ -1,0 +1,378 @@
+"""The TensorFlow side of data.py: one virtual shard as one saveable tf.data pipeline.
+
+    files or examples of the shard -> repeat for ever -> the task's preprocessors, seeded
+    -> trim -> shuffle -> mixture of tasks -> model features -> pack or pad -> blocks of rows
+
+data.py imports this module lazily, because it imports TensorFlow.
+
+Shape legend: L positions of one side (encoder or decoder) of a row.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from t5x_lite.errors import UserError, nearest
+
+BLOCK_ROWS = 8   # rows a pipeline yields at once; states do not depend on the batch size
+EVAL_SEED = 0    # evaluation masks the same tokens in every run and at every step
+
+# Calls into Python (from_generator is a GeneratorDataset over PyFunc) and random kernels
+# whose state lives outside the iterator: a restored iterator would go on differently.
+_UNSAVEABLE_OPS = frozenset({
+    "PyFunc", "PyFuncStateless", "EagerPyFunc", "GeneratorDataset",
+    "RandomUniform", "RandomUniformInt", "RandomStandardNormal", "TruncatedNormal",
+    "ParameterizedTruncatedNormal", "RandomShuffle", "Multinomial", "RandomGamma",
+    "RandomPoissonV2"})
+
+
+class Weighted(NamedTuple):
+    """A task and its share of a mixture; shares need not sum to one."""
+    task: seqio.Task
+    weight: float
+
+
+# --- objectives: what a row holds -----------------------------------------------------------
+
+class Converter(NamedTuple):
+    """How an objective turns a seqio example into model features.
+
+    features: output features a task must have.
+    task_lengths: (inputs_length, targets_length) -> {feature: tokens a task may give it}.
+    row_lengths: (inputs_length, targets_length) -> {side: L}.
+    convert: {feature: int32 tokens} -> {side: {model feature: 1-D array}}; the first array of
+        a side holds its tokens.
+    """
+    features: tuple[str, ...]
+    task_lengths: Callable[[int, int], dict[str, int]]
+    row_lengths: Callable[[int, int], dict[str, int]]
+    convert: Callable[[dict], dict[str, dict]]
+
+
+def _predict(tokens, weights=None):
+    weights = tf.ones_like(tokens, tf.float32) if weights is None else weights
+    return {"decoder_target_tokens": tokens, "decoder_loss_weights": weights}
+
+
+def _seq2seq(example):
+    return {"encoder": {"encoder_input_tokens": example["inputs"]},
+            "decoder": _predict(example["targets"])}
+
+
+def _lm(example):
+    return {"decoder": _predict(example["targets"])}
+
+
+def _prefix_lm(example):
+    inputs, targets = example["inputs"], example["targets"]
+    tokens = tf.concat([inputs, targets], 0)
+    weights = tf.concat([tf.zeros_like(inputs, tf.float32), tf.ones_like(targets, tf.float32)], 0)
+    # Inputs are read one place later: the last of them where the first target is predicted.
+    prefix = tf.cast(tf.range(tf.size(tokens)) <= tf.size(inputs), tf.int32)
+    return {"decoder": {**_predict(tokens, weights), "decoder_prefix": prefix}}
+
+
+def _mlm(example):
+    # Targets are 0 wherever the input token was not chosen for prediction.
+    chosen = tf.cast(example["targets"] != 0, tf.float32)
+    return {"encoder": {"encoder_input_tokens": example["inputs"],
+                        **_predict(example["targets"], chosen)}}
+
+
+CONVERTERS = {
+    "seq2seq": Converter(("inputs", "targets"), lambda i, t: {"inputs": i, "targets": t},
+                         lambda i, t: {"encoder": i, "decoder": t}, _seq2seq),
+    "lm": Converter(("targets",), lambda i, t: {"targets": t},
+                    lambda i, t: {"decoder": t}, _lm),
+    "prefix_lm": Converter(("inputs", "targets"), lambda i, t: {"inputs": i, "targets": t - i},
+                           lambda i, t: {"decoder": t}, _prefix_lm),
+    "mlm": Converter(("inputs", "targets"), lambda i, t: {"inputs": i, "targets": i},
+                     lambda i, t: {"encoder": i}, _mlm),
+}
+
+
+def _finish_row(sides: dict[str, dict], lengths: dict[str, int]) -> dict:
+    """Flat, zero-padded model features [L], decoder_input_tokens among them."""
+    row = {}
+    for side, features in sides.items():
+        for name, value in features.items():
+            value = value[:lengths[side]]
+            row[name] = tf.ensure_shape(
+                tf.pad(value, [[0, lengths[side] - tf.size(value)]]), [lengths[side]])
+    if "decoder" in sides:
+        shifted = tf.concat([[0], row["decoder_target_tokens"][:-1]], 0)
+        if "decoder_positions" in row:   # packed: nothing leaks from one example to the next
+            shifted = tf.where(row["decoder_positions"] == 0, 0, shifted)
+        row["decoder_input_tokens"] = shifted
+    return row
+
+
+def pack(dataset: tf.data.Dataset, lengths: dict[str, int]) -> tf.data.Dataset:
+    """Lays examples side by side in rows, in order, and adds segment ids and positions.
+
+    A row takes examples as long as every side has room for the next one (next fit); then
+    it is closed. The open row is the state of a tf.data scan, so it is saved with the
+    iterator. seqio instead packs groups of as many examples as the longest side has
+    tokens, and closes a row at each group's end.
+
+    dataset: {side: {feature: 1-D array}}, as Converter.convert gives them. Each side gains
+    {side}_segment_ids, 1, 2, … along a row, and {side}_positions, counted from 0 in each
+    segment; both are 0 on padding.
+    """
+    spec = {side: {name: tensor.dtype for name, tensor in features.items()}
+            for side, features in dataset.element_spec.items()}
+    nothing = {side: {name: tf.zeros([0], dtype) for name, dtype in features.items()}
+               for side, features in spec.items()}
+    empty_row = {side: {**features, f"{side}_segment_ids": tf.zeros([0], tf.int32),
+                        f"{side}_positions": tf.zeros([0], tf.int32)}
+                 for side, features in nothing.items()}
+
+    def add(row, element):
+        example, is_last = element
+        used = {side: tf.size(row[side][f"{side}_segment_ids"]) for side in lengths}
+        sizes = {side: tf.size(next(iter(example[side].values()))) for side in lengths}
+        fits = ~is_last
+        for side, length in lengths.items():
+            fits &= used[side] + sizes[side] <= length
+        last_segment = tf.reduce_max(tf.concat(
+            [[0], *(row[side][f"{side}_segment_ids"] for side in lengths)], 0))
+        segment = tf.where(fits, last_segment, 0) + 1
+        next_row = {}
+        for side in lengths:
+            added = {**example[side],
+                     f"{side}_segment_ids": tf.fill([sizes[side]], segment),
+                     f"{side}_positions": tf.range(sizes[side])}
+            kept = tf.where(fits, used[side], 0)
+            next_row[side] = {name: tf.concat([row[side][name][:kept], added[name]], 0)
+                              for name in row[side]}
+        return next_row, (row, ~fits & (last_segment > 0))
+
+    flush = tf.data.Dataset.from_tensors((nothing, True))
+    return (dataset.map(lambda example: (example, False)).concatenate(flush)
+            .scan(empty_row, add)
+            .filter(lambda row, closed: closed).map(lambda row, closed: row))
+
+
+def converter_of(objective: str) -> Converter:
+    """The converter of an objective, by name; UserError for an unknown one."""
+    if objective not in CONVERTERS:
+        raise UserError(f"objective.name={objective!r} is unknown: one of {', '.join(CONVERTERS)};"
+                        f"{nearest(objective, CONVERTERS)}")
+    return CONVERTERS[objective]
+
+
+# --- one task, one shard --------------------------------------------------------------------
+
+def seed_of(*parts) -> int:
+    """A seed in [0, 2^31) from any printable parts: the same in every process and run."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+def check_task(task: seqio.Task, split: str, features: Sequence[str], field: str) -> None:
+    """Raises UserError where the task lacks the split, a feature or its data."""
+    source = task.source
+    if isinstance(source, seqio.TfdsDataSource):
+        builder = source.tfds_dataset.builder
+        folder = str(builder.data_path)
+        if source.tfds_dataset._read_only and not tf.io.gfile.exists(folder):
+            raise UserError(
+                f"{field}={task.name!r} reads the TFDS data set {builder.info.full_name}, which is "
+                f"not at {folder}; set TFDS_DATA_DIR to the folder (or gs:// path) that holds it, "
+                f"or prepare it with: tfds build {builder.info.full_name.rsplit(':', 1)[0]}")
+    if split not in task.splits:
+        raise UserError(f"{field}={task.name!r} has no split {split!r}; it has "
+                        f"{', '.join(sorted(task.splits))}")
+    missing = [f for f in features if f not in task.output_features]
+    if missing:
+        raise UserError(f"{field}={task.name!r} gives {', '.join(task.output_features)}, but the "
+                        f"objective needs {', '.join(features)}; take a task made for it")
+
+
+def task_dataset(task: seqio.Task, split: str, lengths: dict[str, int], seed: int,
+                 shard: int, num_shards: int, *, training: bool, shuffle_buffer: int
+                 ) -> tf.data.Dataset:
+    """Examples {feature: int32 tokens} of one shard: endless and shuffled, or once in order.
+
+    Sources of at least num_shards files are split by file; smaller ones by example, for
+    which every shard must read them in the same order, hence with the same seed.
+    """
+    source = task.source
+    info = seqio.ShardInfo(shard, num_shards)
+    shard_seed = seed_of(seed, task.name, shard)
+    if source.supports_arbitrary_sharding or len(source.list_shards(split)) >= num_shards:
+        dataset = source.get_dataset(split=split, shuffle=training, seed=shard_seed,
+                                     shard_info=info)
+    else:
+        dataset = source.get_dataset(split=split, shuffle=training, seed=seed_of(seed, task.name))
+        dataset = dataset.shard(num_shards, shard)
+    dataset = task.preprocess_precache(dataset, seed=shard_seed)
+    if training:   # before the random preprocessors, so that every epoch draws anew
+        dataset = dataset.repeat()
+    dataset = task.preprocess_postcache(dataset, sequence_length=lengths, seed=shard_seed)
+    dataset = seqio.trim_dataset(dataset, lengths, task.output_features)
+    dataset = dataset.map(lambda x: {f: tf.cast(x[f], tf.int32) for f in lengths})
+    if training and shuffle_buffer > 1:
+        dataset = dataset.shuffle(shuffle_buffer, seed=seed_of(shard_seed, "shuffle"))
+    return dataset
+
+
+def rows_dataset(mixture: Sequence[Weighted], split: str, converter: Converter,
+                 inputs_length: int, targets_length: int, packing: bool, seed: int,
+                 shard: int = 0, num_shards: int = 1, *, training: bool, shuffle_buffer: int = 0,
+                 threads: int = 1) -> tf.data.Dataset:
+    """Blocks of up to BLOCK_ROWS rows of model features of one shard."""
+    lengths = converter.task_lengths(inputs_length, targets_length)
+    parts = [task_dataset(task, split, lengths, seed, shard, num_shards, training=training,
+                          shuffle_buffer=shuffle_buffer) for task, _ in mixture]
+    dataset = parts[0]
+    if len(parts) > 1:
+        total = sum(weight for _, weight in mixture)
+        dataset = tf.data.Dataset.sample_from_datasets(
+            parts, [weight / total for _, weight in mixture],
+            seed=seed_of(seed, "mixture", shard))
+    row_lengths = converter.row_lengths(inputs_length, targets_length)
+    dataset = dataset.map(converter.convert)
+    if packing:
+        dataset = pack(dataset, row_lengths)
+    dataset = dataset.map(lambda sides: _finish_row(sides, row_lengths))
+    dataset = dataset.batch(BLOCK_ROWS).prefetch(4)
+    check_saveable(dataset, ", ".join(task.name for task, _ in mixture))
+    options = tf.data.Options()
+    options.deterministic = True
+    options.threading.private_threadpool_size = threads
+    options.threading.max_intra_op_parallelism = 1
+    return dataset.with_options(options)
+
+
+def check_not_empty(mixture: Sequence[Weighted], split: str, num_shards: int,
+                    once: tf.data.Dataset) -> None:
+    """Raises UserError where a shard would have nothing to read.
+
+    once: the rows of one epoch. A task that filters everything away would otherwise search
+    its endless source for ever.
+    """
+    for task, _ in mixture:
+        documents = task.num_input_examples(split)
+        if documents is not None and documents < num_shards:
+            raise UserError(f"{task.name!r} has {documents} documents, too few for "
+                            f"data.num_shards={num_shards}; lower it, or cut the text into more "
+                            "documents (data.text_document)")
+    if next(iter(once.take(1)), None) is None:
+        raise UserError(f"the split {split!r} of {', '.join(t.name for t, _ in mixture)} holds no "
+                        "examples")
+
+
+def check_saveable(dataset: tf.data.Dataset, name: str) -> None:
+    """Raises UserError where the pipeline calls Python or stateful random ops."""
+    found = sorted(_ops(dataset) & _UNSAVEABLE_OPS)
+    if found:
+        raise UserError(
+            f"the pipeline of {name} contains {', '.join(found)}: tf.data cannot save its place in "
+            "it, and a resumed run would see other examples. Run Python code ahead of tf.data "
+            "(tasks/document_cache.py) instead of py_function, numpy_function or from_generator; "
+            "draw random numbers with tf.random.stateless_* and seqio.map_over_dataset(num_seeds=1)")
+
+
+def _ops(dataset: tf.data.Dataset) -> set[str]:
+    """Types of all ops in the graphs of the pipeline's functions, and of its datasets."""
+    graph_def = tf.compat.v1.GraphDef.FromString(tf.raw_ops.DatasetToGraphV2(
+        input_dataset=dataset._variant_tensor, external_state_policy=1).numpy())
+    nodes = list(graph_def.node)
+    for function in graph_def.library.function:
+        nodes += function.node_def
+    return {node.op for node in nodes}
+
+
+# --- iterators ------------------------------------------------------------------------------
+
+class ShardReader:
+    """Rows of one virtual shard, with a place that can be saved.
+
+    dataset: endless blocks of rows. identity: what the rows are a function of, checked when
+    a place is restored.
+    """
+
+    def __init__(self, dataset: tf.data.Dataset, identity: dict):
+        self._iterator = iter(dataset)
+        self._identity = identity
+        self._pending: dict[str, np.ndarray] = {}   # rows read and not yet handed out
+
+    def take(self, num_rows: int) -> dict[str, np.ndarray]:
+        """The next rows: {feature: array [num_rows, L]}."""
+        blocks, have = [], 0
+        if self._pending:
+            blocks, have = [self._pending], _num_rows(self._pending)
+        while have < num_rows:
+            try:
+                block = next(self._iterator)
+            except StopIteration:
+                raise UserError(
+                    f"shard {self._identity['shard']} of {self._identity['tasks']} holds no "
+                    f"examples; lower data.num_shards={self._identity['num_shards']} or give more "
+                    "text") from None
+            blocks.append({name: value.numpy() for name, value in block.items()})
+            have += _num_rows(blocks[-1])
+        rows = {name: np.concatenate([b[name] for b in blocks]) if len(blocks) > 1
+                else blocks[0][name] for name in blocks[0]}
+        self._pending = {name: value[num_rows:] for name, value in rows.items()}
+        return {name: value[:num_rows] for name, value in rows.items()}
+
+    def state(self) -> bytes:
+        """The place after the last row handed out: tf.data's own state and pending rows."""
+        iterator = tf.io.serialize_tensor(tf.raw_ops.SerializeIterator(
+            resource_handle=self._iterator._iterator_resource, external_state_policy=1)).numpy()
+        file = io.BytesIO()
+        np.savez_compressed(file, identity=np.bytes_(json.dumps(self._identity).encode()),
+                            iterator=np.frombuffer(iterator, np.uint8), **self._pending)
+        return file.getvalue()
+
+    def restore(self, state: bytes) -> None:
+        """Goes to a place that state() gave; UserError where it is of another pipeline."""
+        with np.load(io.BytesIO(state)) as saved:
+            arrays = dict(saved)
+        identity = json.loads(arrays.pop("identity").item())
+        changed = [f"{key}: {identity.get(key)!r} in the checkpoint, {self._identity.get(key)!r} now"
+                   for key in sorted(identity.keys() | self._identity.keys())
+                   if identity.get(key) != self._identity.get(key)]
+        if changed:
+            raise UserError("the checkpoint's place in the data cannot be resumed, because the "
+                            "data are others:\n  " + "\n  ".join(changed) + "\nGo back to the "
+                            "run's own data settings, or start a new workdir with init_from.")
+        iterator = arrays.pop("iterator").tobytes()
+        tf.raw_ops.DeserializeIterator(
+            resource_handle=self._iterator._iterator_resource,
+            serialized=tf.io.parse_tensor(iterator, tf.variant))
+        self._pending = arrays
+
+
+def finite_batches(dataset: tf.data.Dataset, batch_size: int
+                   ) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of exactly batch_size rows; the last one filled up with rows of zeros."""
+    pending: dict[str, np.ndarray] = {}
+    for block in dataset.as_numpy_iterator():
+        pending = ({name: np.concatenate([pending[name], block[name]]) for name in block}
+                   if pending else block)
+        while _num_rows(pending) >= batch_size:
+            yield {name: value[:batch_size] for name, value in pending.items()}
+            pending = {name: value[batch_size:] for name, value in pending.items()}
+    if pending and _num_rows(pending):
+        missing = batch_size - _num_rows(pending)
+        yield {name: np.pad(value, [(0, missing), (0, 0)]) for name, value in pending.items()}
+
+
+def _num_rows(block: dict[str, np.ndarray]) -> int:
+    return len(next(iter(block.values())))
+
+
+def files_digest(mixture: Sequence[Weighted], split: str) -> str:
+    """Changes with the names of the source files; cached text is named by its content."""
+    names = [os.path.basename(str(f)) for task, _ in mixture for f in task.source.list_shards(split)]
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
