@@ -1,0 +1,99 @@
+"""The figures of a plan as tables of plain text, a screen wide."""
+
+import io
+from collections.abc import Sequence
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+from t5x_lite.cost.energy import RunCost
+from t5x_lite.cost.hlo import CollectiveTotal
+from t5x_lite.cost.roofline import Roofline
+
+UNKNOWN = "unknown"
+
+
+def to_text(*tables: RenderableType, width: int = 100) -> str:
+    """The tables below one another, without colour: for logs, pipes and terminals alike."""
+    out = io.StringIO()
+    console = Console(file=out, width=width, no_color=True, highlight=False)
+    for table in tables:
+        console.print(table)
+    return out.getvalue()
+
+
+def quantity(value: float | None, unit: str = "") -> str:
+    """Four figures with an SI prefix: 1.234e13 "FLOP" -> "12.34 TFLOP"; None -> "unknown"."""
+    if value is None:
+        return UNKNOWN
+    prefixes = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
+    power = 0
+    while abs(value) >= 999.95 and power < len(prefixes) - 1:
+        value, power = value / 1000, power + 1
+    number = f"{value:.4g}" if power or value != int(value) else f"{value:.0f}"
+    return f"{number} {prefixes[power]}{unit}".rstrip()
+
+
+def binary_bytes(value: float | None) -> str:
+    """Bytes in binary units, as memory is counted: 2**31 -> "2.000 GiB"; None -> "unknown"."""
+    if value is None:
+        return UNKNOWN
+    for size, unit, digits in ((2**30, "GiB", 3), (2**20, "MiB", 2), (2**10, "KiB", 1)):
+        if value >= size:
+            return f"{value / size:,.{digits}f} {unit}"
+    return f"{value:.0f} B"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in the unit that suits them."""
+    if seconds is None:
+        return UNKNOWN
+    for size, unit in ((86400, "d"), (3600, "h"), (1, "s"), (1e-3, "ms")):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def communication_table(lines: Sequence[CollectiveTotal]) -> Table:
+    """Every kind of collective of a step, its axes, and what it moves; loops counted out."""
+    table = Table("collective", "axes", "over", "calls/step", "buffers/step", "received/step",
+                  title="Communication of one device in one step", title_justify="left")
+    for line in lines:
+        kind = f"{line.kind} (a replaced all-gather)" if line.replaces_gather else line.kind
+        table.add_row(kind, " ".join(line.axes) or "-", line.network, f"{line.calls_per_step:,}",
+                      binary_bytes(line.bytes_per_step), binary_bytes(line.received_bytes))
+    if not lines:
+        table.add_row("none", "", "", "", "", "")
+    return table
+
+
+def roofline_table(roofline: Roofline) -> Table:
+    """The bound and what makes it."""
+    table = Table("lower bound of", "seconds", title="Roofline: a bound, not a prediction",
+                  title_justify="left", show_header=False)
+    for name, seconds in roofline.parts.items():
+        if seconds == 0:
+            continue
+        mark = "  <- sets the bound" if name == roofline.limited_by else ""
+        table.add_row(name, duration(seconds) + mark)
+    table.add_row("a step takes at least", duration(roofline.bound_seconds))
+    mfu = roofline.bound_mfu
+    table.add_row("model FLOPs utilisation at most", UNKNOWN if mfu is None else f"{mfu:.1%}")
+    if roofline.unknown:
+        table.add_row("left out, nothing published", ", ".join(roofline.unknown))
+    return table
+
+
+def run_cost_table(cost: RunCost, *, assumed: str) -> Table:
+    """Time, energy, carbon and money of the whole run. assumed: such as "at 40% MFU"."""
+    table = Table("", "", title=f"The whole run {assumed}", title_justify="left",
+                  show_header=False)
+    table.add_row("time", duration(cost.days * 86400))
+    table.add_row("chip-hours", f"{cost.chip_hours:,.1f}")
+    known = cost.megawatt_hours is not None
+    table.add_row("energy", f"{cost.megawatt_hours:,.3g} MWh (power: {cost.power_source})"
+                  if known else f"{UNKNOWN} (no power figure)")
+    table.add_row("CO2e", f"{cost.tonnes_co2e_gross:,.3g} t gross, "
+                          f"{cost.tonnes_co2e_net:,.3g} t net" if known else UNKNOWN)
+    table.add_row("price", UNKNOWN if cost.dollars is None else f"${cost.dollars:,.2f}")
+    return table
