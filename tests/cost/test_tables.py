@@ -1,0 +1,46 @@
+"""Figures as text."""
+
+import pytest
+
+from t5x_lite.cost import energy, tables
+from t5x_lite.cost.hlo import CollectiveTotal
+from t5x_lite.cost.roofline import Roofline
+
+
+@pytest.mark.parametrize("value, text", [
+    (0, "0 FLOP"), (999, "999 FLOP"), (12_340, "12.34 kFLOP"), (999_960, "1 MFLOP"),
+    (3.14e23, "314 ZFLOP"), (1.5, "1.5 FLOP"), (None, "unknown")])
+def test_quantities(value, text):
+    assert tables.quantity(value, "FLOP") == text
+
+
+@pytest.mark.parametrize("value, text", [
+    (12, "12 B"), (1536, "1.5 KiB"), (3 * 2**20, "3.00 MiB"), (2**31, "2.000 GiB"),
+    (None, "unknown")])
+def test_bytes(value, text):
+    assert tables.binary_bytes(value) == text
+
+
+@pytest.mark.parametrize("seconds, text", [
+    (5e-6, "5 us"), (0.0125, "12.5 ms"), (90, "90 s"), (7200, "2 h"), (86400 * 20.08, "20.1 d"),
+    (None, "unknown")])
+def test_durations(seconds, text):
+    assert tables.duration(seconds) == text
+
+
+def test_a_screen_says_what_is_a_bound_and_what_is_unknown():
+    text = tables.to_text(
+        tables.communication_table([
+            CollectiveTotal("all-reduce", ("fsdp",), "fast", True, 8, 2**29, 2.0**30)]),
+        tables.roofline_table(Roofline(0.1, 0.05, 0.2, None, ("data-centre network bandwidth",))),
+        tables.run_cost_table(
+            energy.estimate(total_flops=1e21, chips=64, flops_per_second=1e14, watts=None),
+            assumed="at 40% MFU"),
+        width=100)
+    assert max(len(line) for line in text.splitlines()) <= 100
+    assert "a replaced all-gather" in text and "512.00 MiB" in text
+    assert "a bound, not a prediction" in text
+    assert "200 ms  <- sets the bound" in text and "50.0%" in text
+    assert "data-centre network bandwidth" in text
+    assert "unknown (no power figure)" in text and "at 40% MFU" in text
+    assert "\x1b" not in text  # no colour codes in logs and pipes
