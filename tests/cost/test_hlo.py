@@ -55,6 +55,16 @@ def test_axes_are_those_along_which_a_group_varies(groups, axes):
     assert MESH.axes_of(groups) == axes
 
 
+def test_a_program_of_one_slice_numbers_that_slices_devices():
+    """Mesh data=2 x slice=2 x tensor=4: slice 0 holds places 0-3 and 8-11, numbered 0-7."""
+    mesh = hlo.MeshLayout((2, 2, 4), ("data", "slice", "tensor"),
+                          (0, 0, 0, 0, 1, 1, 1, 1) * 2)
+    assert mesh.num_local_devices == 8
+    assert mesh.axes_of([[0, 4], [1, 5]]) == ("data",)
+    assert mesh.axes_of([[0, 1, 2, 3]]) == ("tensor",)
+    assert mesh.slice_axes() == ("slice",)
+
+
 def test_each_kind_in_a_scan_compiled_for_eight_cpus():
     """x is 8 x 8 float32 on each device, 256 bytes; gathered over fsdp=2 it is 512."""
     mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 2)

@@ -107,6 +107,13 @@ def test_between_slices_the_network_counts():
     assert bound.limited_by == "network"
 
 
+def test_an_axis_over_two_slices_is_one_group_in_each():
+    """fsdp=16 over two slices of 8 chips: the part inside a slice gathers over 8."""
+    seconds = _fast(V5E, _torus((2, 4, 1), slices=2), (16,), ("fsdp",),
+                    _collective("all-gather", ("fsdp",), 1000, 8))
+    assert seconds == pytest.approx(7 / 8 / 100)
+
+
 def test_gpus_use_nvlink_inside_a_machine_and_the_network_between():
     """16 H100 in two machines: 1 GB gathered over all is 7/8 GB over NVLink, and the 8 of a
     machine fetch the other half of it together at 50 GB/s each."""
