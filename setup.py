@@ -1,0 +1,51 @@
+"""Packaging of t5x_lite, with configs and tasks as packages beside it.
+
+The base install holds the models, layers, optimizers and checkpoints: no TensorFlow. Each
+platform extra adds its JAX and the data pipeline (seqio, which brings TensorFlow):
+
+    pip install -c constraints.txt ".[cpu]"          a laptop, Colab's CPU
+    pip install -c constraints.txt ".[tpu]"          on a TPU VM
+    pip install -c constraints.txt ".[cuda]"         on an NVIDIA GPU machine
+    pip install -c constraints.txt ".[cpu,plan]"     rehearse a TPU run without a TPU
+    pip install -c constraints.txt ".[cpu,convert]"  exchange checkpoints with Hugging Face
+
+constraints.txt holds the versions that the tests pass with.
+"""
+
+import setuptools
+
+_DATA = ["seqio>=0.0.20", "tensorflow>=2.21", "tensorflow-datasets>=4.9.10", "sentencepiece>=0.2"]
+
+setuptools.setup(
+    name="t5x_lite",
+    version="0.1.0",
+    description="Train, evaluate and serve T5s, decoder-only LMs and sparse MoEs in JAX.",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    packages=setuptools.find_packages(include=["t5x_lite*", "configs*", "tasks*"]),
+    # Every data file in tasks/, whatever its suffix: vocabularies and small shipped text.
+    package_data={"tasks": ["**/*"]},
+    install_requires=[
+        "absl-py",
+        "etils[epath]",
+        "flax>=0.12.8",
+        "jax>=0.10.2",
+        "ml_collections>=1.1",
+        "numpy>=2",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "rich",
+        "tensorboardX",
+        "tqdm",
+    ],
+    extras_require={
+        "cpu": ["jax"] + _DATA,
+        "tpu": ["jax[tpu]"] + _DATA,
+        "cuda": ["jax[cuda12]", "nvidia-ml-py"] + _DATA,
+        # torch and transformers are what the models' numbers are compared with.
+        "test": ["pytest", "pytest-xdist", "torch", "transformers", "safetensors",
+                 "nbclient", "nbformat", "ipykernel"],
+        "plan": ["libtpu"],
+        "convert": ["safetensors"],
+    },
+)
