@@ -21,7 +21,7 @@ from t5x_lite.blocks import (  # the configs of a model stand together under thi
 from t5x_lite.errors import UserError
 from t5x_lite.layers.attention import AttentionConfig
 from t5x_lite.layers.embed import TokenEmbedding
-from t5x_lite.layers.linear import Dense, InitConfig, kernel_std
+from t5x_lite.layers.linear import Dense, InitConfig, RowKey, kernel_std
 from t5x_lite.layers.masks import Masking
 from t5x_lite.layers.mlp import MLPConfig
 from t5x_lite.layers.norm import NormConfig
@@ -100,7 +100,8 @@ class LanguageModel(nnx.Module):
         """
         stack = self.decoder
         positions = cache["position"][:, None] + jnp.arange(tokens.shape[1])[None]
-        slots = jax.tree.leaves(cache["layers"])[0].shape[3]
+        slots = next(x for path, x in tree.flatten(cache["layers"]).items()
+                     if path.endswith("self_attention/key")).shape[3]
         masking = Masking(positions, jnp.arange(slots)[None], causal=True,
                           k_prefix=cache.get("prefix"))
         cross = None
@@ -130,28 +131,37 @@ def _row_masking(batch: Batch, side: str, causal: bool) -> tuple[Masking, jax.Ar
     segments = batch.get(f"{side}_segment_ids")
     if segments is None and not causal:
         segments = (tokens != 0).astype(jnp.int32)   # padding is id 0
-    masking = Masking(index, index, segments, segments, batch.get(f"{side}_prefix"), causal)
+    masking = Masking(index, index, segments, _as_keys(segments),
+                      _as_keys(batch.get(f"{side}_prefix")), causal)
     return masking, batch.get(f"{side}_positions", index)
 
 
-def _keys(key: jax.Array | None) -> tuple:
-    return (None, None) if key is None else tuple(jax.random.split(key))
+def _as_keys(x: jax.Array | None) -> jax.Array | None:
+    """[B, S] as attention reads it: keys are whole even where queries' length is sharded."""
+    return None if x is None else sharding.shard(x, "act_batch", "act_keys")
+
+
+def _row_key(key: RowKey | jax.Array | None, batch: Batch) -> RowKey | None:
+    """One key stands for a whole global batch; a micro-batch brings the keys of its rows."""
+    if key is None or isinstance(key, RowKey):
+        return key
+    return RowKey.of(key, next(iter(batch.values())).shape[0])
 
 
 class EncoderDecoder(LanguageModel):
     """T5, BART: an encoder reads, a decoder writes."""
 
-    def encode(self, batch: Batch, key: jax.Array | None = None):
+    def encode(self, batch: Batch, key: RowKey | None = None):
         """-> (encoded_BSD, aux)."""
         masking, positions = _row_masking(batch, "encoder", self.config.encoder.causal)
         x = self.embed(batch["encoder_input_tokens"])
         encoded, _, aux = self.encoder(x, masking, positions, key=key)
         return encoded, aux
 
-    def __call__(self, batch: Batch, key: jax.Array | None = None):
+    def __call__(self, batch: Batch, key: RowKey | jax.Array | None = None):
         """A training batch -> (hidden_BLD before the logits, aux)."""
-        encoder_key, decoder_key = _keys(key)
-        encoded, encoder_aux = self.encode(batch, encoder_key)
+        key = _row_key(key, batch)
+        encoded, encoder_aux = self.encode(batch, None if key is None else key.fold_in(0))
         source, _ = _row_masking(batch, "encoder", False)
         masking, positions = _row_masking(batch, "decoder", self.config.decoder.causal)
         queries = masking.q_segments
@@ -159,7 +169,8 @@ class EncoderDecoder(LanguageModel):
             queries = jnp.ones_like(batch["decoder_input_tokens"])
         cross = Masking(masking.q_positions, source.k_positions, queries, source.k_segments)
         x, _, aux = self.decoder(self.embed(batch["decoder_input_tokens"]), masking, positions,
-                                 encoded=encoded, cross_masking=cross, key=decoder_key)
+                                 encoded=encoded, cross_masking=cross,
+                                 key=None if key is None else key.fold_in(1))
         return x, add_aux(encoder_aux, aux)
 
     def init_cache(self, batch: Batch, length: int) -> dict:
@@ -174,11 +185,11 @@ class EncoderDecoder(LanguageModel):
 class DecoderOnly(LanguageModel):
     """GPT, LLaMA: one causal stack (a prefix may be bidirectional)."""
 
-    def __call__(self, batch: Batch, key: jax.Array | None = None):
+    def __call__(self, batch: Batch, key: RowKey | jax.Array | None = None):
         """A training batch -> (hidden_BLD before the logits, aux)."""
         masking, positions = _row_masking(batch, "decoder", True)
         x, _, aux = self.decoder(self.embed(batch["decoder_input_tokens"]), masking, positions,
-                                 key=key)
+                                 key=_row_key(key, batch))
         return x, aux
 
     def init_cache(self, batch: Batch, length: int) -> dict:
@@ -191,11 +202,11 @@ class DecoderOnly(LanguageModel):
 class EncoderOnly(LanguageModel):
     """BERT: one bidirectional stack, logits at every position."""
 
-    def __call__(self, batch: Batch, key: jax.Array | None = None):
+    def __call__(self, batch: Batch, key: RowKey | jax.Array | None = None):
         """A training batch -> (hidden_BLD before the logits, aux)."""
         masking, positions = _row_masking(batch, "encoder", False)
         x, _, aux = self.encoder(self.embed(batch["encoder_input_tokens"]), masking, positions,
-                                 key=key)
+                                 key=_row_key(key, batch))
         return x, aux
 
 

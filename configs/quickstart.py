@@ -1,0 +1,49 @@
+"""A 5-million-parameter T5 1.1 pre-trained on the text of your own Python installation.
+
+Paper: Raffel et al. 2020 (arXiv:1910.10683), the 1.1 variant (gated GELU, untied logits);
+span corruption of 15 % of the tokens in spans of 3.
+Expected: under 5 minutes on 2 CPU cores; the held-out loss ends below the unigram entropy
+of its targets, and a few masked passages are filled in on the screen.
+Command: python -m t5x_lite.train --config=configs/quickstart.py --workdir=runs/quickstart
+"""
+
+from t5x_lite.checkpoint import CheckpointConfig
+from t5x_lite.config import EvalConfig, RunConfig, TrainConfig, to_config_dict
+from t5x_lite.data import DataConfig
+from t5x_lite.layers.attention import AttentionConfig
+from t5x_lite.layers.mlp import MLPConfig
+from t5x_lite.models import BlockConfig, ModelConfig, SegmentConfig, StackConfig
+from t5x_lite.objectives import ObjectiveConfig
+from t5x_lite.optim import OptimizerConfig
+from t5x_lite.schedules import ScheduleConfig
+
+_ATTENTION = AttentionConfig(num_heads=6, head_dim=32, scale=1.0)
+_MLP = MLPConfig(mlp_dim=384)
+_LAYERS = 4
+
+
+def run(arg: str | None = None) -> RunConfig:
+    """The run as dataclasses."""
+    encoder = StackConfig(segments=(SegmentConfig((BlockConfig(_ATTENTION, None, _MLP),), _LAYERS),),
+                          scan=False)
+    decoder = StackConfig(
+        segments=(SegmentConfig((BlockConfig(_ATTENTION, _ATTENTION, _MLP),), _LAYERS),),
+        causal=True, scan=False)
+    return RunConfig(
+        name="quickstart",
+        model=ModelConfig(vocab_size=4096, embed_dim=192, encoder=encoder, decoder=decoder),
+        objective=ObjectiveConfig(name="seq2seq"),
+        data=DataConfig(train="python_span_corruption", validation="python_span_corruption",
+                        inputs_length=128, targets_length=32, num_shards=4),
+        optimizer=OptimizerConfig(
+            name="adafactor",
+            schedule=ScheduleConfig(factors="constant * linear_warmup * rsqrt_decay",
+                                    base_learning_rate=0.5, warmup_steps=100)),
+        train=TrainConfig(num_steps=600, global_batch_size=32, log_every=20),
+        eval=EvalConfig(every=200, num_batches=16, samples=3),
+        checkpoint=CheckpointConfig(every=200, keep_last=2))
+
+
+def get_config(arg: str | None = None):
+    """The locked ConfigDict of `run`."""
+    return to_config_dict(run(arg))

@@ -1,0 +1,115 @@
+"""Times one train step of a config and compares it with what the machine can multiply.
+
+    python scripts/bench_step.py --config=configs/t5_1_1.py:small --batch=8 \
+        --lengths=512,114 --dtype=float32
+
+Prints seconds a step (median and minimum), tokens/s, model FLOP/s and its share of the
+matrix-multiplication peak measured in the same process between the steps, and what comes
+before the first step: import, initialisation and compilation. `--scan` keeps the layer
+scan; by default the layers are unrolled, which XLA's CPU backend runs faster.
+"""
+
+import os
+import sys
+import time
+
+START = time.perf_counter()
+# Read by libc and XLA as the process starts (DESIGN: page faults of XLA's arena, and the
+# library kernels for single products), so the script starts itself again with them.
+CPU_ENVIRONMENT = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
+}
+if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu" and "GLIBC_TUNABLES" not in os.environ:
+    for name, value in CPU_ENVIRONMENT.items():
+        os.environ[name] = f"{os.environ.get(name, '')} {value}".strip()
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+
+from absl import flags  # noqa: E402
+
+from t5x_lite import cli  # noqa: E402
+
+_CONFIG = cli.define_config()
+_BATCH = flags.DEFINE_integer("batch", 8, "Sequences a step.")
+_LENGTHS = flags.DEFINE_string("lengths", "512,114", "Encoder and decoder positions.")
+_DTYPE = flags.DEFINE_string("dtype", "float32", "A precision policy: float32, bf16, …")
+_STEPS = flags.DEFINE_integer("steps", 5, "Steps timed, after one that is not.")
+_SCAN = flags.DEFINE_bool("scan", False, "Scan the layers instead of unrolling them.")
+
+
+def measured_peak() -> float:
+    """FLOP/s of the fastest of a few square float32 products."""
+    import jax
+    import jax.numpy as jnp
+    n = 2048
+    x = jnp.ones((n, n), jnp.float32)
+    product = jax.jit(lambda a: a @ a)
+    product(x).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        product(x).block_until_ready()
+        seconds.append(time.perf_counter() - begin)
+    return 2.0 * n ** 3 / min(seconds)
+
+
+def main() -> None:
+    import dataclasses
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from t5x_lite import config as configs
+    from t5x_lite.build import build
+    imported = time.perf_counter() - START
+
+    run = cli.run_config(_CONFIG)
+    inputs, targets = map(int, _LENGTHS.value.split(","))
+    run = configs.replace(run, "train.global_batch_size", _BATCH.value)
+    run = configs.replace(run, "data.inputs_length", inputs)
+    run = configs.replace(run, "data.targets_length", targets)
+    run = configs.replace(run, "data.packing", False)
+    run = configs.replace(run, "precision", _DTYPE.value)
+    for side in ("encoder", "decoder"):
+        if getattr(run.model, side) is not None:
+            stack = dataclasses.replace(getattr(run.model, side), scan=_SCAN.value)
+            run = configs.replace(run, f"model.{side}", stack)
+    experiment = build(run)
+
+    begin = time.perf_counter()
+    state = jax.block_until_ready(experiment.init_state())
+    initialised = time.perf_counter() - begin
+    rng = np.random.default_rng(0)
+    batch = {name: jax.device_put(
+        jnp.ones(x.shape, x.dtype) if x.dtype == jnp.float32
+        else jnp.asarray(rng.integers(2, run.model.vocab_size, x.shape), x.dtype), x.sharding)
+        for name, x in experiment.abstract_batch().items()}
+    with experiment.activate():
+        begin = time.perf_counter()
+        step = experiment.jit_train_step().lower(state, batch).compile()
+        compiled = time.perf_counter() - begin
+        seconds, peaks = [], []
+        for i in range(_STEPS.value + 1):
+            peaks.append(measured_peak())
+            begin = time.perf_counter()
+            state, sums = step(state, batch)
+            jax.block_until_ready((state, sums))
+            if i:
+                seconds.append(time.perf_counter() - begin)
+    median, best = float(np.median(seconds)), min(seconds)
+    flops = experiment.flops_per_sequence * _BATCH.value
+    tokens = experiment.tokens_per_sequence * _BATCH.value
+    peak = max(peaks)
+    print(f"{run.name}: {experiment.num_params:,} parameters, {_BATCH.value} x "
+          f"{experiment.lengths}, {_DTYPE.value}, {jax.devices()[0].device_kind}")
+    print(f"seconds a step   {median:.3f} (minimum {best:.3f} of {len(seconds)})")
+    print(f"tokens/s         {tokens / median:,.0f}")
+    print(f"model FLOP/s     {flops / median:.3g}, {flops / median / peak:.1%} of the "
+          f"{peak:.3g} that a 2048^3 product reached in this run")
+    print(f"before step one  import {imported:.1f} s, init {initialised:.1f} s, "
+          f"compile {compiled:.1f} s")
+
+
+if __name__ == "__main__":
+    cli.run(main)

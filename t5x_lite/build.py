@@ -1,0 +1,167 @@
+"""From a run's config and the devices to everything that runs: the one place they meet.
+
+train, eval, infer and plan all call `build`, so what is rehearsed is what trains. All
+errors that a config can hold are raised here, before anything is allocated or compiled.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from t5x_lite import objectives, precision, sharding, state, steps, tree
+from t5x_lite.config import RunConfig
+from t5x_lite.cost import flops
+from t5x_lite.errors import UserError
+from t5x_lite.models import Model, ParamInfo
+from t5x_lite.optim import Optimizer, make_optimizer
+from t5x_lite.sharding import Rules
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A run that is ready to be compiled."""
+
+    config: RunConfig
+    mesh: Mesh
+    rules: Rules
+    policy: precision.Policy
+    model: Model
+    optimizer: Optimizer
+    abstract_state: state.State          # ShapeDtypeStructs with shardings
+    batch_sharding: NamedSharding        # of every [B, L] input
+    train_step: Callable                 # (state, batch) -> (state, sums), not yet jitted
+    eval_step: Callable                  # (params, batch, token_bytes) -> sums
+
+    @property
+    def table(self) -> dict[str, ParamInfo]:
+        """The parameter table."""
+        return self.model.table
+
+    @property
+    def num_params(self) -> int:
+        """All parameters."""
+        return sum(info.size for info in self.table.values())
+
+    @property
+    def num_non_embedding_params(self) -> int:
+        """Parameters less the token and position tables (Kaplan et al. 2020)."""
+        return sum(i.size for i in self.table.values()
+                   if not {"vocab", "position"} & set(i.logical_axes))
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Positions a row has on the encoder's and the decoder's side."""
+        data = self.config.data
+        return {"encoder_decoder": (data.inputs_length, data.targets_length),
+                "decoder_only": (0, data.targets_length),
+                "encoder_only": (data.inputs_length, 0)}[self.config.model.architecture]
+
+    @property
+    def tokens_per_sequence(self) -> int:
+        """Positions of one row, padding included."""
+        return sum(self.lengths)
+
+    @property
+    def flops_per_sequence(self) -> float:
+        """Model FLOPs of forward and backward of one row, from the structure."""
+        return flops.train_flops(self.config.model, 1, *self.lengths)
+
+    def activate(self):
+        """The context in which steps are traced."""
+        return sharding.activate(self.mesh, self.rules)
+
+    def init_state(self) -> state.State:
+        """Fresh parameters and optimizer state, drawn shard by shard."""
+        init = jax.jit(lambda: state.init(self.model, self.optimizer,
+                                          jax.random.key(self.config.train.seed)),
+                       out_shardings=state.shardings(self.abstract_state))
+        return init()
+
+    def jit_train_step(self):
+        """The compiled-on-first-call train step; donates the state."""
+        return jax.jit(self.train_step, donate_argnums=0,
+                       out_shardings=(state.shardings(self.abstract_state), None))
+
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The batch of one step as ShapeDtypeStructs with shardings."""
+        inputs, targets = self.lengths
+        rows = self.config.train.global_batch_size
+        sides = {"encoder": inputs, "decoder": targets}
+        fields = {}
+        for side, length in sides.items():
+            if length:
+                fields[f"{side}_input_tokens"] = (length, jnp.int32)
+                if self.config.data.packing:
+                    fields[f"{side}_segment_ids"] = (length, jnp.int32)
+                    fields[f"{side}_positions"] = (length, jnp.int32)
+        length = targets or inputs
+        fields["decoder_target_tokens"] = (length, jnp.int32)
+        fields["decoder_loss_weights"] = (length, jnp.float32)
+        return {name: jax.ShapeDtypeStruct((rows, n), dtype, sharding=self.batch_sharding)
+                for name, (n, dtype) in fields.items()}
+
+
+def build(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Experiment:
+    """Everything that a run needs, allocated nowhere yet.
+
+    Raises:
+        UserError: whatever in the config cannot be, naming the field and the fix.
+    """
+    policy = precision.policy(config.precision)
+    objectives.validate(config.objective, config.model.architecture)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    rules = Rules({**sharding.DEFAULT_RULES, **config.sharding.rules})
+    _check_train(config, mesh, rules)
+    model = Model(config.model, jnp.dtype(policy.compute_dtype), jnp.dtype(policy.param_dtype))
+    state.check_divisible(model, mesh, rules)
+    optimizer = make_optimizer(config.optimizer, model.table, policy, seed=config.train.seed)
+    return Experiment(
+        config=config, mesh=mesh, rules=rules, policy=policy, model=model, optimizer=optimizer,
+        abstract_state=state.abstract(model, optimizer, mesh, rules),
+        batch_sharding=sharding.named_sharding(mesh, rules, ("act_batch", "act_length")),
+        train_step=steps.make_train_step(model, config.objective, optimizer,
+                                         accumulation=config.train.accumulation,
+                                         seed=config.train.seed),
+        eval_step=steps.make_eval_step(model, config.objective))
+
+
+def _check_train(config: RunConfig, mesh: Mesh, rules: Rules) -> None:
+    train = config.train
+    for name in ("num_steps", "global_batch_size", "accumulation", "log_every"):
+        if getattr(train, name) < 1:
+            raise UserError(f"train.{name}={getattr(train, name)}: must be at least 1.")
+    if config.eval.every < 1:
+        raise UserError(f"eval.every={config.eval.every}: must be at least 1.")
+    ways = math.prod(mesh.shape[a] for a in rules.mesh_axes("act_batch"))
+    step = ways * train.accumulation
+    if train.global_batch_size % step:
+        size = train.global_batch_size
+        near = max(step, size // step * step)
+        raise UserError(
+            f"train.global_batch_size={size} must be a multiple of {step}: "
+            f"{train.accumulation} micro-batches (train.accumulation) x {ways} ways that the mesh "
+            f"splits a batch; {near} or {(size // step + 1) * step} would do.")
+    eval_size = config.eval.batch_size
+    if eval_size % ways:
+        raise UserError(f"eval.batch_size={eval_size} must be a multiple of {ways}, the ways that "
+                        f"the mesh splits a batch (0: train.global_batch_size).")
+
+
+def param_report(experiment: Experiment) -> str:
+    """The table of parameters and shardings, one line each."""
+    rows = [("path", "shape", "dtype", "logical axes", "sharding", "init")]
+    shapes = tree.flatten(experiment.abstract_state["params"])
+    for path, info in experiment.table.items():
+        spec = shapes[path].sharding.spec
+        rows.append((path, "x".join(map(str, info.shape)), str(jnp.dtype(info.dtype)),
+                     ",".join(str(a) for a in info.logical_axes),
+                     ",".join("+".join(d) if isinstance(d, tuple) else d or "-" for d in spec)
+                     or "-", info.init))
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+             for row in rows]
+    return "\n".join([*lines, f"total {experiment.num_params:,} parameters"]) + "\n"

@@ -1,0 +1,136 @@
+"""What the mains share: flags, quiet third parties, processes, and errors on one screen."""
+
+import importlib.util
+import logging
+import os
+import pathlib
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+
+# Before TensorFlow, JAX or gRPC are imported: their C++ parts read these once.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+os.environ.setdefault("GLOG_minloglevel", "2")
+# libtpu, there for `plan`, complains at length where there is no TPU.
+if not any(map(os.path.exists, ("/dev/accel0", "/dev/vfio/0", "/proc/driver/nvidia"))):
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from absl import app, flags  # noqa: E402
+from absl import logging as absl_logging  # noqa: E402
+import jax  # noqa: E402
+from ml_collections import config_flags  # noqa: E402
+
+from t5x_lite.config import RunConfig, from_mapping  # noqa: E402
+from t5x_lite.errors import UserError, nearest  # noqa: E402
+
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "host:port of process 0, for more than one process.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the whole run.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process, from 0.")
+
+
+def define_config() -> flags.FlagHolder:
+    """The --config flag: a file of configs/, its fields edited by --config.a.b=c."""
+    return config_flags.DEFINE_config_file(
+        "config", None, "A config file and its argument, such as configs/t5_1_1.py:base.",
+        lock_config=True)
+
+
+def run_config(holder: flags.FlagHolder) -> RunConfig:
+    """The edited config as dataclasses. Raises UserError naming what does not fit."""
+    if holder.value is None:
+        raise UserError("--config is missing; try --config=configs/quickstart.py.")
+    return from_mapping(RunConfig, holder.value)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags and calls main; a UserError becomes a message and exit status 2."""
+    quiet()
+    app.run(lambda argv: _guarded(lambda: _start(main, argv)), flags_parser=_parse)
+
+
+def quiet() -> None:
+    """Our own lines and third parties' errors; their chatter is dropped."""
+    warnings.filterwarnings("ignore")
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    logging.getLogger().setLevel(logging.ERROR)
+    ours = logging.getLogger("t5x_lite")
+    if not ours.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        ours.addHandler(handler)
+        ours.setLevel(logging.INFO)
+        ours.propagate = False
+
+
+def _start(main: Callable[[], None], argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}: every option starts with --.")
+    given = [f for f in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID) if f.value is not None]
+    if given and len(given) < 3:
+        raise UserError("--coordinator_address, --num_processes and --process_id go together.")
+    if given:
+        jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    main()
+
+
+def _guarded(fn: Callable[[], None]) -> None:
+    try:
+        fn()
+    except UserError as error:
+        _exit(error)
+
+
+def _exit(error: Exception) -> None:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    # A process that leaves its peers waiting in a collective must not wait for them itself.
+    if jax.process_count() > 1:
+        os._exit(2)
+    sys.exit(2)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """absl's parser, with a one-line error for what a user mistyped."""
+    argv = [_find_config(a) for a in argv]
+    try:
+        return flags.FLAGS(argv)
+    except UserError as error:
+        _exit(error)
+    except flags.UnrecognizedFlagError as error:
+        _exit(UserError(f"unknown flag --{error.flagname}."
+                        f"{nearest(error.flagname, list(flags.FLAGS))}"))
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        # ml_collections reports a wrong field or type this way. A mistake inside a config
+        # file looks alike, but its traceback passes through that file: show it whole.
+        frames = traceback.extract_tb(error.__traceback__)
+        if any(pathlib.Path(f.filename).parent.name in ("configs", "experiments")
+               for f in frames):
+            raise
+        _exit(UserError(_describe(argv, error)))
+    return []
+
+
+def _describe(argv: list[str], error: Exception) -> str:
+    overrides = [a for a in argv if a.startswith("--config.")]
+    message = " ".join(str(a) for a in error.args) or type(error).__name__
+    where = f" (among {' '.join(overrides)})" if overrides else ""
+    return f"{message}{where}"
+
+
+def _find_config(argument: str) -> str:
+    """Lets --config=configs/… name a shipped config from any working directory."""
+    prefix, _, rest = argument.partition("=")
+    if prefix not in ("--config", "-config") or not rest:
+        return argument
+    path, colon, size = rest.partition(":")
+    if pathlib.Path(path).exists() or not path.startswith("configs/"):
+        return argument
+    spec = importlib.util.find_spec("configs")
+    for folder in (spec.submodule_search_locations if spec else ()):
+        shipped = pathlib.Path(folder).parent / path
+        if shipped.exists():
+            return f"{prefix}={shipped}{colon}{size}"
+    return argument

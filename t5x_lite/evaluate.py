@@ -1,0 +1,95 @@
+"""Held-out evaluation of one set of parameters, in the loop and alone."""
+
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from t5x_lite import data, metrics, steps
+from t5x_lite.build import Experiment
+from t5x_lite.decoding import DecodeConfig
+
+ALL = "all"   # the key of the metrics over every task together
+
+
+class Evaluator:
+    """Teacher-forced metrics over the validation tasks, and completed samples.
+
+    The batches are read once and kept: evaluation is on the same rows every time.
+    """
+
+    def __init__(self, experiment: Experiment):
+        config = experiment.config
+        self._experiment = experiment
+        self._eval_step = jax.jit(experiment.eval_step)
+        self._batches = {
+            task: list(data.eval_batches(
+                config.data, task, objective=config.objective.name,
+                batch_size=config.eval.batch_size or config.train.global_batch_size,
+                sharding=experiment.batch_sharding,
+                max_batches=config.eval.num_batches or None))
+            for task in data.validation_tasks(config.data)}
+        self._unigram_entropy = {
+            name: data.unigram_entropy(batches) for name, batches in self._groups()}
+        if self._batches:
+            self._vocabulary = data.vocabulary_of(config.data)
+            self._token_bytes = jnp.asarray(
+                data.bytes_of_tokens(self._vocabulary, config.model.vocab_size), jnp.float32)
+
+    @property
+    def has_data(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return bool(self._batches)
+
+    def _groups(self):
+        """(name, batches) of each task, and of all together where there are several."""
+        yield from self._batches.items()
+        if len(self._batches) != 1:
+            yield ALL, [b for batches in self._batches.values() for b in batches]
+
+    def evaluate(self, params: Mapping) -> dict[str, dict[str, float]]:
+        """{task: {loss (nats a target token), accuracy, perplexity, bits_per_byte,
+        unigram_entropy, …}}, with ALL where there are several tasks."""
+        totals = {task: {} for task in self._batches}
+        for task, batches in self._batches.items():
+            for batch in batches:
+                totals[task] = metrics.add(totals[task], jax.device_get(
+                    self._eval_step(params, batch, self._token_bytes)))
+        if len(totals) > 1:
+            together: dict = {}
+            for total in totals.values():
+                together = metrics.add(together, total)
+            totals[ALL] = together
+        return {task: self._finish(task, total) for task, total in totals.items()}
+
+    def _finish(self, task: str, total: Mapping) -> dict[str, float]:
+        nats, tokens = map(float, total["loss"])
+        num_bytes = float(total["bytes"][0])
+        result = metrics.divide({n: v for n, v in total.items() if n != "bytes"})
+        return {**result, "perplexity": metrics.perplexity(nats, tokens),
+                "bits_per_byte": metrics.bits_per_byte(nats, num_bytes) if num_bytes else math.nan,
+                "unigram_entropy": self._unigram_entropy[task]}
+
+    def samples(self, params: Mapping, count: int) -> list[tuple[str, str, str]]:
+        """(input, greedy completion, target) texts of the first held-out rows of each task."""
+        length = self._experiment.config.data.targets_length
+        decode = jax.jit(steps.make_decode_step(
+            self._experiment.model, DecodeConfig(max_length=length)))
+        rows = []
+        for i in range(count):
+            task = list(self._batches)[i % len(self._batches)]
+            rows.append((task, i // len(self._batches)))
+        decoded, texts = {}, []
+        for task, row in rows:
+            batch = self._batches[task][0]
+            if task not in decoded:
+                decoded[task] = decode(
+                    params, {"encoder_input_tokens": batch["encoder_input_tokens"]}).tokens[:, 0]
+            texts.append(tuple(self._text(ids[row]) for ids in (
+                batch["encoder_input_tokens"], decoded[task], batch["decoder_target_tokens"])))
+        return texts
+
+    def _text(self, ids) -> str:
+        return self._vocabulary.decode([int(i) for i in np.asarray(ids) if i > 1])

@@ -1,0 +1,113 @@
+"""What a run shows: the header, the progress line, evaluation lines, completed samples."""
+
+import math
+import re
+import sys
+import textwrap
+import time
+from collections.abc import Mapping, Sequence
+
+import jax
+from tqdm import tqdm
+
+from t5x_lite.build import Experiment
+
+
+def is_main() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return jax.process_index() == 0
+
+
+def say(line: str = "") -> None:
+    """One line on standard output, from process 0, above the progress line."""
+    if is_main():
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def si(number: float, unit: str = "") -> str:
+    """1.23e9 -> '1.23 G'."""
+    for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"),
+                           (1e3, "k")):
+        if abs(number) >= factor:
+            return f"{number / factor:.3g} {prefix}{unit}"
+    return f"{number:.3g} {unit}".rstrip()
+
+
+def header(experiment: Experiment) -> str:
+    """What is about to run."""
+    config = experiment.config
+    mesh = ", ".join(f"{a}={n}" for a, n in experiment.mesh.shape.items() if n > 1) or "1 device"
+    device = experiment.mesh.devices.flat[0]
+    rows = config.train.global_batch_size
+    lines = [
+        ("run", f"{config.name}: {config.model.architecture}, {config.objective.name}, "
+                f"{config.optimizer.name}, {config.precision}"),
+        ("parameters", f"{experiment.num_params:,} "
+                       f"({experiment.num_non_embedding_params:,} non-embedding)"),
+        ("devices", f"{experiment.mesh.size} x {device.device_kind}, mesh {mesh}, "
+                    f"{jax.process_count()} process{'es' if jax.process_count() > 1 else ''}"),
+        ("step", f"{rows} sequences x {experiment.lengths} = "
+                 f"{rows * experiment.tokens_per_sequence:,} tokens, "
+                 f"{si(rows * experiment.flops_per_sequence, 'FLOP')}"),
+        ("steps", f"{config.train.num_steps:,}"),
+    ]
+    return "\n".join(f"{name:<11} {text}" for name, text in lines)
+
+
+class Progress:
+    """A live line on a terminal, else a plain line every log_every steps."""
+
+    def __init__(self, start: int, total: int, tokens_per_step: int):
+        self._bar = None
+        self._tokens = tokens_per_step
+        self._total = total
+        self._first, self._began = start, time.perf_counter()
+        if is_main() and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=total, initial=start, dynamic_ncols=True, mininterval=0.2,
+                bar_format="{desc}step {n_fmt}/{total_fmt} |{bar}| {postfix} {remaining} left")
+
+    def update(self, step: int, loss: float, log: bool) -> None:
+        """Shows that `step` steps are done."""
+        seconds = time.perf_counter() - self._began
+        rate = self._tokens * (step - self._first) / max(seconds, 1e-9)
+        shown = f"loss {loss:.3f}, {si(rate)}tokens/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(shown, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif log:
+            left = seconds / max(step - self._first, 1) * (self._total - step)
+            say(f"step {step}/{self._total}  {shown}, {tqdm.format_interval(left)} left")
+
+    def restart_clock(self, step: int) -> None:
+        """Leaves what has passed (compilation, evaluation) out of the rates."""
+        self._first, self._began = step, time.perf_counter()
+
+    def close(self) -> None:
+        """Ends the live line."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def evaluation_line(step: int, task: str, metrics: Mapping[str, float]) -> str:
+    """One task's held-out metrics in one line."""
+    text = (f"eval {task} at step {step}: loss {metrics['loss']:.4f} nats/token, "
+            f"accuracy {metrics['accuracy']:.2%}, perplexity {metrics['perplexity']:.4g}")
+    if math.isfinite(metrics.get("bits_per_byte", math.nan)):
+        text += f", {metrics['bits_per_byte']:.3f} bits/byte"
+    if "unigram_entropy" in metrics:
+        text += f"; unigram entropy of the targets {metrics['unigram_entropy']:.4f}"
+    return text
+
+
+def samples(rows: Sequence[tuple[str, str, str]]) -> str:
+    """(input, prediction, target) texts, one below the other, line ends shown as ⏎."""
+    blocks = []
+    for row in rows:
+        for name, text in zip(("input", "predicted", "target"), row, strict=True):
+            shown = re.sub(r"\s*\n\s*", " ⏎ ", text.strip())
+            blocks.append(textwrap.fill(shown, width=100, initial_indent=f"  {name:<10} ",
+                                        subsequent_indent=" " * 13))
+        blocks.append("")
+    return "\n".join(blocks).rstrip()

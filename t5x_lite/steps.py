@@ -1,0 +1,139 @@
+"""The compiled functions of a run: train, evaluate, decode; pure in (state, batch).
+
+Dropout keys are folded from the seed, the step and the row of the global batch here, and from
+the stack and the layer in models.py, so that a resumed run draws what the uninterrupted one
+drew, and an accumulated or pipelined step what the whole batch would.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from t5x_lite import decoding, objectives, sharding, tree
+from t5x_lite.decoding import DecodeConfig, Decoded
+from t5x_lite.layers.linear import RowKey
+from t5x_lite.models import Model, take_rows
+from t5x_lite.objectives import ObjectiveConfig, Sums
+from t5x_lite.optim import Optimizer
+from t5x_lite.state import State
+
+Batch = Mapping[str, jax.Array]
+_ROWS = "rows"   # beside a batch's features: where each row stands in the global batch
+
+
+def split_batch(batch: Batch, parts: int) -> Batch:
+    """[B, …] -> [parts, B / parts, …]; micro-batch m holds rows m, m + parts, …
+
+    Strided rows, not blocks: every device keeps the rows it has.
+    """
+    def split(x):
+        rest = (None,) * (x.ndim - 1)
+        x = sharding.reshape(x, (x.shape[0] // parts, parts, *x.shape[1:]),
+                             "act_batch", None, *rest)
+        return jnp.swapaxes(x, 0, 1)
+    return jax.tree.map(split, dict(batch))
+
+
+def gradients(model: Model, objective: ObjectiveConfig, params: Mapping, batch: Batch,
+              key: jax.Array | None, *, parts: int = 1, frozen: frozenset[str] = frozenset(),
+              scale: jax.Array | float = 1.0) -> tuple[dict, Sums]:
+    """The gradient of `scale` times the loss of a global batch, and its metrics.
+
+    Args:
+        key: the step's dropout key, None for no dropout.
+        parts: micro-batches; their float32 gradients add up to those of the whole batch.
+        frozen: paths of parameters that need no gradient.
+    Returns:
+        Nested gradients of the other parameters, and {metric: (sum, count)}.
+    """
+    flat = tree.flatten(params)
+    fixed = {p: x for p, x in flat.items() if p in frozen}
+    trained = {p: x for p, x in flat.items() if p not in frozen}
+    normalizer = objectives.weight_sum(batch)
+
+    def part_loss(trained, part, part_key):
+        module = model.bind(tree.unflatten({**fixed, **trained}))
+        value, sums = objectives.loss(module, part, part_key, objective, normalizer, parts)
+        return value * scale, sums
+
+    def part_gradients(part):
+        part_key = None if key is None else RowKey(key, part[_ROWS])
+        return jax.grad(part_loss, has_aux=True)(trained, part, part_key)
+
+    rows = sharding.shard(jnp.arange(next(iter(batch.values())).shape[0]), "act_batch")
+    batch = {**batch, _ROWS: rows}
+    if parts == 1:
+        grads, sums = part_gradients(batch)
+        return tree.unflatten(grads), sums
+
+    def accumulate(total, part):
+        grads, sums = part_gradients(part)
+        return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, (grads, sums)), None
+
+    split = split_batch(batch, parts)
+    first = jax.eval_shape(part_gradients, jax.tree.map(lambda x: x[0], split))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32,
+                                             out_sharding=_spec(x)), first)
+    (grads, sums), _ = jax.lax.scan(accumulate, zeros, split)
+    return tree.unflatten(grads), sums
+
+
+def _spec(x: jax.ShapeDtypeStruct):
+    return None if x.sharding is None or not sharding.mesh_sizes() else x.sharding.spec
+
+
+def make_train_step(model: Model, objective: ObjectiveConfig, optimizer: Optimizer, *,
+                    accumulation: int, seed: int
+                    ) -> Callable[[State, Batch], tuple[State, Sums]]:
+    """(state, batch) -> (state after one update, {metric: (sum, count)})."""
+    def train_step(state, batch):
+        key = jax.random.fold_in(jax.random.key(seed), state["step"])
+        grads, sums = gradients(
+            model, objective, state["params"], batch, key, parts=accumulation,
+            frozen=optimizer.frozen, scale=optimizer.loss_scale(state["opt_state"]))
+        params, opt_state, info = optimizer.update(
+            grads, state["opt_state"], state["params"], state["step"])
+        one = jnp.float32(1.0)
+        sums = {**sums, **{name: (jnp.float32(x), one) for name, x in info.items()}}
+        return {"step": state["step"] + 1, "params": params, "opt_state": opt_state}, sums
+    return train_step
+
+
+def make_eval_step(model: Model, objective: ObjectiveConfig
+                   ) -> Callable[[Mapping, Batch, jax.Array], Sums]:
+    """(params, batch, bytes of each token) -> {metric: (sum, count)}, no dropout.
+
+    `bytes` is the pair (bytes of the targets' text, 1 a target): what bits per byte divides by.
+    """
+    def eval_step(params, batch, token_bytes):
+        _, sums = objectives.loss(model.bind(params), batch, None, objective,
+                                  objectives.weight_sum(batch))
+        weights = batch["decoder_loss_weights"]
+        lengths = sharding.lookup(token_bytes, batch["decoder_target_tokens"],
+                                  ("act_batch", "act_length"))
+        return {**sums, "bytes": (jnp.sum(lengths * weights), jnp.sum(weights))}
+    return eval_step
+
+
+def make_decode_step(model: Model, config: DecodeConfig
+                     ) -> Callable[[Mapping, Batch], Decoded]:
+    """(params, batch) -> Decoded; an encoder-decoder reads encoder_input_tokens.
+
+    Optional in the batch: decoder_prompt_tokens int32 [B, P], left-aligned, and
+    decoder_prompt_lengths int32 [B], which the output continues. A decoder-only model needs
+    them; an encoder-decoder's default is the start token, the padding id.
+    """
+    def decode_step(params, batch):
+        module = model.bind(params)
+        inputs = batch.get("encoder_input_tokens")
+        if "decoder_prompt_tokens" in batch:
+            prompt, lengths = batch["decoder_prompt_tokens"], batch["decoder_prompt_lengths"]
+        else:
+            prompt = jnp.full_like(inputs[:, :1], config.pad_id)
+            lengths = jnp.ones_like(inputs[:, 0])
+        slots = prompt.shape[1] + config.max_length
+        cache = module.init_cache({"encoder_input_tokens": inputs, "decoder_input_tokens": prompt},
+                                  slots)
+        return decoding.decode(module.decode, take_rows, cache, prompt, lengths, config)
+    return decode_step

@@ -1,0 +1,202 @@
+"""Train: `python -m t5x_lite.train --config=configs/quickstart.py --workdir=DIR`.
+
+The whole story of a run stands in `run`. Started again with the same command, it goes on
+from the newest checkpoint of the workdir and ends as if it had never stopped.
+
+    WORKDIR/config.json        the resolved config
+            parameters.txt     every parameter with shape, logical axes and sharding
+            metrics.jsonl      one line every train.log_every steps and every evaluation
+            tensorboard/       the same for TensorBoard
+            checkpoints/       see checkpoint.py
+"""
+
+import dataclasses
+import math
+import pathlib
+import signal
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from absl import flags
+import jax
+from jax.experimental import multihost_utils
+
+from t5x_lite import cli, data, metrics, report
+from t5x_lite.build import Experiment, build, param_report
+from t5x_lite.checkpoint import Checkpointer, restore_or_init
+from t5x_lite.config import RunConfig, to_json
+from t5x_lite.errors import UserError
+from t5x_lite.evaluate import Evaluator
+
+
+@dataclasses.dataclass
+class _Stop:
+    """Whether a SIGTERM asks the run to save and leave."""
+
+    asked: bool = False
+    previous: Any = None
+
+    def __enter__(self) -> "_Stop":
+        # With several processes JAX's coordination service owns SIGTERM, so that all of them
+        # stop at the same step; a lone process must catch it itself.
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            self.previous = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.previous is not None:
+            signal.signal(signal.SIGTERM, self.previous)
+
+    def _ask(self, *_) -> None:
+        self.asked = True
+
+    def now(self, step: int) -> bool:
+        """Whether to stop after `step`; the same answer in every process."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.asked
+
+
+def run(config: RunConfig, workdir: str | pathlib.Path) -> dict[str, dict[str, float]]:
+    """Trains until train.num_steps and returns the last held-out metrics.
+
+    Raises:
+        UserError: a config that cannot be, a workdir of another model, data that is missing
+            or empty, a loss that is not finite.
+    """
+    workdir = pathlib.Path(workdir)
+    experiment = build(config)
+    train_data = data.TrainIterator(
+        config.data, objective=config.objective.name,
+        global_batch_size=config.train.global_batch_size,
+        sharding=experiment.batch_sharding, seed=config.train.seed)
+    data.check_vocabulary(data.vocabulary_of(config.data), config.model.vocab_size)
+    with Checkpointer(workdir, config.checkpoint) as checkpointer:
+        state, iterator_states, _ = restore_or_init(
+            checkpointer, experiment.abstract_state, experiment.init_state)
+        if iterator_states is not None:
+            train_data.restore(iterator_states)
+        report.say(report.header(experiment))
+        _write_description(experiment, workdir)
+        with experiment.activate(), _Stop() as stop:
+            return _loop(experiment, workdir, checkpointer, train_data, state, stop)
+
+
+def _write_description(experiment: Experiment, workdir: pathlib.Path) -> None:
+    if report.is_main():
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "config.json").write_text(to_json(experiment.config) + "\n")
+        (workdir / "parameters.txt").write_text(param_report(experiment))
+
+
+def _loop(experiment: Experiment, workdir: pathlib.Path, checkpointer: Checkpointer,
+          train_data: data.TrainIterator, state: Mapping, stop: _Stop) -> dict[str, dict[str, float]]:
+    """Steps, evaluations and checkpoints from the state's step to the last."""
+    config = experiment.config
+    first, last = int(state["step"]), config.train.num_steps
+    config_json = to_json(config)
+    evaluator = Evaluator(experiment)
+    train_step = experiment.jit_train_step()
+    held_out: dict[str, dict[str, float]] = {}
+    with metrics.MetricsWriter(workdir, resume_step=first) as writer:
+        log = _Log(experiment, writer, checkpointer, first)
+        for step in range(first + 1, last + 1):
+            state, sums = train_step(state, next(train_data))
+            # The device works on this step while the one before it is read and shown.
+            log.read_pending()
+            log.pending = (step, sums)
+            stopping = stop.now(step)
+            evaluating = step % config.eval.every == 0 or step == last
+            saving = step % config.checkpoint.every == 0 or step == last or stopping
+            if evaluating or saving:
+                log.read_pending()   # nothing is saved before its own loss was read as finite
+            if saving:
+                checkpointer.save(step, state, train_data.state(), config_json)
+            if stopping:
+                checkpointer.wait()
+                report.say(f"stopped by SIGTERM after step {step}, which is saved; the same "
+                           f"command goes on from there")
+                log.close()
+                return held_out
+            if evaluating and evaluator.has_data:
+                held_out = evaluator.evaluate(state["params"])
+                for task, values in held_out.items():
+                    report.say(report.evaluation_line(step, task, values))
+                    writer.write(log.stamp(step), values, prefix=f"eval/{task}/")
+                log.progress.restart_clock(step)
+        log.close()
+    checkpointer.wait()
+    if config.eval.samples and evaluator.has_data:
+        report.say(report.samples(evaluator.samples(state["params"], config.eval.samples)))
+    return held_out
+
+
+class _Log:
+    """Reads metrics one step late, refuses a loss that is not finite, writes and shows."""
+
+    def __init__(self, experiment: Experiment, writer: metrics.MetricsWriter,
+                 checkpointer: Checkpointer, first: int):
+        self.pending: tuple[int, Mapping] | None = None
+        self._experiment = experiment
+        self._writer = writer
+        self._checkpointer = checkpointer
+        train = experiment.config.train
+        self._rows = train.global_batch_size
+        self._every = train.log_every
+        self._sums: dict = {}
+        self.progress = report.Progress(first, train.num_steps,
+                                        self._rows * experiment.tokens_per_sequence)
+        self._fresh = True
+
+    def stamp(self, step: int) -> dict[str, float]:
+        """What every line of metrics.jsonl carries."""
+        rows = step * self._rows
+        return {"step": step, "tokens_seen": rows * self._experiment.tokens_per_sequence,
+                "flops": rows * self._experiment.flops_per_sequence,
+                "non_embedding_params": self._experiment.num_non_embedding_params}
+
+    def read_pending(self) -> None:
+        """Waits for the pending step's metrics and handles them."""
+        if self.pending is None:
+            return
+        step, sums = self.pending
+        self.pending = None
+        sums = jax.device_get(sums)
+        loss = float(sums["loss"][0]) / float(sums["loss"][1])
+        if not math.isfinite(loss):
+            self.progress.close()
+            self._checkpointer.wait()
+            good = self._checkpointer.latest()
+            kept = f"the last good checkpoint is of step {good}" if good is not None else \
+                "no checkpoint was saved yet"
+            raise UserError(
+                f"the loss of step {step} is {loss}; {kept}, and nothing was saved after it. "
+                f"Lower optimizer.schedule.base_learning_rate (or lengthen its warm-up), set "
+                f"optimizer.clip_norm=1.0, or use precision=float32, and run the same command.")
+        self._sums = metrics.add(self._sums, sums)
+        log = step % self._every == 0
+        if log:
+            self._writer.write(self.stamp(step), metrics.divide(self._sums), prefix="train/")
+            self._sums = {}
+        if self._fresh:   # the first step's time is compilation
+            self.progress.restart_clock(step)
+            self._fresh = False
+        self.progress.update(step, loss, log)
+
+    def close(self) -> None:
+        """Reads what is left and ends the progress line."""
+        self.read_pending()
+        self.progress.close()
+
+
+if __name__ == "__main__":
+    _CONFIG = cli.define_config()
+    _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes, and resumes from.")
+
+    def main() -> None:
+        if not _WORKDIR.value:
+            raise UserError("--workdir is missing: the folder the run writes to and resumes from.")
+        run(cli.run_config(_CONFIG), _WORKDIR.value)
+
+    cli.run(main)

@@ -1,0 +1,86 @@
+"""Gradients and updates: the same over every mesh and every split into micro-batches."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from t5x_lite import build as build_lib
+from t5x_lite import sharding, state, steps, tree
+from tests import tiny
+
+MESHES = [
+    {"data": 8}, {"fsdp": 8}, {"data": 2, "tensor": 4}, {"fsdp": 4, "tensor": 2},
+    {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 4, "expert": 2}, {"slice": 2, "fsdp": 4},
+]
+
+
+def one_step(config, batch, devices):
+    """(gradients, parameters after one update, metrics) as numpy."""
+    experiment = build_lib.build(config, devices)
+    start = tiny.place(tiny.params(config), experiment)
+    placed = {k: jax.device_put(v, experiment.batch_sharding) for k, v in batch.items()}
+    with experiment.activate():
+        grads, _ = jax.jit(lambda p, b: steps.gradients(
+            experiment.model, config.objective, p, b, jax.random.key(7),
+            parts=config.train.accumulation))(start["params"], placed)
+        new, sums = experiment.jit_train_step()(start, placed)
+    shardings = jax.tree.map(lambda x: x.sharding, new)
+    assert shardings == state.shardings(experiment.abstract_state)
+    return jax.tree.map(np.asarray, (grads, new["params"], sums))
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """One device, the whole batch, with dropout."""
+    return one_step(tiny.seq2seq(dropout=0.1), tiny.batch(), jax.devices()[:1])
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_every_mesh_gives_the_gradients_of_one_device(reference, mesh):
+    config = dataclasses.replace(tiny.seq2seq(dropout=0.1),
+                                 mesh=sharding.MeshConfig(**{"data": 1, **mesh}))
+    grads, params, sums = one_step(config, tiny.batch(), jax.devices())
+    tiny.assert_close(grads, reference[0])
+    tiny.assert_close(params, reference[1])
+    for name in ("loss", "accuracy", "z_loss"):
+        np.testing.assert_allclose(sums[name][0], reference[2][name][0], rtol=1e-5)
+
+
+def test_accumulated_gradients_equal_the_whole_batch():
+    config = tiny.seq2seq()
+    whole = one_step(config, tiny.batch(), jax.devices()[:1])
+    split = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, accumulation=4))
+    for mesh, devices in (({"data": 1}, 1), ({"data": 2, "fsdp": 2}, 4)):
+        parts = one_step(dataclasses.replace(split, mesh=sharding.MeshConfig(**mesh)),
+                         tiny.batch(), jax.devices()[:devices])
+        tiny.assert_close(parts[0], whole[0])
+        tiny.assert_close(parts[1], whole[1])
+        np.testing.assert_allclose(parts[2]["loss"][0], whole[2]["loss"][0], rtol=1e-5)
+
+
+def test_unrolled_and_rematerialised_stacks_drop_the_same_units(reference):
+    for changes in ({"scan": False}, {"remat": "full"}, {"scan": False, "remat": "dots"}):
+        config = tiny.seq2seq(dropout=0.1, **changes)
+        grads, params, _ = one_step(config, tiny.batch(), jax.devices()[:1])
+        tiny.assert_close(grads, reference[0])
+        tiny.assert_close(params, reference[1])
+
+
+def test_micro_batches_are_strided_rows():
+    rows = {"x": jnp.arange(6)[:, None]}
+    assert steps.split_batch(rows, 2)["x"][..., 0].tolist() == [[0, 2, 4], [1, 3, 5]]
+
+
+def test_frozen_parameters_get_no_gradient():
+    config = tiny.seq2seq()
+    experiment = build_lib.build(config, jax.devices()[:1])
+    frozen = frozenset(p for p in experiment.table if p.startswith("encoder/"))
+    with experiment.activate():
+        grads, _ = jax.jit(lambda p, b: steps.gradients(
+            experiment.model, config.objective, p, b, None, frozen=frozen))(
+                tiny.params(config), tiny.batch())
+    assert set(tree.flatten(grads)) == set(experiment.table) - frozen
