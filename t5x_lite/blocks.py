@@ -18,7 +18,7 @@ from flax import nnx
 
 from t5x_lite import pipeline, sharding
 from t5x_lite.layers.attention import Attention, AttentionConfig
-from t5x_lite.layers.linear import InitConfig, dropout
+from t5x_lite.layers.linear import InitConfig, RowKey, dropout
 from t5x_lite.layers.masks import Masking
 from t5x_lite.layers.mlp import MLP, MLPConfig
 from t5x_lite.layers.norm import Norm, NormConfig
@@ -167,7 +167,7 @@ class Block(nnx.Module):
                                                stack.position, not stack.causal, dtype)
         self.stack = stack
 
-    def __call__(self, x: jax.Array, inputs: BlockInputs, key: jax.Array | None = None,
+    def __call__(self, x: jax.Array, inputs: BlockInputs, key: RowKey | None = None,
                  cache: dict | None = None) -> tuple[jax.Array, tuple[dict | None, dict]]:
         """x_BLD -> (x_BLD, (cache, aux)).
 
@@ -177,7 +177,7 @@ class Block(nnx.Module):
         """
         keys = dict.fromkeys(("attention", "cross", "mlp", *self.names))
         if key is not None:
-            keys = {name: jax.random.fold_in(key, i) for i, name in enumerate(keys)}
+            keys = {name: key.fold_in(i) for i, name in enumerate(keys)}
         bias = inputs.bias
         if self.stack.position.per_layer:
             bias = self.relative_position(inputs.masking.q_positions, inputs.masking.k_positions)
@@ -227,7 +227,7 @@ class Segment(nnx.Module):
         """Applies the blocks; `layer` is the index in the stack of the first one."""
         caches, total = {}, {}
         for i, name in enumerate(self.names):
-            layer_key = None if key is None else jax.random.fold_in(key, layer + i)
+            layer_key = None if key is None else key.fold_in(layer + i)
             x, (block_cache, aux) = getattr(self, name)(
                 x, inputs, layer_key, None if cache is None else cache[name])
             caches[name] = block_cache
@@ -267,13 +267,13 @@ class Stack(nnx.Module):
 
     def __call__(self, x: jax.Array, masking: Masking, positions: jax.Array, *,
                  encoded: jax.Array | None = None, cross_masking: Masking | None = None,
-                 key: jax.Array | None = None, cache: dict | None = None):
+                 key: RowKey | None = None, cache: dict | None = None):
         """x_BLD (embedded tokens) -> (x_BLD, cache, aux).
 
         Args:
             positions: int32 [1|B, L], restarted by packing: what absolute positions count.
             encoded, cross_masking: the encoder's output and who sees it.
-            key: dropout key; layer n uses fold_in(key, n), however the layers are run.
+            key: dropout keys; layer n uses key.fold_in(n), however the layers are run.
             cache: {segment: {block: …}} with leaves stacked over repeats.
         """
         config = self.config
@@ -309,7 +309,7 @@ class Stack(nnx.Module):
         return x, None if cache is None else caches, total
 
     def _dropout(self, x, key, site):
-        key = None if key is None else jax.random.fold_in(key, site)
+        key = None if key is None else key.fold_in(site)
         return dropout(x, self.config.dropout_rate, key, "act_batch", "act_length", "act_embed",
                        broadcast_dims=(1,))
 

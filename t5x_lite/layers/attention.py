@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from t5x_lite import sharding
-from t5x_lite.layers.linear import Dense, InitConfig, dropout, kernel_std
+from t5x_lite.layers.linear import Dense, InitConfig, RowKey, dropout, kernel_std
 from t5x_lite.layers.masks import Masking, allowed
 from t5x_lite.layers.norm import Norm, NormConfig
 from t5x_lite.layers.position import PositionConfig, rotate
@@ -43,7 +43,7 @@ class AttentionConfig:
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, masking: Masking, bias: jax.Array | None,
-           config: AttentionConfig, key: jax.Array | None = None) -> jax.Array:
+           config: AttentionConfig, key: RowKey | None = None) -> jax.Array:
     """softmax(q k^T + bias, masked) v with the logits and the softmax in float32.
 
     Args:
@@ -149,11 +149,13 @@ class Attention(nnx.Module):
             k = self.key_norm(k)
         if positions is not None and self.position.kind == "rotary":
             k = rotate(k, positions, self.position)
-        return k, v
+        # Under context parallelism every query needs all keys: gather their length here.
+        return tuple(sharding.shard(a, "act_batch", "act_kv_heads", "act_keys", None)
+                     for a in (k, v))
 
     def __call__(self, x: jax.Array, kv: tuple[jax.Array, jax.Array] | None, masking: Masking,
                  bias: jax.Array | None, *, cache: dict | None = None,
-                 key: jax.Array | None = None) -> tuple[jax.Array, dict | None]:
+                 key: RowKey | None = None) -> tuple[jax.Array, dict | None]:
         """Attention of x_BLD over itself, or over given keys and values.
 
         Args:

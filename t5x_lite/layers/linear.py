@@ -87,18 +87,48 @@ def kernel_std(init: InitConfig, fan_in: int) -> float:
     return 1.0 / math.sqrt(fan_in)
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None, *axes: str | None,
+@dataclasses.dataclass(frozen=True)
+class RowKey:
+    """A random key for every row of a batch.
+
+    What a row draws follows from the key and from the row's index in the global batch, and
+    from nothing else: accumulated, pipelined and sharded runs drop the same units.
+    """
+
+    key: jax.Array    # one key, shape ()
+    rows: jax.Array   # int32 [B], where each row stands in the global batch
+
+    @classmethod
+    def of(cls, key: jax.Array, batch: int) -> "RowKey":
+        """The keys of a whole global batch of so many rows."""
+        return cls(key, sharding.shard(jnp.arange(batch), "act_batch"))
+
+    def fold_in(self, number: jax.Array | int) -> "RowKey":
+        """Other keys for the same rows, a different set for each number."""
+        return RowKey(jax.random.fold_in(self.key, number), self.rows)
+
+    def uniform(self, shape: tuple[int, ...], *axes: str | None) -> jax.Array:
+        """float32 in [0, 1) of this shape, leading dim B, drawn where `axes` places it. The
+        numbers do not depend on the sharding (threefry is partitionable)."""
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(self.key, self.rows)
+        return jax.vmap(lambda k: jax.random.uniform(
+            k, shape[1:], out_sharding=sharding.spec(*axes[1:])))(keys)
+
+
+jax.tree_util.register_dataclass(RowKey, data_fields=["key", "rows"], meta_fields=[])
+
+
+def dropout(x: jax.Array, rate: float, key: RowKey | None, *axes: str | None,
             broadcast_dims: tuple[int, ...] = ()) -> jax.Array:
     """Zeroes units with probability `rate`, scaling the rest by 1/(1-rate); no-op without a key.
 
     Args:
-        axes: logical axes of x, so that the mask is drawn where x lives. The mask itself does
-            not depend on the sharding (threefry is partitionable).
+        axes: logical axes of x, rows first, so that the mask is drawn where x lives.
         broadcast_dims: dims that share one draw (T5 drops whole positions' features alike).
     """
     if key is None or rate == 0.0:
         return x
     shape = tuple(1 if i in broadcast_dims else n for i, n in enumerate(x.shape))
     axes = tuple(None if i in broadcast_dims else a for i, a in enumerate(axes))
-    keep = jax.random.bernoulli(key, 1.0 - rate, shape, out_sharding=sharding.spec(*axes))
+    keep = key.uniform(shape, *axes) < 1.0 - rate
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))

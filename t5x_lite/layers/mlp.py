@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from t5x_lite.layers.linear import Dense, InitConfig, dropout, kernel_std
+from t5x_lite.layers.linear import Dense, InitConfig, RowKey, dropout, kernel_std
 
 ACTIVATIONS = {
     "relu": jax.nn.relu,
@@ -51,7 +51,7 @@ class MLP(nnx.Module):
                         use_bias=config.use_bias, dtype=dtype)
         self.config = config
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None,
+    def __call__(self, x: jax.Array, key: RowKey | None = None,
                  **_) -> tuple[jax.Array, dict[str, jax.Array]]:
         """x_BLD -> (y_BLD, {}). `key` is the dropout key, None outside training."""
         hidden = ("act_batch", "act_length", "act_mlp")
