@@ -4,7 +4,9 @@ hardware  cited figures of TPUs and GPUs
 flops     FLOPs and parameters from the structure of the model
 hlo       the collectives of a compiled program
 roofline  the fastest a step can be (a bound, never a prediction)
-energy    days, MWh, tCO2e and price of a run; measured power where the machine reports it
+energy    days, MWh, tCO2e and price of a run
+power     watts measured on this machine, where it reports them
+tables    all of it as plain text, a screen wide
 
-None of it needs an accelerator, and none but flops needs JAX.
+None of it needs an accelerator, or JAX.
 """

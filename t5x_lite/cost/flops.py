@@ -17,12 +17,15 @@ Shape letters: B rows, L query length, S key length, D model, N query heads, H h
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from t5x_lite.blocks import BlockConfig, StackConfig
     from t5x_lite.layers.attention import AttentionConfig
+    from t5x_lite.layers.mlp import MLPConfig
+    from t5x_lite.layers.moe import MoEConfig
     from t5x_lite.models import ModelConfig, ParamInfo
 
 
@@ -130,25 +133,38 @@ def stack_flops(config: "ModelConfig", stack: "StackConfig", rows: int, encoder_
         if block.cross_attention is not None:
             flops += _attention_layer(config.embed_dim, block.cross_attention, rows, length,
                                       encoder_length)
-        flops += mlp_flops(block.mlp, rows * length, config.embed_dim)
+        flops += mlp_flops(block.mlp, rows, length, config.embed_dim)
         total += flops * repeats
     return total
 
 
-def mlp_flops(mlp, tokens: int, embed_dim: int) -> Flops:
+def mlp_flops(mlp: "MLPConfig | MoEConfig", rows: int, length: int, embed_dim: int) -> Flops:
     """Forward FLOPs of a dense or a mixture-of-experts MLP.
 
-    A mixture costs what its tokens ask for: top_k experts each. Padding of expert buffers
-    (a capacity factor above 1) is not the model's work, nor are dropped tokens subtracted.
+    A mixture costs what its tokens ask for. Padding of expert buffers (a capacity factor above
+    what tokens need) is not the model's work, and dropped tokens are not subtracted.
     """
-    kernels = 3 if mlp.gated else 2
-    dense = kernels * matmul_flops(tokens, embed_dim, mlp.mlp_dim)
-    num_experts = getattr(mlp, "num_experts", 0)
-    if not num_experts:
-        return Flops(mlp=dense)
-    shared = kernels * matmul_flops(tokens, embed_dim, shared_expert_dim(mlp))
-    return Flops(mlp=dense * experts_per_token(mlp) + shared,
-                 router=matmul_flops(tokens, embed_dim, num_experts))
+    tokens = rows * length
+    if not hasattr(mlp, "num_experts"):
+        kernels = 3 if mlp.gated else 2
+        return Flops(mlp=kernels * matmul_flops(tokens, embed_dim, mlp.mlp_dim))
+    expert = mlp_flops(mlp.mlp, rows, length, embed_dim)
+    router = 0.0 if mlp.router == "hash" else matmul_flops(tokens, embed_dim, mlp.num_experts)
+    return expert * (experts_per_token(mlp, length) + mlp.shared_experts) + Flops(router=router)
+
+
+def experts_per_token(moe: "MoEConfig", length: int) -> float:
+    """Routed experts that a token visits, on average where experts choose their tokens.
+
+    Args:
+        length: tokens of a sequence; matters only to expert choice with a capacity in tokens.
+    """
+    if moe.router != "expert_choice":
+        return moe.choices
+    if moe.expert_capacity:
+        group = moe.group_size or length
+        return moe.num_experts * min(moe.expert_capacity, group) / group
+    return min(moe.capacity_factor, moe.num_experts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,8 +182,9 @@ class ParameterCounts:
         return self.total - self.embedding - self.logits
 
 
-def parameter_counts(config: "ModelConfig", table: Mapping[str, "ParamInfo"]) -> ParameterCounts:
-    """Counts over the parameter table (Model(config).table)."""
+def parameter_counts(config: "ModelConfig", table: Mapping[str, "ParamInfo"], *,
+                     length: int = 1) -> ParameterCounts:
+    """Counts over the parameter table (Model(config).table); length as in experts_per_token."""
     total = embedding = logits = 0
     active = 0.0
     for path, info in table.items():
@@ -176,11 +193,7 @@ def parameter_counts(config: "ModelConfig", table: Mapping[str, "ParamInfo"]) ->
             logits += info.size
         elif {"vocab", "position"} & set(info.logical_axes):
             embedding += info.size
-        share = 1.0
-        if "expert" in info.logical_axes and "router" not in path:
-            mlp = _mlp_at(config, path)
-            share = experts_per_token(mlp) / mlp.num_experts
-        active += share * info.size
+        active += info.size * _active_share(config, info, length)
     return ParameterCounts(total, embedding, logits, active)
 
 
@@ -195,6 +208,16 @@ def _blocks(stack: "StackConfig") -> Iterator[tuple["BlockConfig", int]]:
     for segment in stack.segments:
         for block in segment.blocks:
             yield block, segment.repeats
+
+
+def _active_share(config: "ModelConfig", info: "ParamInfo", length: int) -> float:
+    """The fraction of a parameter that one token uses: below 1 for the weights of experts."""
+    if "expert" not in info.logical_axes or "/router/" in info.path:
+        return 1.0
+    where = re.match(r"(encoder|decoder)/segment_(\d+)/block_(\d+)/mlp/", info.path)
+    stack = getattr(config, where.group(1))
+    moe = stack.segments[int(where.group(2))].blocks[int(where.group(3))].mlp
+    return experts_per_token(moe, length) / moe.num_experts
 
 
 def _attention_layer(embed_dim: int, attention: "AttentionConfig", rows: int, q_length: int,

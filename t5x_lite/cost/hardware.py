@@ -132,7 +132,7 @@ CHIPS: dict[str, Chip] = {
             hbm_bytes=32 * GIB,  # TPU docs
             hbm_bytes_per_second=900 * GIGA,  # TPU docs
             usable_hbm_bytes=_gib(x2=15.48),  # libtpu
-            interconnect=Interconnect("ici", 4, 70 * GIGA),  # ISCA'23
+            interconnect=Interconnect("ici", 4, 82 * GIGA),  # CACM'20: 4 links of 656 Gbit/s
             chips_per_host=4,  # TPU docs
             max_watts=450,  # P'21, table 1: TDP
             mean_watts=283,  # P'21, table 4: mean of T5 310, Meena 289, GShard 288, Switch 245
@@ -172,7 +172,11 @@ CHIPS: dict[str, Chip] = {
         Chip(
             "v5p",
             ("TPU v5", "TPU v5p"),
-            {"bf16": 459 * TERA, "fp8": 459 * TERA, "int8": 918 * TERA},  # TPU docs
+            {  # TPU docs; int8: Google's announcement of December 2023
+                "bf16": 459 * TERA,
+                "fp8": 459 * TERA,
+                "int8": 918 * TERA,
+            },
             hbm_bytes=95 * GIB,  # TPU docs
             hbm_bytes_per_second=2765 * GIGA,  # TPU docs
             usable_hbm_bytes=_gib(x1=95.74),  # libtpu

@@ -269,8 +269,9 @@ class _Program:
             for called in _CALLED.findall(one.rest):
                 reach |= self.computations.get(called, {})
         compare = [one for one in reach.values() if one.opcode == "compare"]
-        bounds = {int(match.group(1)) for one in reach.values() if one.opcode == "constant"
-                  and (match := re.match(r"(-?\d+)\)", one.rest)) and one.type.startswith(("s", "u"))}
+        bounds = {int(match.group(1)) for one in reach.values()
+                  if one.opcode == "constant" and one.type.startswith(("s", "u"))
+                  and (match := re.match(r"(-?\d+)\)", one.rest))}
         if len(compare) != 1 or len(bounds) != 1:
             return None
         direction = compare[0].attribute(r"direction=([A-Z]+)")

@@ -32,7 +32,8 @@ class PowerMeter:
     none.
     """
 
-    def __init__(self, rapl_root: pathlib.Path = _RAPL, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, rapl_root: pathlib.Path = _RAPL,
+                 clock: Callable[[], float] = time.monotonic):
         self._clock = clock
         self._domains = _rapl_domains(rapl_root)
         self._gpu = _gpu_reader()

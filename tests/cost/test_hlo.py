@@ -159,11 +159,11 @@ def test_asynchronous_pairs_count_once():
 }"""
     entry = """
   %p = f32[8]{0} parameter(0)
-  %ag = (f32[8]{0}, f32[16]{0}) all-gather-start(%p), replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
+  %ag = (f32[8]{0}, f32[16]{0}) all-gather-start(%p), replica_groups=[4,2]<=[2,4]T(1,0)
   %agd = f32[16]{0} all-gather-done(%ag)
   %ar = (f32[8]{0}, bf16[4]{0}) all-reduce-start(%p, %b), replica_groups={}, to_apply=%add
   %ard = (f32[8]{0}, bf16[4]{0}) all-reduce-done(%ar)
-  %cp = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%p), source_target_pairs={{0,4},{4,0}}
+  %cp = (f32[8]{0}, f32[8]{0}) collective-permute-start(%p), source_target_pairs={{0,4},{4,0}}
   %cpd = f32[8]{0} collective-permute-done(%cp)
   %as = ((f32[8]{0}), f32[2]{0}, u32[]) async-start(%p), calls=%wrapped
   %au = ((f32[8]{0}), f32[2]{0}, u32[]) async-update(%as), calls=%wrapped
