@@ -10,17 +10,19 @@ split of tasks/python_text.py); that is how the shipped vocabulary was made. Fil
 `--size` counts all ids, the 100 sentinels included: seqio adds them behind the pieces, so
 `--size=4096` trains 3,996. Padding, EOS and unknown are ids 0, 1 and 2. Spaces and line
 breaks are kept as they are and bytes stand in for unseen characters, so that decoding gives
-back the very text.
+back the very text (with Unix line ends).
 """
 
 import argparse
 import pathlib
 import random
 import sys
+import tempfile
 
 import sentencepiece
 
 SENTINELS = 100
+NORMALIZATION = "D A\tA\n"   # Windows' line ends become plain ones, the only change to the text
 MAX_PIECE_BYTES = 4000   # SentencePiece drops longer sentences; documents are cut to this
 
 
@@ -49,7 +51,9 @@ def train(files: list[str], output: str, size: int, max_sentences: int, seed: in
     chosen = list(sentences(files))
     random.Random(seed).shuffle(chosen)
     chosen = chosen[:max_sentences]
-    with open(output, "wb") as model:
+    with open(output, "wb") as model, tempfile.NamedTemporaryFile("w", suffix=".tsv") as rules:
+        rules.write(NORMALIZATION)
+        rules.flush()
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(chosen), model_writer=model,
             model_type="unigram", vocab_size=size - SENTINELS,
@@ -57,7 +61,7 @@ def train(files: list[str], output: str, size: int, max_sentences: int, seed: in
             byte_fallback=True, character_coverage=0.9995,
             # Text comes back as it was: no Unicode folding, no squeezing of spaces, and runs
             # of spaces (Python's indentation) may become pieces.
-            normalization_rule_name="identity", remove_extra_whitespaces=False,
+            normalization_rule_tsv=rules.name, remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True, user_defined_symbols=["\n"],
             split_digits=True, max_sentence_length=2 * MAX_PIECE_BYTES,
             num_threads=2, minloglevel=1)

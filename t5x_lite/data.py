@@ -30,6 +30,7 @@ corresponds to the batches handed out, whatever was prepared beyond them.
 This module imports without TensorFlow, which it needs only once data are read.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -399,16 +400,20 @@ class ShardedRows:
             "num_shards": config.num_shards, "shuffle_buffer": config.shuffle_buffer,
             "vocabulary": str(mixture[0].task.output_features["targets"].vocabulary),
             "files": pipeline.files_digest(mixture, "train")}
-        threads = max(1, (os.cpu_count() or 1) // len(shards))
+        cores = os.cpu_count() or 1
+        threads = max(1, cores // len(shards))
         self._readers = {
             shard: pipeline.ShardReader(
                 make(shard, config.num_shards, training=True, threads=threads,
                      shuffle_buffer=config.shuffle_buffer), {**identity, "shard": shard})
             for shard in sorted(shards)}
         self._share = global_batch_size // config.num_shards
+        # tf.data works outside Python's lock: the first batch fills every shard's buffer.
+        self._pool = concurrent.futures.ThreadPoolExecutor(min(cores, len(shards)))
 
     def __next__(self) -> dict[int, dict[str, np.ndarray]]:
-        return {shard: reader.take(self._share) for shard, reader in self._readers.items()}
+        rows = self._pool.map(lambda reader: reader.take(self._share), self._readers.values())
+        return dict(zip(self._readers, rows))
 
     def state(self, shards: Sequence[int]) -> dict[int, bytes]:
         """The places of some of the shards after the rows handed out."""

@@ -13,8 +13,10 @@ gives the same examples again, and saving its iterator saves the state of its ra
 Shape legend: T tokens of one window, S noise spans.
 """
 
-import tensorflow as tf
+import functools
+
 import seqio
+import tensorflow as tf
 
 from t5x_lite.errors import UserError
 from tasks import preprocessors
@@ -148,16 +150,23 @@ def span_corruption(dataset: tf.data.Dataset, sequence_length, output_features,
             f"span {mean_span_length} needs {spans} sentinels, the vocabulary has "
             f"{num_sentinels(vocabulary)}; take longer spans or a shorter data.inputs_length")
     windows = preprocessors.concat_and_split(dataset, "targets", tokens_length)
+    eos_ids = tuple(output_features[name].vocabulary.eos_id for name in ("inputs", "targets"))
+    return seqio.map_over_dataset(num_seeds=2)(_corrupt_fn(
+        noise_density, mean_span_length, vocabulary.vocab_size - 1, eos_ids))(windows)
 
-    @seqio.map_over_dataset(num_seeds=2)
-    def corrupt(example, seeds):
-        tokens = example["targets"]
+
+@functools.lru_cache(maxsize=None)
+def _corrupt_fn(noise_density: float, mean_span_length: float, first_sentinel: int,
+                eos_ids: tuple[int, int]):
+    """(example, seeds) -> example; one graph for all the shards of a run."""
+    @tf.function(autograph=False)
+    def corrupt(tokens, seeds):
         mask = random_spans_noise_mask(tf.size(tokens), noise_density, mean_span_length, seeds)
-        features = {}
-        for name, masked in (("inputs", mask), ("targets", ~mask)):
-            kept = spans_to_sentinels(tokens, masked, vocabulary.vocab_size - 1)
-            eos = output_features[name].vocabulary.eos_id
-            features[name] = tf.concat([kept, [tf.cast(eos, kept.dtype)]], 0)
-        return features
+        return {name: tf.concat([spans_to_sentinels(tokens, masked, first_sentinel), [eos]], 0)
+                for name, masked, eos in zip(("inputs", "targets"), (mask, ~mask), eos_ids)}
 
-    return corrupt(windows)
+    @tf.autograph.experimental.do_not_convert
+    def corrupt_example(example, seeds):
+        return corrupt(example["targets"], seeds)
+
+    return corrupt_example
