@@ -27,6 +27,10 @@ import jax.numpy as jnp
 from t5x_lite.errors import UserError, nearest
 
 SECOND_POLICIES = ("all", "none", "threshold", "random")
+EXPERT_CHOICE_LEAKS = (
+    "router='expert_choice' is not possible in a causal decoder: which tokens an expert takes "
+    "depends on later tokens, so training would leak the future. Use 'switch', 'top_2' or "
+    "'top_k' there; encoders may use expert choice.")
 
 
 @functools.partial(jax.tree_util.register_dataclass,
@@ -81,23 +85,23 @@ def jitter(x: jax.Array, uniform: jax.Array, epsilon: float) -> jax.Array:
     return x * (1.0 - epsilon + 2.0 * epsilon * uniform)
 
 
-def limit_groups(scores_GTE: jax.Array, num_groups: int, max_groups: int) -> jax.Array:
-    """Device-limited routing (DeepSeek-V2 2024, section 2.2.2): at most `max_groups` of a
-    token's expert groups stay eligible, those with the highest best score.
+def limit_groups(p_GTE: jax.Array, num_groups: int, max_groups: int) -> jax.Array:
+    """Device-limited routing (DeepSeek-V2 2024, section 2.2.2): of `num_groups` equal groups of
+    experts, a token's `max_groups` with the highest best probability stay eligible.
 
-    With an expert group per slice (or host) it bounds to how many of them a token travels.
+    With a group per slice (or host), that bounds to how many of them a token travels.
 
-    Args:
-        scores_GTE: logits; experts [i * E / num_groups, (i + 1) * E / num_groups) are group i.
     Returns:
-        The logits with the experts of all other groups at -inf.
+        p_GTE with the experts of all other groups at -inf.
     """
-    *lead, num_experts = scores_GTE.shape
-    best = scores_GTE.reshape(*lead, num_groups, num_experts // num_groups).max(-1)
+    if max_groups == num_groups:
+        return p_GTE
+    *lead, num_experts = p_GTE.shape
+    best = p_GTE.reshape(*lead, num_groups, num_experts // num_groups).max(-1)
     _, chosen = jax.lax.top_k(best, max_groups)
-    eligible = jax.nn.one_hot(chosen, num_groups, dtype=jnp.bool_).any(-2)
+    eligible = (chosen[..., None] == jnp.arange(num_groups)).any(-2)
     eligible = jnp.repeat(eligible, num_experts // num_groups, axis=-1)
-    return jnp.where(eligible, scores_GTE, -jnp.inf)
+    return jnp.where(eligible, p_GTE, -jnp.inf)
 
 
 def assign(expert_index_GTK: jax.Array, wanted_GTK: jax.Array, num_experts: int,
@@ -149,7 +153,8 @@ def _real(mask_GT: jax.Array | None, like_GTK: jax.Array) -> jax.Array:
 
 
 def top_k(logits_GTE: jax.Array, k: int, capacity: int | None, mask_GT: jax.Array | None = None,
-          *, renormalize: bool = True, prioritized: bool = False) -> Routing:
+          *, renormalize: bool = True, prioritized: bool = False,
+          expert_groups: tuple[int, int] = (1, 1)) -> Routing:
     """The k most probable experts of each token (Shazeer et al. 2017; Mixtral, Jiang et al. 2024).
 
     gate_i = p_i, or with `renormalize` p_i / sum_{j in top k} p_j, which is the softmax over
@@ -159,16 +164,17 @@ def top_k(logits_GTE: jax.Array, k: int, capacity: int | None, mask_GT: jax.Arra
         capacity: None drops nothing.
         mask_GT: bool, False where padding; padding takes no room. None: all tokens are real.
         prioritized: batch-prioritised routing, see `assign`.
+        expert_groups: (equal groups of experts, groups a token may use), see `limit_groups`.
     """
     p_GTE = probabilities(logits_GTE)
-    gate, expert = jax.lax.top_k(p_GTE, k)
+    gate, expert = jax.lax.top_k(limit_groups(p_GTE, *expert_groups), k)
     if renormalize:
         gate = gate / jnp.sum(gate, axis=-1, keepdims=True)
     return _routing(expert, gate, _real(mask_GT, expert), p_GTE.shape[-1], capacity, prioritized)
 
 
 def switch(logits_GTE: jax.Array, capacity: int | None, mask_GT: jax.Array | None = None,
-           *, prioritized: bool = False) -> Routing:
+           *, prioritized: bool = False, expert_groups: tuple[int, int] = (1, 1)) -> Routing:
     """Top-1 routing of the Switch Transformer (Fedus et al. 2021, section 2.1).
 
     y = p_i(x) E_i(x) for i = argmax p (eq. 2), with room for
@@ -176,13 +182,14 @@ def switch(logits_GTE: jax.Array, capacity: int | None, mask_GT: jax.Array | Non
     skip the layer. The gate stays the raw probability: renormalised it would be 1 and the
     router would have no gradient.
     """
-    return top_k(logits_GTE, 1, capacity, mask_GT, renormalize=False, prioritized=prioritized)
+    return top_k(logits_GTE, 1, capacity, mask_GT, renormalize=False, prioritized=prioritized,
+                 expert_groups=expert_groups)
 
 
 def top_2(logits_GTE: jax.Array, capacity: int | None, mask_GT: jax.Array | None = None, *,
           second_policy: str = "all", second_threshold: float = 0.5,
           uniform_GT: jax.Array | None = None, renormalize: bool = True,
-          prioritized: bool = False) -> Routing:
+          prioritized: bool = False, expert_groups: tuple[int, int] = (1, 1)) -> Routing:
     """Top-2 routing of GShard (Lepikhin et al. 2020, algorithm 1) and ST-MoE (Zoph et al. 2022).
 
     Gates are g_i = p_i / (p_1 + p_2), or p_i without `renormalize`. A second expert of little
@@ -200,7 +207,7 @@ def top_2(logits_GTE: jax.Array, capacity: int | None, mask_GT: jax.Array | None
                         f"{nearest(second_policy, SECOND_POLICIES)} "
                         f"Known: {', '.join(SECOND_POLICIES)}.")
     p_GTE = probabilities(logits_GTE)
-    gate, expert = jax.lax.top_k(p_GTE, 2)
+    gate, expert = jax.lax.top_k(limit_groups(p_GTE, *expert_groups), 2)
     if renormalize:
         gate = gate / jnp.sum(gate, axis=-1, keepdims=True)
     wanted = _real(mask_GT, expert)
@@ -230,10 +237,7 @@ def expert_choice(logits_GTE: jax.Array, capacity: int, mask_GT: jax.Array | Non
             tokens, which the model cannot have when it generates.
     """
     if causal:
-        raise UserError(
-            "router='expert_choice' is not possible in a causal decoder: which tokens an expert "
-            "takes depends on later tokens, so training would leak the future. Use 'switch', "
-            "'top_2' or 'top_k' there; encoders may use expert choice.")
+        raise UserError(EXPERT_CHOICE_LEAKS)
     p_GTE = probabilities(logits_GTE)
     if mask_GT is not None:
         p_GTE = jnp.where(mask_GT[..., None], p_GTE, -1.0)  # after every real token
@@ -298,26 +302,29 @@ def router_z_loss(logits_GTE: jax.Array, mask_GT: jax.Array | None = None) -> tu
     return jnp.sum(mean_G), logits_GTE.shape[0]
 
 
-def router_metrics(p_GTE: jax.Array, routing: Routing | ExpertChoice,
-                   mask_GT: jax.Array | None = None) -> dict[str, tuple[jax.Array, jax.Array]]:
+def router_metrics(routing: Routing | ExpertChoice, p_GTE: jax.Array | None,
+                   mask_GT: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
     """{name: (sum, count)} of what happened to the tokens of these groups.
 
     dropped_fraction: of the choices that asked for room, those that got none. For expert
         choice: of the real tokens, those that no expert took.
-    router_confidence: probability of the most probable expert, over real tokens.
+    router_confidence: probability of the most probable expert, over real tokens; absent
+        without p_GTE, where nothing is learned.
     """
-    real_GT = _mask(mask_GT, p_GTE)
+    real = jnp.sum(mask_GT, dtype=jnp.float32)
     if isinstance(routing, Routing):
         asked = jnp.sum(routing.wanted, dtype=jnp.float32)
         dropped = (asked - jnp.sum(routing.kept, dtype=jnp.float32), asked)
     else:
-        groups = jnp.arange(p_GTE.shape[0])[:, None, None]
-        taken_GT = jnp.zeros(real_GT.shape, jnp.bool_).at[
-            groups, jnp.where(routing.kept, routing.token_index, real_GT.shape[1])
-        ].set(True, mode="drop")
-        dropped = (jnp.sum(real_GT * ~taken_GT), jnp.sum(real_GT))
-    confidence = jnp.sum(jnp.max(p_GTE, axis=-1) * real_GT)
-    return {"dropped_fraction": dropped, "router_confidence": (confidence, jnp.sum(real_GT))}
+        group = jnp.arange(mask_GT.shape[0])[:, None, None]
+        token = jnp.where(routing.kept, routing.token_index, mask_GT.shape[1])
+        missed_GT = mask_GT.at[group, token].set(False, mode="drop")
+        dropped = (jnp.sum(missed_GT, dtype=jnp.float32), real)
+    metrics = {"dropped_fraction": dropped}
+    if p_GTE is not None:
+        confidence = jnp.sum(jnp.where(mask_GT, jnp.max(p_GTE, axis=-1), 0.0))
+        metrics["router_confidence"] = (confidence, real)
+    return metrics
 
 
 def expert_load(routing: Routing | ExpertChoice, num_experts: int) -> jax.Array:

@@ -173,10 +173,12 @@ def test_jitter_stays_in_its_interval():
 
 
 def test_limited_groups_keep_the_groups_of_the_best_experts():
-    scores = jnp.asarray([[[1.0, 2.0, 9.0, 0.0, 3.0, 4.0]]])
-    limited = routing.limit_groups(scores, 3, 2)
-    inf = float("inf")
-    assert limited[0, 0].tolist() == [-inf, -inf, 9.0, 0.0, 3.0, 4.0]
+    p = [[0.10, 0.20, 0.30, 0.00, 0.15, 0.25]]  # groups of two: best 0.2, 0.3, 0.25
+    limited = routing.limit_groups(jnp.asarray([p]), 3, 2)[0, 0]
+    assert jnp.isneginf(limited).tolist() == [True, True, False, False, False, False]
+    route = routing.top_k(logits_of(p), 3, None, renormalize=False, expert_groups=(3, 2))
+    assert route.expert_index[0, 0].tolist() == [2, 5, 4]  # not expert 1
+    np.testing.assert_allclose(route.gate[0, 0], [0.3, 0.25, 0.15], rtol=1e-6)
 
 
 def test_load_balancing_loss_by_hand():
@@ -214,7 +216,7 @@ def test_metrics_by_hand():
     p = routing.probabilities(logits_of(TABLE))
     mask = jnp.asarray([[True, True, True, False]])
     route = routing.switch(logits_of(TABLE), 2, mask)
-    metrics = jax.tree.map(float, routing.router_metrics(p, route, mask))
+    metrics = jax.tree.map(float, routing.router_metrics(route, p, mask))
     assert metrics["dropped_fraction"] == (1.0, 3.0)
     assert metrics["router_confidence"] == (pytest.approx(0.6 + 0.7 + 0.5), 3.0)
     load = routing.expert_load(route, 3)
@@ -225,5 +227,6 @@ def test_metrics_by_hand():
     even = jax.tree.map(float, routing.load_metrics(jnp.asarray([5.0, 5.0])))
     assert even["load_entropy"] == (pytest.approx(1.0), 1.0)
     chosen = routing.expert_choice(logits_of(TABLE), 1, causal=False)  # tokens 1, 3, 1
-    assert jax.tree.map(float, routing.router_metrics(p, chosen)["dropped_fraction"]) == (2.0, 4.0)
+    metrics = routing.router_metrics(chosen, p, jnp.ones((1, 4), bool))
+    assert jax.tree.map(float, metrics["dropped_fraction"]) == (2.0, 4.0)
     assert routing.expert_load(chosen, 3).tolist() == [1.0, 1.0, 1.0]

@@ -1,0 +1,407 @@
+"""Moving tokens to experts and back, and multiplying them by their own expert's weights.
+
+Tokens are rows. A *layout* says where each choice of a token goes in a buffer of M rows that
+is ordered by expert, as two index arrays: `slot_NK` (choice -> buffer row, M where dropped)
+and `source_M` (buffer row -> choice n * K + k, N * K where empty). With both at hand, moving
+rows either way and differentiating either move are gathers: a scatter of rows, which is what
+autodiff would give, is many times slower.
+
+    capacity_layout   E equal runs of G * C rows: every expert's buffer, full or not
+    sorted_layout     E runs of whatever length, packed: no row is dropped and none is empty
+
+Inside jax.shard_map arrays are the device's own part, and values carry the mesh axes they
+vary over; `vary` marks a value as varying (its transpose sums the gradient over those axes).
+
+Shape letters: N tokens, K choices, M buffer rows, D and F features, E experts, G groups, T
+tokens of a group, C capacity, P peers (devices along the expert axis).
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from t5x_lite.layers.routing import ExpertChoice, Routing
+
+# Rows of one matrix product on CPU, largest first: a run of any length is cut into a few
+# large products and some small ones. The last one decides how many rows are computed in vain.
+BLOCK_ROWS = (512, 128, 32)
+# Packed buffers are a multiple of this long (TPU tiles), with at least a block to spare: the
+# last block of the last run may reach beyond it.
+ROW_MULTIPLE = 128
+
+
+def vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """x marked as varying over the manual mesh axes `axes` (no-op outside shard_map)."""
+    missing = tuple(a for a in axes if a not in jax.typeof(x).manual_axis_type.varying)
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def _zeros(shape, dtype, *like) -> jax.Array:
+    """Zeros that vary over the mesh axes that any of `like` varies over (a loop's carry must)."""
+    axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in like))
+    return vary(jnp.zeros(shape, dtype), tuple(sorted(axes)))
+
+
+# ---------------------------------------------------------------------------------------
+# Layouts
+# ---------------------------------------------------------------------------------------
+
+
+def invert(slot_NK: jax.Array, rows: int) -> jax.Array:
+    """source_M of slot_NK: which choice fills each of `rows` buffer rows, N * K where none."""
+    choices = jnp.arange(slot_NK.size, dtype=jnp.int32)
+    return jnp.full(rows, slot_NK.size, jnp.int32).at[slot_NK.reshape(-1)].set(
+        choices, mode="drop", unique_indices=True)
+
+
+def capacity_layout(routing: Routing, num_experts: int,
+                    capacity: int) -> tuple[jax.Array, jax.Array]:
+    """Row (e * G + g) * C + slot for a kept choice of group g; M = E * G * C."""
+    groups, tokens, choices = routing.slot.shape
+    rows = num_experts * groups * capacity
+    group = jnp.arange(groups, dtype=jnp.int32)[:, None, None]
+    slot = (routing.expert_index * groups + group) * capacity + routing.slot
+    slot_NK = jnp.where(routing.kept, slot, rows).reshape(groups * tokens, choices)
+    return slot_NK, invert(slot_NK, rows)
+
+
+def packed_rows(rows: int) -> int:
+    """The length of a packed buffer for up to `rows` rows."""
+    spare = BLOCK_ROWS[-1] - 1
+    return -(-(rows + spare) // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def sorted_layout(routing: Routing, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(slot_NK, source_M, sizes_E): the kept choices by expert, then group, then slot.
+
+    `routing` must be without gaps, as it is where nothing is dropped by capacity: the slots
+    of one expert in one group are 0, 1, 2, …
+    """
+    groups, tokens, choices = routing.slot.shape
+    hits_GE = jnp.sum((routing.expert_index[..., None] == jnp.arange(num_experts))
+                      & routing.kept[..., None], axis=(1, 2), dtype=jnp.int32)
+    sizes_E = jnp.sum(hits_GE, axis=0)
+    start_E = jnp.cumsum(sizes_E) - sizes_E
+    start_GE = start_E + jnp.cumsum(hits_GE, axis=0) - hits_GE
+    group = jnp.arange(groups)[:, None, None]
+    rows = packed_rows(groups * tokens * choices)
+    slot = start_GE[group, routing.expert_index] + routing.slot
+    slot_NK = jnp.where(routing.kept, slot, rows).reshape(groups * tokens, choices)
+    return slot_NK, invert(slot_NK, rows), sizes_E
+
+
+# ---------------------------------------------------------------------------------------
+# Moving rows
+# ---------------------------------------------------------------------------------------
+
+
+def _rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x[index] by rows; an index beyond the end gives zeros."""
+    return x.at[index].get(mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def spread(x_ND: jax.Array, slot_NK: jax.Array, source_M: jax.Array) -> jax.Array:
+    """The rows of x in buffer order -> [M, D]; empty buffer rows are 0."""
+    return _rows(x_ND, source_M // slot_NK.shape[1])
+
+
+def _spread_fwd(x_ND, slot_NK, source_M):
+    return spread(x_ND, slot_NK, source_M), slot_NK
+
+
+def _spread_bwd(slot_NK, g_MD):
+    return jnp.sum(_rows(g_MD, slot_NK), axis=1), None, None
+
+
+spread.defvjp(_spread_fwd, _spread_bwd)
+
+
+@jax.custom_vjp
+def collect(y_MD: jax.Array, slot_NK: jax.Array, source_M: jax.Array) -> jax.Array:
+    """The buffer row of every choice -> [N, K, D]; dropped choices are 0."""
+    return _rows(y_MD, slot_NK)
+
+
+def _collect_fwd(y_MD, slot_NK, source_M):
+    return collect(y_MD, slot_NK, source_M), source_M
+
+
+def _collect_bwd(source_M, g_NKD):
+    return _rows(g_NKD.reshape(-1, g_NKD.shape[-1]), source_M), None, None
+
+
+collect.defvjp(_collect_fwd, _collect_bwd)
+
+
+def combine(y_NKD: jax.Array, gate_NK: jax.Array) -> jax.Array:
+    """sum_k gate_k y_k, added in float32, in y's dtype -> [N, D]."""
+    y = jnp.sum(y_NKD.astype(jnp.float32) * gate_NK[..., None], axis=1)
+    return y.astype(y_NKD.dtype)
+
+
+def choice_source(choice: ExpertChoice, tokens: int) -> jax.Array:
+    """Expert choice as a buffer of E * G * C rows: the token n of each row, G * T where none."""
+    groups = choice.token_index.shape[0]
+    start = jnp.arange(groups, dtype=jnp.int32)[:, None, None] * tokens
+    source_GEC = jnp.where(choice.kept, choice.token_index + start, groups * tokens)
+    return source_GEC.swapaxes(0, 1).reshape(-1)
+
+
+def scatter_combine(y_MD: jax.Array, choice: ExpertChoice, source_M: jax.Array,
+                    num_tokens: int) -> jax.Array:
+    """y_n = sum over the buffer rows of token n of gate * row -> [N, D].
+
+    How many experts chose a token is not bounded below E, so this one is a scatter-add.
+    """
+    gate_M = choice.gate.swapaxes(0, 1).reshape(-1)
+    weighted = y_MD.astype(jnp.float32) * gate_M[:, None]
+    y_ND = _zeros((num_tokens, y_MD.shape[1]), jnp.float32, weighted)
+    return y_ND.at[source_M].add(weighted, mode="drop").astype(y_MD.dtype)
+
+
+# ---------------------------------------------------------------------------------------
+# Grouped matrix products
+# ---------------------------------------------------------------------------------------
+
+
+def _for_each_block(sizes_E: jax.Array, length: int, block, expert_done, carry):
+    """carry = block(carry, expert, start, end, rows) over the blocks of every run, in order.
+
+    Runs are cut as BLOCK_ROWS says; a block may reach beyond its run's `end`, into rows that
+    a later block owns. `expert_done(carry, expert)` follows the last block of each expert
+    that has any; an expert without rows costs nothing. Trip counts are dynamic, so the cost
+    is that of the rows there are. `length` is that of the buffer.
+    """
+    block_rows = [rows for rows in BLOCK_ROWS if rows <= length]
+    ends_E = jnp.cumsum(sizes_E)
+    busy_E = jnp.argsort(sizes_E == 0, stable=True)
+
+    def expert(i, carry):
+        e = busy_E[i]
+        start, left = ends_E[e] - sizes_E[e], sizes_E[e]
+        for rows in block_rows:
+            blocks = (left + rows - 1) // rows if rows == block_rows[-1] else left // rows
+            carry = jax.lax.fori_loop(
+                0, blocks,
+                lambda b, c, rows=rows, start=start: block(
+                    c, e, start + b * rows, ends_E[e], rows),
+                carry)
+            start, left = start + blocks * rows, left - blocks * rows
+        return expert_done(carry, e)
+
+    return jax.lax.fori_loop(0, jnp.sum(sizes_E > 0), expert, carry)
+
+
+def _blocked_product(x_MA, w_EDF, sizes_E, transposed):
+    """_product for CPU: each run's rows times its expert's matrix, block by block."""
+    def block(y, e, start, end, rows):
+        x = jax.lax.dynamic_slice_in_dim(x_MA, start, rows)
+        product = jnp.einsum("MF,DF->MD" if transposed else "MD,DF->MF", x, w_EDF[e])
+        # Rows beyond the run's end are overwritten by the next run's blocks.
+        return jax.lax.dynamic_update_slice_in_dim(y, product, start, axis=0)
+
+    shape = (x_MA.shape[0], w_EDF.shape[1 if transposed else 2])
+    y = _zeros(shape, x_MA.dtype, x_MA, w_EDF, sizes_E)
+    return _for_each_block(sizes_E, x_MA.shape[0], block, lambda y, e: y, y)
+
+
+def _ragged_product(x_MA, w_EDF, sizes_E, transposed):
+    """_product for TPU and GPU."""
+    dims = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((1,), (2 if transposed else 1,)), ((), ())),
+        lhs_ragged_dimensions=(0,), rhs_group_dimensions=(0,))
+    return jax.lax.ragged_dot_general(x_MA, w_EDF, sizes_E, dims)
+
+
+def _product(x_MA, w_EDF, sizes_E, transposed=False):
+    """x_MD W_DF, or with `transposed` x_MF W_DF^T, with each row's own expert's W."""
+    return jax.lax.platform_dependent(
+        x_MA, w_EDF, sizes_E,
+        cpu=functools.partial(_blocked_product, transposed=transposed),
+        default=functools.partial(_ragged_product, transposed=transposed))
+
+
+def _blocked_outer(x_MD, g_MF, sizes_E):
+    """_outer for CPU."""
+    def block(carry, e, start, end, rows):
+        dw_EDF, dw_DF = carry
+        x, g = (jax.lax.dynamic_slice_in_dim(a, start, rows) for a in (x_MD, g_MF))
+        x = jnp.where(jnp.arange(rows)[:, None] < end - start, x, 0)
+        return dw_EDF, dw_DF + jnp.einsum("MD,MF->DF", x, g, preferred_element_type=jnp.float32)
+
+    def expert_done(carry, e):
+        dw_EDF, dw_DF = carry
+        return dw_EDF.at[e].set(dw_DF), jnp.zeros_like(dw_DF)
+
+    shape = (x_MD.shape[1], g_MF.shape[1])
+    zeros = [_zeros(s, jnp.float32, x_MD, g_MF, sizes_E)
+             for s in ((sizes_E.shape[0], *shape), shape)]
+    return _for_each_block(sizes_E, x_MD.shape[0], block, expert_done, tuple(zeros))[0]
+
+
+def _ragged_outer(x_MD, g_MF, sizes_E):
+    """_outer for TPU and GPU."""
+    dims = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((0,), (0,)), ((), ())),
+        lhs_ragged_dimensions=(0,), rhs_group_dimensions=())
+    return jax.lax.ragged_dot_general(x_MD, g_MF, sizes_E, dims,
+                                      preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def grouped_matmul(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """Each row times its own expert's matrix -> [M, F].
+
+    Rows are sorted by expert: the first sizes_E[0] rows belong to expert 0, and so on. Rows
+    beyond the last run are unspecified. On TPU and GPU this is jax.lax.ragged_dot; on CPU,
+    where that computes every expert for every row, it is a loop over blocks of rows, whose
+    cost is linear in the rows.
+
+    Args:
+        x_MD: rows in a buffer of `packed_rows` length.
+        w_EDF: of x's dtype.
+        sizes_E: int32, rows of each expert.
+    """
+    return _product(x_MD, w_EDF, sizes_E)
+
+
+def _grouped_matmul_fwd(x_MD, w_EDF, sizes_E):
+    return _product(x_MD, w_EDF, sizes_E), (x_MD, w_EDF, sizes_E)
+
+
+def _grouped_matmul_bwd(saved, g_MF):
+    x_MD, w_EDF, sizes_E = saved
+    dx = _product(g_MF, w_EDF, sizes_E, transposed=True)
+    dw = jax.lax.platform_dependent(x_MD, g_MF, sizes_E, cpu=_blocked_outer, default=_ragged_outer)
+    return dx, dw.astype(w_EDF.dtype), None
+
+
+grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
+
+
+def experts_of_rows(sizes_E: jax.Array, rows: int) -> jax.Array:
+    """int32 [M]: the expert of each row of a packed buffer; E beyond the last run."""
+    ends_E = jnp.cumsum(sizes_E)
+    return jnp.sum(jnp.arange(rows)[:, None] >= ends_E, axis=1, dtype=jnp.int32)
+
+
+# ---------------------------------------------------------------------------------------
+# All-to-all of runs of any length
+# ---------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.tree_util.register_dataclass,
+                   data_fields=["sent_P", "received_P"], meta_fields=["axis", "rows"])
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """Who sends how many rows to whom along the mesh axis (or axes) `axis`.
+
+    A device's packed buffer holds the rows for peer 0, then for peer 1, …; it receives
+    peer p's rows at p * rows, in chunks long enough for all that a peer may have to send.
+    """
+
+    sent_P: jax.Array      # int32, rows of my packed buffer for each peer
+    received_P: jax.Array  # int32, rows each peer has for me
+    axis: tuple[str, ...]
+    rows: int              # length of a packed buffer
+
+    def all_to_all(self, x: jax.Array) -> jax.Array:
+        """[P * n, …] -> [P * n, …]: chunk p goes to peer p and comes from peer p."""
+        return jax.lax.all_to_all(x, self.axis, split_axis=0, concat_axis=0, tiled=True)
+
+
+def plan_exchange(sizes_E: jax.Array, axis: tuple[str, ...],
+                  rows: int) -> tuple[Exchange, jax.Array]:
+    """The exchange that takes each row to its expert's device, and the sizes that arrive.
+
+    Args:
+        sizes_E: my rows for each of all experts; peer p holds experts [p * E/P, (p+1) * E/P).
+        rows: length of my packed buffer.
+    Returns:
+        The plan, and received_PE int32 [P, E/P]: rows of each peer for each expert of mine.
+    """
+    peers = jax.lax.axis_size(axis)
+    sent_PE = sizes_E.reshape(peers, -1)
+    received_PE = jax.lax.all_to_all(sent_PE, axis, split_axis=0, concat_axis=0, tiled=True)
+    return Exchange(jnp.sum(sent_PE, axis=1), jnp.sum(received_PE, axis=1), axis, rows), received_PE
+
+
+def _starts(sizes: jax.Array) -> jax.Array:
+    return jnp.cumsum(sizes) - sizes
+
+
+def send(x_MD: jax.Array, plan: Exchange) -> jax.Array:
+    """My packed rows to their experts' devices -> [P * rows, D], what I received.
+
+    The chunks are as long as the worst case, all tokens of a peer for me, because nothing may
+    be dropped; on TPU and GPU only the rows that exist travel (ragged_all_to_all), on CPU
+    whole chunks do.
+    """
+    def padded(x_MD, plan):
+        index_PR = _starts(plan.sent_P)[:, None] + jnp.arange(plan.rows)
+        index_PR = jnp.where(jnp.arange(plan.rows) < plan.sent_P[:, None], index_PR, plan.rows)
+        return plan.all_to_all(_rows(x_MD, index_PR.reshape(-1)))
+
+    def ragged(x_MD, plan):
+        peers = plan.sent_P.shape[0]
+        received = _zeros((peers * plan.rows, *x_MD.shape[1:]), x_MD.dtype, x_MD, plan.sent_P)
+        mine = jnp.full_like(plan.sent_P, jax.lax.axis_index(plan.axis) * plan.rows)
+        return jax.lax.ragged_all_to_all(
+            x_MD, received, _starts(plan.sent_P), plan.sent_P, mine, plan.received_P,
+            axis_name=plan.axis)
+
+    return jax.lax.platform_dependent(x_MD, plan, cpu=padded, default=ragged)
+
+
+def send_back(y_RD: jax.Array, plan: Exchange) -> jax.Array:
+    """The inverse (and the transpose) of `send`: [P * rows, D] -> my packed rows [M, D]."""
+    def padded(y_RD, plan):
+        returned = plan.all_to_all(y_RD)
+        ends_P = jnp.cumsum(plan.sent_P)
+        row = jnp.arange(plan.rows)
+        peer = jnp.sum(row[:, None] >= ends_P, axis=1)
+        start = _starts(plan.sent_P).at[peer].get(mode="fill", fill_value=0)
+        index = jnp.where(row < ends_P[-1], peer * plan.rows + row - start, y_RD.shape[0])
+        return _rows(returned, index)
+
+    def ragged(y_RD, plan):
+        peers = plan.sent_P.shape[0]
+        back = _zeros((plan.rows, *y_RD.shape[1:]), y_RD.dtype, y_RD, plan.sent_P)
+        # Where my chunk of peer p's buffer starts is only known to p.
+        there = plan.all_to_all(_starts(plan.sent_P))
+        return jax.lax.ragged_all_to_all(
+            y_RD, back, jnp.arange(peers, dtype=jnp.int32) * plan.rows, plan.received_P, there,
+            plan.sent_P, axis_name=plan.axis)
+
+    return jax.lax.platform_dependent(y_RD, plan, cpu=padded, default=ragged)
+
+
+exchange = jax.custom_vjp(send)
+exchange.defvjp(lambda x, plan: (send(x, plan), plan), lambda plan, g: (send_back(g, plan), None))
+exchange_back = jax.custom_vjp(send_back)
+exchange_back.defvjp(lambda y, plan: (send_back(y, plan), plan),
+                     lambda plan, g: (send(g, plan), None))
+
+
+def received_layout(received_PE: jax.Array, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(slot_R1, source_M, sizes_E) that sort received chunks by expert, then by peer.
+
+    Args:
+        received_PE: rows of each peer for each of my experts.
+        rows: length of a peer's chunk; R = P * rows.
+    """
+    peers, experts = received_PE.shape
+    ends_PE = jnp.cumsum(received_PE, axis=1)
+    sizes_E = jnp.sum(received_PE, axis=0)
+    base_PE = _starts(sizes_E) + jnp.cumsum(received_PE, axis=0) - received_PE
+    row = jnp.arange(rows)
+    expert_PR = jnp.sum(row[:, None] >= ends_PE[:, None, :], axis=-1)
+    shift_PE = base_PE - (ends_PE - received_PE)
+    shift_PR = jnp.take_along_axis(shift_PE, jnp.minimum(expert_PR, experts - 1), axis=1)
+    total = packed_rows(peers * rows)
+    slot_PR = jnp.where(expert_PR < experts, row + shift_PR, total)
+    slot_R1 = slot_PR.reshape(-1, 1)
+    return slot_R1, invert(slot_R1, total), sizes_E

@@ -1,0 +1,275 @@
+"""One device's part of a mixture of experts: what `MoE` (moe.py) runs inside jax.shard_map.
+
+    batch axes  routing groups are split over them, the expert axis included
+    expert      experts are split; two all-to-alls move the tokens
+    fsdp        weights are gathered on use, gradients reduce-scattered
+    tensor      hidden features are split; one sum over partial outputs
+
+Which tokens are dropped depends on their routing group only, and random draws on a token's
+place in the global batch, so one device and eight compute the same. Without a mesh it is the
+same code with no axis to talk over.
+
+Shape letters: B batch, L length, D model, F hidden, E experts (of all devices, or of this one
+after the exchange), G groups, T tokens of a group, N = G * T tokens, K choices, C capacity, M
+buffer rows.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.random import threefry_2x32
+from jax.sharding import PartitionSpec
+
+from t5x_lite import sharding
+from t5x_lite.layers import dispatch, routing
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Mesh axes of size above 1 by their role here; all empty without a mesh."""
+
+    group: tuple[str, ...] = ()    # routing groups are split over these
+    expert: tuple[str, ...] = ()   # experts are
+    tensor: tuple[str, ...] = ()   # hidden features are
+
+    @property
+    def varying(self) -> tuple[str, ...]:
+        """All axes over which devices compute different things."""
+        return self.group + self.tensor
+
+    def first(self, axes: tuple[str, ...], local: int) -> jax.Array | int:
+        """Index of this device's first of `local` items split over `axes`."""
+        return jax.lax.axis_index(axes) * local if axes else 0
+
+
+def placement() -> Placement:
+    """The placement that the active mesh and rules give."""
+    sizes, rules = sharding.mesh_sizes(), sharding.active_rules()
+    expert = tuple(a for a in rules.mesh_axes("expert") if sizes.get(a, 1) > 1)
+    gathered = tuple(a for name in ("embed", "mlp") for a in rules.mesh_axes(name)
+                     if a in sharding.GATHERED_AXES)
+    wanted = rules.mesh_axes("act_batch") + expert + gathered
+    group = tuple(dict.fromkeys(a for a in wanted if sizes.get(a, 1) > 1))
+    tensor = tuple(a for a in rules.mesh_axes("mlp")
+                   if sizes.get(a, 1) > 1 and a not in sharding.GATHERED_AXES)
+    return Placement(group, expert, tensor)
+
+
+def weight_spec(axes: sharding.Axes) -> PartitionSpec:
+    """The stored sharding of a weight, less what this layer neither splits nor gathers."""
+    place, stored = placement(), sharding.spec(*axes) or ()
+    known = {*place.expert, *place.tensor, *sharding.GATHERED_AXES}
+    dims = [tuple(a for a in _names(dim) if a in known) for dim in stored]
+    return PartitionSpec(*(dim or None for dim in dims))
+
+
+def _names(dim) -> tuple[str, ...]:
+    return () if dim is None else (dim,) if isinstance(dim, str) else tuple(dim)
+
+
+def _gather(w: jax.Array, spec: PartitionSpec, place: Placement) -> jax.Array:
+    """A device's part of a weight with its fsdp splits gathered, its expert split never."""
+    for i, dim in enumerate(spec):
+        axes = tuple(a for a in _names(dim) if a in sharding.GATHERED_AXES and a not in place.expert)
+        if axes:
+            w = jax.lax.all_gather(w, axes, axis=i, tiled=True)
+    return dispatch.vary(w, place.varying)
+
+
+def uniform(seed_2: jax.Array, row: jax.Array, features: int, first: jax.Array | int = 0):
+    """float32 in [0, 1), [rows, features]: a pure function of seed, row and feature indices,
+    so that a token draws the same wherever it is computed (Salmon et al. 2011).
+
+    Args:
+        seed_2: uint32 [2].
+        row: int32 [rows], global indices.
+        first: global index of the first feature.
+    """
+    shape = (row.shape[0], features)
+    column = jnp.arange(features, dtype=jnp.uint32) + jnp.asarray(first, jnp.uint32)
+    counters = [jnp.broadcast_to(c, shape).reshape(-1)
+                for c in (row.astype(jnp.uint32)[:, None], column)]
+    bits = threefry_2x32(seed_2, jnp.concatenate(counters))[:shape[0] * shape[1]]
+    return (bits.reshape(shape) >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What is fixed about one traced call."""
+
+    config: Any                         # the layer's MoEConfig
+    activation: Callable
+    place: Placement
+    specs: Mapping[str, PartitionSpec]  # of the arrays that `mixture` is given
+    tokens: int                         # of a group
+    room: int | None                    # of an expert for a group; None: dropless
+    train: bool
+
+
+def _route(x_ND: jax.Array, arrays: Mapping[str, jax.Array], mask_GT: jax.Array, row_N: jax.Array,
+           run: Run):
+    """(Routing or ExpertChoice, logits_GTE or None for hash routing), float32 throughout."""
+    config, train = run.config, run.train
+    groups, tokens = mask_GT.shape
+    masked = mask_GT if config.mask_padding else None
+    if config.router == "hash":
+        ids_GT = arrays["tokens"].reshape(groups, tokens)
+        return routing.hash_experts(ids_GT, config.num_experts, run.room, masked,
+                                    seed=config.hash_seed), None
+    x_ND = x_ND.astype(jnp.float32)
+    if train and config.jitter:
+        noise = uniform(arrays["seeds"][0], row_N, x_ND.shape[1])
+        x_ND = routing.jitter(x_ND, noise, config.jitter)
+    # HIGHEST: a TPU would otherwise multiply float32 as bfloat16.
+    logits = jnp.einsum("ND,DE->NE", x_ND, arrays["router"], precision=jax.lax.Precision.HIGHEST)
+    logits_GTE = (logits + arrays.get("router_bias", 0.0)).reshape(groups, tokens, -1)
+    if config.router == "expert_choice":
+        # Causal decoders are refused when the layer is built.
+        return routing.expert_choice(logits_GTE, run.room, masked, causal=False), logits_GTE
+    shared = {"prioritized": config.prioritized,
+              "expert_groups": (config.expert_groups, config.max_groups)}
+    if config.router == "switch":
+        return routing.switch(logits_GTE, run.room, masked, **shared), logits_GTE
+    shared["renormalize"] = config.renormalize
+    if config.router == "top_k":
+        return routing.top_k(logits_GTE, config.top_k, run.room, masked, **shared), logits_GTE
+    policy = config.second_policy if train else config.eval_second_policy
+    draws = None
+    if policy == "random":
+        draws = uniform(arrays["seeds"][1], row_N, 1).reshape(groups, tokens)
+    return routing.top_2(logits_GTE, run.room, masked, second_policy=policy, uniform_GT=draws,
+                         second_threshold=config.second_threshold, **shared), logits_GTE
+
+
+class _Experts:
+    """The MLPs of this device's experts: rows in, rows out, over both kinds of buffer."""
+
+    def __init__(self, arrays: Mapping[str, jax.Array], run: Run):
+        place = run.place
+        self.config, self.place, self.activation = run.config.mlp, place, run.activation
+        self.weights = {name: _gather(w, run.specs[name], place)
+                        for name, w in arrays.items() if name.startswith("w")}
+        if place.tensor and "wo.bias" in self.weights:
+            # Partial outputs are summed over tensor: only one of them may hold the bias.
+            owner = jax.lax.axis_index(place.tensor) == 0
+            self.weights["wo.bias"] = jnp.where(owner, self.weights["wo.bias"], 0)
+        self.seed = arrays["seeds"][2] if run.train and self.config.dropout_rate else None
+
+    def _mlp(self, x, matmul, bias_rows, choice):
+        def dense(x, name):
+            y = matmul(x, self.weights[f"{name}.kernel"])
+            bias = self.weights.get(f"{name}.bias")
+            return y if bias is None else y + bias_rows(bias)
+
+        if self.config.gated:
+            h = self.activation(dense(x, "wi_0")) * dense(x, "wi_1")
+        else:
+            h = self.activation(dense(x, "wi"))
+        if self.seed is not None:
+            features, rate = h.shape[-1], self.config.dropout_rate
+            draws = uniform(self.seed, choice.reshape(-1), features,
+                            self.place.first(self.place.tensor, features))
+            h = jnp.where(draws.reshape(h.shape) >= rate, h / (1.0 - rate), 0).astype(h.dtype)
+        return dense(h, "wo")
+
+    def in_buffers(self, x_MD: jax.Array, choice_M: jax.Array, num_experts: int) -> jax.Array:
+        """Rows in buffers of equal length, expert by expert -> rows likewise.
+
+        Args:
+            choice_M: global index of the choice in each row, which its dropout depends on.
+        """
+        axes, shape = self.place.expert, x_MD.shape
+        x_ECD = x_MD.reshape(num_experts, -1, shape[1])
+        choice_EC = choice_M.reshape(num_experts, -1)
+        if axes:
+            there = functools.partial(jax.lax.all_to_all, axis_name=axes, split_axis=0,
+                                      concat_axis=1, tiled=True)
+            x_ECD = there(x_ECD)
+            choice_EC = there(choice_EC) if self.seed is not None else None
+        y_ECD = self._mlp(x_ECD, functools.partial(jnp.einsum, "ECD,EDF->ECF"),
+                          lambda bias_EF: bias_EF[:, None], choice_EC)
+        if axes:
+            y_ECD = jax.lax.all_to_all(y_ECD, axes, split_axis=1, concat_axis=0, tiled=True)
+        return y_ECD.reshape(shape)
+
+    def packed(self, x_MD: jax.Array, choice_M: jax.Array, sizes_E: jax.Array) -> jax.Array:
+        """Rows sorted by expert, sizes_E of each -> rows likewise."""
+        if self.place.expert:
+            plan, received_PE = dispatch.plan_exchange(sizes_E, self.place.expert, len(choice_M))
+            slot, source, sizes_E = dispatch.received_layout(received_PE, plan.rows)
+            x_MD = dispatch.spread(dispatch.exchange(x_MD, plan), slot, source)
+            if self.seed is not None:
+                arrived = dispatch.send(choice_M[:, None], plan)
+                choice_M = dispatch.spread(arrived, slot, source)[:, 0]
+        y_MD = self._mlp(
+            x_MD, lambda x, w: dispatch.grouped_matmul(x, w, sizes_E),
+            lambda bias_EF: bias_EF.at[dispatch.experts_of_rows(sizes_E, len(x_MD))].get(
+                mode="fill", fill_value=0), choice_M)
+        if self.place.expert:
+            y_MD = dispatch.exchange_back(dispatch.collect(y_MD, slot, source)[:, 0], plan)
+        return y_MD
+
+
+def mixture(arrays: Mapping[str, jax.Array], run: Run) -> tuple[jax.Array, dict]:
+    """One device's rows of the batch -> (y_BLD, {name: (sum, count)} over all devices)."""
+    config, place = run.config, run.place
+    x_BLD = arrays["x"]
+    x_ND = x_BLD.reshape(-1, x_BLD.shape[-1])
+    mask_GT = arrays["mask"].reshape(-1, run.tokens)
+    first = place.first(place.group, x_ND.shape[0])
+    choice, logits_GTE = _route(x_ND, arrays, mask_GT, first + jnp.arange(x_ND.shape[0]), run)
+    experts = _Experts(arrays, run)
+    rows_ND = dispatch.vary(x_ND, place.varying)
+    if isinstance(choice, routing.ExpertChoice):
+        source_M = dispatch.choice_source(choice, run.tokens)
+        rows_MD = rows_ND.at[source_M].get(mode="fill", fill_value=0)
+        y_MD = experts.in_buffers(rows_MD, first + source_M, config.num_experts)
+        y_ND = dispatch.scatter_combine(y_MD, choice, source_M, x_ND.shape[0])
+    else:
+        if run.room is None:
+            slot_NK, source_M, sizes_E = dispatch.sorted_layout(choice, config.num_experts)
+            compute = functools.partial(experts.packed, sizes_E=sizes_E)
+        else:
+            slot_NK, source_M = dispatch.capacity_layout(choice, config.num_experts, run.room)
+            compute = functools.partial(experts.in_buffers, num_experts=config.num_experts)
+        choices = slot_NK.shape[1]
+        y_MD = compute(dispatch.spread(rows_ND, slot_NK, source_M), first * choices + source_M)
+        y_ND = dispatch.combine(dispatch.collect(y_MD, slot_NK, source_M),
+                                choice.gate.reshape(-1, choices))
+    if place.tensor:
+        y_ND = jax.lax.psum(y_ND, place.tensor)
+    if config.overflow == "identity":
+        skipped_N1 = ~choice.kept.any(axis=-1).reshape(-1, 1)
+        best_N1 = jnp.max(routing.probabilities(logits_GTE), axis=-1).reshape(-1, 1)
+        y_ND = y_ND + jnp.where(skipped_N1, best_N1.astype(x_ND.dtype) * x_ND, 0)
+    return y_ND.reshape(x_BLD.shape), _aux(choice, logits_GTE, mask_GT, run)
+
+
+def _aux(choice, logits_GTE, mask_GT, run: Run) -> dict:
+    """Losses and metrics over all devices, as (sum, count)."""
+    config = run.config
+    counted = mask_GT if config.mask_padding else jnp.ones_like(mask_GT)
+    total = {}
+    p_GTE = None
+    if logits_GTE is not None:
+        p_GTE = routing.probabilities(logits_GTE)
+        total["router_z_loss"] = routing.router_z_loss(logits_GTE, counted)
+        if isinstance(choice, routing.Routing):
+            picked = choice.expert_index[..., :1 if config.balance_choices == "first" else None]
+            total["load_balancing_loss"] = routing.load_balancing_loss(p_GTE, picked, counted)
+    total |= routing.router_metrics(choice, p_GTE, counted)
+    total = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), total)
+    total, load_E = jax.tree.map(
+        lambda a: jax.lax.psum(dispatch.vary(a, run.place.group), run.place.group)
+        if run.place.group else a, (total, routing.expert_load(choice, config.num_experts)))
+    aux_loss = sum((weight * total[name][0] / total[name][1] for name, weight in
+                    (("load_balancing_loss", config.balance_weight),
+                     ("router_z_loss", config.z_weight)) if name in total and weight),
+                   jnp.zeros((), jnp.float32))
+    total |= routing.load_metrics(load_E)
+    return {"aux_loss": (aux_loss, jnp.ones((), jnp.float32)),
+            **{f"moe/{name}": pair for name, pair in sorted(total.items())}}

@@ -1,0 +1,304 @@
+"""Sparse mixture of experts: an MLP of which every token uses a few of many.
+
+    x -> router -> dispatch -> [all-to-all ->] experts [-> all-to-all] -> combine -> y
+
+A MoE takes the place of the dense MLP in a block and nothing else changes. Expert weights are
+stacked, [experts, embed, mlp]. On a mesh with an `expert` axis each device holds its share of
+the experts and never sees the others': tokens travel instead, by all-to-all along that axis
+only (GShard, Lepikhin et al. 2020). The whole layer runs in one jax.shard_map, manual over
+every mesh axis; what happens in it is in mixture.py, routers are in routing.py.
+
+Shape letters: B batch, L length, D model, F hidden, E experts.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from t5x_lite import sharding
+from t5x_lite.errors import UserError, nearest
+from t5x_lite.layers import routing
+from t5x_lite.layers.linear import Dense, InitConfig, kernel_std, param
+from t5x_lite.layers.mixture import Run, mixture, placement, weight_spec
+from t5x_lite.layers.mlp import ACTIVATIONS, MLP, MLPConfig
+
+ROUTERS = ("switch", "top_2", "top_k", "expert_choice", "hash")
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """A mixture of experts in place of an MLP."""
+
+    num_experts: int = 8
+    mlp: MLPConfig = MLPConfig()       # each expert; its dropout_rate is the expert dropout,
+    #                                    0.4 in fine-tuning (Switch section 2.4)
+    router: str = "switch"             # one of ROUTERS, see routing.py
+    top_k: int = 2                     # experts a token uses, for router="top_k"
+    renormalize: bool = True           # top_2 and top_k: the used experts' gates sum to 1
+    second_policy: str = "all"         # top_2 in training: all | none | threshold | random
+    eval_second_policy: str = "all"    # top_2 in evaluation: all | none | threshold
+    second_threshold: float = 0.5      # of the second expert's share, for those policies
+    prioritized: bool = False          # serve probable tokens first (V-MoE), not in order
+    # Room an expert has for one group: factor * tokens of the group / experts (Switch eq. 3),
+    # whatever the number of choices: top-2 routers want about twice as much.
+    capacity_factor: float = 1.25
+    eval_capacity_factor: float = 2.0
+    expert_capacity: int = 0           # that room in tokens, instead of the factors
+    dropless: bool = False             # every choice is computed, whatever the load
+    overflow: str = "zero"             # what dropped tokens get: zero | identity (p x, as the
+    #                                    Hugging Face Switch models were evaluated)
+    group_size: int = 0                # tokens that compete for room: 0 is a sequence; else a
+    #                                    divisor or a multiple of the sequence length
+    mask_padding: bool = True          # padding takes no room and counts in no loss
+    jitter: float = 0.0                # multiplicative noise on the router's input, train only
+    balance_weight: float = 0.01       # of the load-balancing loss
+    balance_choices: str = "all"       # choices it counts: all | first (GShard)
+    z_weight: float = 0.0              # of the router z-loss (ST-MoE: 0.001)
+    expert_groups: int = 1             # equal groups of experts, one a slice or host, …
+    max_groups: int = 1                # … of which a token's experts lie in this many at most
+    shared_experts: int = 0            # experts that every token uses, as one MLP that wide
+    router_bias: bool = False
+    router_std: float = 0.02           # of the fresh router kernel
+    hash_seed: int = 0                 # for router="hash"
+
+    @property
+    def choices(self) -> int:
+        """Experts a token uses; 0 where experts choose."""
+        return {"switch": 1, "top_2": 2, "hash": 1, "expert_choice": 0}.get(
+            self.router, self.top_k)
+
+
+def validate(config: MoEConfig, where: str, *, causal: bool, length: int = 0,
+             mesh_sizes: Mapping[str, int] | None = None) -> None:
+    """Raises UserError for a mixture that cannot be built or run, naming the field.
+
+    Args:
+        where: dotted path of the config, for messages.
+        causal: whether the layer stands in a causal decoder.
+        length: tokens of a training sequence, 0 where unknown.
+        mesh_sizes: {mesh axis: size} of the run, None where unknown.
+    """
+    def one_of(field, allowed):
+        value = getattr(config, field)
+        if value not in allowed:
+            raise UserError(f"{where}.{field}={value!r}: must be one of {', '.join(allowed)}."
+                            f"{nearest(value, allowed)}")
+
+    experts = config.num_experts
+    one_of("router", ROUTERS)
+    one_of("second_policy", routing.SECOND_POLICIES)
+    one_of("eval_second_policy", tuple(p for p in routing.SECOND_POLICIES if p != "random"))
+    one_of("overflow", ("zero", "identity"))
+    one_of("balance_choices", ("all", "first"))
+    if experts < 1:
+        raise UserError(f"{where}.num_experts={experts}: must be at least 1.")
+    if config.router == "top_k" and config.top_k < 1:
+        raise UserError(f"{where}.top_k={config.top_k}: must be at least 1.")
+    if config.choices > experts:
+        field = f"top_k={config.top_k}" if config.router == "top_k" else f"router={config.router!r}"
+        raise UserError(f"{where}.{field} uses {config.choices} experts a token, but num_experts="
+                        f"{experts}; use at most {experts}, or more experts.")
+    if config.router == "expert_choice":
+        if causal:
+            raise UserError(f"{where}: {routing.EXPERT_CHOICE_LEAKS}")
+        if config.dropless or config.overflow != "zero" or config.expert_groups != 1:
+            raise UserError(f"{where}: router='expert_choice' fills every expert to its capacity; "
+                            "dropless, overflow and expert_groups do not apply to it.")
+    if experts % config.expert_groups:
+        raise UserError(f"{where}.expert_groups={config.expert_groups} must divide num_experts="
+                        f"{experts}.")
+    eligible = config.max_groups * experts // config.expert_groups
+    if not 1 <= config.max_groups <= config.expert_groups or config.choices > eligible:
+        raise UserError(f"{where}.max_groups={config.max_groups}: must be between 1 and "
+                        f"expert_groups={config.expert_groups}, and leave at least "
+                        f"{config.choices} experts eligible.")
+    ways = _ways(sharding.active_rules().mesh_axes("expert"), mesh_sizes or {})
+    if experts % ways:
+        raise UserError(f"{where}.num_experts={experts} cannot be split {ways} ways over the mesh "
+                        f"axis 'expert'; choose a mesh.expert that divides {experts}.")
+    if length:
+        tokens = group_tokens(config, length, where)
+        for train in (True, False):
+            capacity(config, tokens, train, where)
+
+
+def group_tokens(config: MoEConfig, length: int, where: str = "moe") -> int:
+    """Tokens of a routing group for sequences of `length`. Raises UserError, see group_size."""
+    size = config.group_size or length
+    if size < 0 or (length % size and size % length):
+        raise UserError(f"{where}.group_size={size}: must be 0 (a sequence), or divide the "
+                        f"sequence length {length}, or be a multiple of it.")
+    return size
+
+
+def capacity(config: MoEConfig, tokens: int, train: bool, where: str = "moe") -> int | None:
+    """Tokens that an expert takes from a group of `tokens`; None: all that come.
+
+    Raises:
+        UserError: less than one token.
+    """
+    if config.dropless:
+        return None
+    if config.expert_capacity:
+        return min(config.expert_capacity, tokens)
+    field = "capacity_factor" if train else "eval_capacity_factor"
+    factor = getattr(config, field)
+    room = factor * tokens / config.num_experts
+    if room < 1.0:
+        raise UserError(
+            f"{where}.{field}={factor}: {factor} * {tokens} tokens of a group / "
+            f"{config.num_experts} experts leaves an expert room for {room:.2g} tokens, less than "
+            f"one; use a factor of at least {config.num_experts / tokens:.3g}, a larger "
+            "group_size, or dropless=True.")
+    return min(round(room), tokens)
+
+
+def _ways(axes: tuple[str, ...], sizes: Mapping[str, int]) -> int:
+    ways = 1
+    for axis in axes:
+        ways *= sizes.get(axis, 1)
+    return ways
+
+
+# ---------------------------------------------------------------------------------------
+# Parameters
+# ---------------------------------------------------------------------------------------
+
+
+class ExpertDense(nnx.Module):
+    """The kernels of one projection of all experts: kernel_EDF (and bias_EF)."""
+
+    def __init__(self, key: jax.Array, num_experts: int, d_in: int, d_out: int,
+                 axes: tuple[str, str], *, std: float, use_bias: bool):
+        self.kernel = param(key, (num_experts, d_in, d_out), ("expert", *axes), std=std,
+                            fan_in=d_in)
+        if use_bias:
+            bias_axis = "norm" if axes[1] == "embed" else axes[1]
+            self.bias = param(key, (num_experts, d_out), ("expert", bias_axis))
+
+
+class Experts(nnx.Module):
+    """The weights of all experts: wi (or wi_0, wi_1) and wo, as the dense MLP names them."""
+
+    def __init__(self, key: jax.Array, embed_dim: int, config: MoEConfig, init: InitConfig):
+        mlp, keys = config.mlp, jax.random.split(key, 3)
+        std_in = kernel_std(init, embed_dim) * init.value_factor
+        std_out = kernel_std(init, mlp.mlp_dim) * init.output_factor * init.value_factor
+        wi = functools.partial(ExpertDense, num_experts=config.num_experts, d_in=embed_dim,
+                               d_out=mlp.mlp_dim, axes=("embed", "mlp"), std=std_in,
+                               use_bias=mlp.use_bias)
+        if mlp.gated:
+            self.wi_0, self.wi_1 = wi(keys[0]), wi(keys[1])
+        else:
+            self.wi = wi(keys[0])
+        self.wo = ExpertDense(keys[2], config.num_experts, mlp.mlp_dim, embed_dim,
+                              ("mlp", "embed"), std=std_out, use_bias=mlp.use_bias)
+        self.names = ("wi_0", "wi_1", "wo") if mlp.gated else ("wi", "wo")
+
+    def weights(self, dtype: jnp.dtype) -> dict[str, tuple[jax.Array, sharding.Axes]]:
+        """{"wi.kernel": (array in the compute dtype, logical axes), …}."""
+        found = {}
+        for name in self.names:
+            for kind in ("kernel", "bias"):
+                variable = getattr(getattr(self, name), kind, None)
+                if variable is not None:
+                    axes = variable.get_metadata()["logical_axes"]
+                    found[f"{name}.{kind}"] = (variable[...].astype(dtype), axes)
+        return found
+
+
+# ---------------------------------------------------------------------------------------
+# The layer
+# ---------------------------------------------------------------------------------------
+
+
+class MoE(nnx.Module):
+    """A mixture of experts with the dense MLP's interface.
+
+    Raises:
+        UserError: see `validate`.
+    """
+
+    def __init__(self, key: jax.Array, embed_dim: int, config: MoEConfig, init: InitConfig,
+                 dtype: jnp.dtype = jnp.float32, *, causal: bool = False):
+        validate(config, "moe", causal=causal)
+        keys = jax.random.split(key, 3)
+        if config.router != "hash":
+            self.router = Dense(keys[0], embed_dim, config.num_experts, ("embed", "router"),
+                                std=config.router_std, use_bias=config.router_bias)
+        self.experts = Experts(keys[1], embed_dim, config, init)
+        if config.shared_experts:
+            wide = dataclasses.replace(
+                config.mlp, mlp_dim=config.mlp.mlp_dim * config.shared_experts)
+            self.shared = MLP(keys[2], embed_dim, wide, init, dtype)
+        self.config = config
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array, key: jax.Array | None = None, *,
+                 mask: jax.Array | None = None, tokens: jax.Array | None = None,
+                 decoding: bool = False, **_) -> tuple[jax.Array, dict]:
+        """x_BLD -> (y_BLD, aux).
+
+        Args:
+            key: dropout key, None outside training (which also chooses the capacity).
+            mask: bool [B, L], False where padding; None: all tokens are real.
+            tokens: int32 [B, L] token ids, which router="hash" needs.
+            decoding: the sequence arrives in pieces, so nothing is dropped: a group would be
+                whatever part of it is here.
+        Returns:
+            y in the compute dtype, and {name: (sum, count)} float32: "aux_loss", the weighted
+            losses of this layer to add to the model's, and "moe/…" metrics over the batch.
+        Raises:
+            UserError: an expert's room is below one token, or the batch does not divide.
+        """
+        config, place = self.config, placement()
+        batch, length, _ = x.shape
+        train = key is not None
+        size, room = length, None
+        if config.router == "expert_choice" or not (decoding or length == 1):
+            size = group_tokens(config, length)
+            room = capacity(config, size, train)
+        ways = _ways(place.group, sharding.mesh_sizes())
+        rows = max(size // length, 1)  # sequences of a group
+        if batch % (ways * rows):
+            raise UserError(
+                f"moe: a batch of {batch} sequences cannot be split into groups of {rows} over "
+                f"{ways} devices (mesh axes {', '.join(place.group) or 'none'}); it must be a "
+                f"multiple of {rows * ways}. Change the batch size, group_size or the mesh.")
+        arrays = {"x": x, "mask": jnp.ones((batch, length), bool) if mask is None
+                  else jnp.broadcast_to(mask, (batch, length))}
+        if config.router == "hash":
+            assert tokens is not None, "router='hash' needs the token ids"
+            arrays["tokens"] = tokens
+        specs = dict.fromkeys(arrays, PartitionSpec(place.group or None))
+        if config.router != "hash":
+            arrays["router"] = sharding.weight(self.router.kernel[...], self.router.axes,
+                                               jnp.float32)
+            if config.router_bias:
+                arrays["router_bias"] = self.router.bias[...]
+        if train:
+            key, shared_key = jax.random.split(key)
+            arrays["seeds"] = jax.random.bits(key, (3, 2), jnp.uint32)
+        specs |= {name: PartitionSpec() for name in arrays if name not in specs}
+        for name, (w, axes) in self.experts.weights(self.dtype).items():
+            arrays[name] = w
+            specs[name] = weight_spec(axes)
+        run = Run(config, ACTIVATIONS[config.mlp.activation], place, specs, size, room, train)
+        local = functools.partial(mixture, run=run)
+        if sharding.mesh_sizes():
+            # Explicit meshes do not reshard what enters a shard_map.
+            arrays = {name: jax.sharding.reshard(a, specs[name]) for name, a in arrays.items()}
+            y, aux = jax.shard_map(
+                local, in_specs=(specs,),
+                out_specs=(specs["x"], PartitionSpec()))(arrays)
+            y = sharding.shard(y, "act_batch", "act_length", "act_embed")
+        else:
+            y, aux = local(arrays)
+        if config.shared_experts:
+            y = y + self.shared(x, shared_key if train else None)[0]
+        return y, aux
