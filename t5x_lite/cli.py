@@ -46,6 +46,13 @@ def run_config(holder: flags.FlagHolder) -> RunConfig:
     return from_mapping(RunConfig, holder.value)
 
 
+def workdir(value: str | None) -> pathlib.Path:
+    """The --workdir flag as a path. Raises UserError where it is missing."""
+    if not value:
+        raise UserError("--workdir is missing: the folder of the run.")
+    return pathlib.Path(value)
+
+
 def run(main: Callable[[], None]) -> None:
     """Parses the flags and calls main; a UserError becomes a message and exit status 2."""
     quiet()

@@ -9,9 +9,10 @@ names the dotted field of anything that does not fit.
 
 import dataclasses
 import json
+import pathlib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -147,3 +148,29 @@ def replace(config: Any, path: str, value: Any) -> Any:
     head, _, rest = path.partition(".")
     return dataclasses.replace(
         config, **{head: replace(getattr(config, head), rest, value) if rest else value})
+
+
+def load(path: pathlib.Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config that a run wrote, with "dotted.field=value" overrides.
+
+    Raises:
+        UserError: no such file, or an override that names no field or does not fit its type.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: is that the workdir of a run?")
+    config = json.loads(path.read_text())
+    for override in overrides:
+        field, equals, text = override.partition("=")
+        *parents, last = field.split(".")
+        section = config
+        for name in parents:
+            section = section.get(name) if isinstance(section, dict) else None
+        if not equals or not isinstance(section, dict) or last not in section:
+            known = section if isinstance(section, dict) else config
+            raise UserError(f"override {override!r} names no field of the config."
+                            f"{nearest(last, known)} Write section.field=value.")
+        try:
+            section[last] = json.loads(text)
+        except json.JSONDecodeError:
+            section[last] = text
+    return from_mapping(RunConfig, config)

@@ -37,6 +37,7 @@ import functools
 import math
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -288,6 +289,13 @@ def _with_vocabulary(task: "seqio.Task", config: DataConfig) -> "seqio.Task":
         for name, feature in task.output_features.items()})
 
 
+def _identity(vocabulary: "seqio.Vocabulary") -> str:
+    """A name that is the same in every process for the same vocabulary, wherever its file is."""
+    content = getattr(vocabulary, "sp_model", None) or b""
+    return (f"{type(vocabulary).__name__} of {vocabulary.vocab_size} ids, "
+            f"crc32 {zlib.crc32(content):08x}")
+
+
 def check_vocabulary(vocabulary: "seqio.Vocabulary", model_vocab_size: int) -> None:
     """Raises UserError where token ids would fall outside the model's embedding."""
     if vocabulary.vocab_size > model_vocab_size:
@@ -349,12 +357,6 @@ def _whole(array) -> np.ndarray:
 
 # --- training batches -----------------------------------------------------------------------
 
-def rows_of_shard(shard: int, global_batch_size: int, num_shards: int) -> range:
-    """The rows of a global batch that come from a virtual shard."""
-    share = global_batch_size // num_shards
-    return range(shard * share, (shard + 1) * share)
-
-
 def shards_of_processes(sharding: jax.sharding.Sharding, shape: tuple[int, int],
                         num_shards: int) -> dict[int, set[int]]:
     """{process index: virtual shards that rows on its devices come from}."""
@@ -365,6 +367,12 @@ def shards_of_processes(sharding: jax.sharding.Sharding, shape: tuple[int, int],
         found.setdefault(device.process_index, set()).update(
             range(start // share, -(-stop // share)))
     return found
+
+
+def owned_shards(readers: Mapping[int, set[int]], process: int) -> list[int]:
+    """The shards whose places a process saves: those that no process before it reads."""
+    before = set().union(*(shards for other, shards in readers.items() if other < process))
+    return sorted(readers[process] - before)
 
 
 def _check_shards(config: DataConfig, global_batch_size: int) -> None:
@@ -398,7 +406,7 @@ class ShardedRows:
             "objective": objective, "packing": config.packing, "seed": seed,
             "inputs_length": config.inputs_length, "targets_length": config.targets_length,
             "num_shards": config.num_shards, "shuffle_buffer": config.shuffle_buffer,
-            "vocabulary": str(mixture[0].task.output_features["targets"].vocabulary),
+            "vocabulary": _identity(mixture[0].task.output_features["targets"].vocabulary),
             "files": pipeline.files_digest(mixture, "train")}
         cores = os.cpu_count() or 1
         threads = max(1, cores // len(shards))
@@ -449,12 +457,9 @@ class TrainIterator:
         _check_shards(config, global_batch_size)
         length = max(config.inputs_length, config.targets_length)
         readers = shards_of_processes(sharding, (global_batch_size, length), config.num_shards)
-        mine = readers.get(jax.process_index(), set())
-        self._owned = sorted(s for s in mine if all(
-            s not in shards for process, shards in readers.items()
-            if process < jax.process_index()))
+        self._owned = owned_shards(readers, jax.process_index())
         self._rows = ShardedRows(config, objective=objective, global_batch_size=global_batch_size,
-                                 seed=seed, shards=sorted(mine))
+                                 seed=seed, shards=sorted(readers[jax.process_index()]))
 
     def __iter__(self) -> "TrainIterator":
         return self

@@ -76,14 +76,16 @@ def loss(module: LanguageModel, batch: Mapping[str, jax.Array], key: jax.Array |
         layers' auxiliary values.
     """
     hidden, aux = module(batch, key)
-    sums = losses.chunked_cross_entropy(
+    loss_sum, sums = losses.chunked_cross_entropy(
         module.head, module.head_params(), hidden, batch["decoder_target_tokens"],
         batch["decoder_loss_weights"], z_loss=config.z_loss,
         label_smoothing=config.label_smoothing, chunk=config.logits_chunk)
-    total = sums.loss / normalizer
+    total = loss_sum / normalizer
     if "aux_loss" in aux:
         total = total + aux["aux_loss"][0] / parts
         aux = {**aux, "aux_loss": (aux["aux_loss"][0] / parts, jnp.float32(1.0 / parts))}
-    metrics = {"loss": (sums.cross_entropy, sums.weight), "accuracy": (sums.correct, sums.weight),
-               "z_loss": (sums.z_loss, sums.weight), **aux}
+    weight = sums["weight_sum"]
+    metrics = {"loss": (sums["loss_sum"] - sums["z_loss_sum"], weight),
+               "accuracy": (sums["correct_sum"], weight),
+               "z_loss": (sums["z_loss_sum"], weight), **aux}
     return total, metrics

@@ -11,6 +11,7 @@ from the newest checkpoint of the workdir and ends as if it had never stopped.
 """
 
 import dataclasses
+import functools
 import math
 import pathlib
 import signal
@@ -24,7 +25,7 @@ from jax.experimental import multihost_utils
 
 from t5x_lite import cli, data, metrics, report
 from t5x_lite.build import Experiment, build, param_report
-from t5x_lite.checkpoint import Checkpointer, restore_or_init
+from t5x_lite.checkpoint import Checkpointer, restore_or_init, restore_params
 from t5x_lite.config import RunConfig, to_json
 from t5x_lite.errors import UserError
 from t5x_lite.evaluate import Evaluator
@@ -73,14 +74,21 @@ def run(config: RunConfig, workdir: str | pathlib.Path) -> dict[str, dict[str, f
         sharding=experiment.batch_sharding, seed=config.train.seed)
     data.check_vocabulary(data.vocabulary_of(config.data), config.model.vocab_size)
     with Checkpointer(workdir, config.checkpoint) as checkpointer:
+        init_from = functools.partial(_init_from, experiment) if config.init_from else None
         state, iterator_states, _ = restore_or_init(
-            checkpointer, experiment.abstract_state, experiment.init_state)
+            checkpointer, experiment.abstract_state, experiment.init_state, init_from)
         if iterator_states is not None:
             train_data.restore(iterator_states)
         report.say(report.header(experiment))
         _write_description(experiment, workdir)
         with experiment.activate(), _Stop() as stop:
             return _loop(experiment, workdir, checkpointer, train_data, state, stop)
+
+
+def _init_from(experiment: Experiment) -> Mapping:
+    """A fresh state with the parameters of another workdir."""
+    params, _ = restore_params(experiment.config.init_from, experiment.abstract_state["params"])
+    return {**experiment.init_state(), "params": params}
 
 
 def _write_description(experiment: Experiment, workdir: pathlib.Path) -> None:
@@ -195,8 +203,6 @@ if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes, and resumes from.")
 
     def main() -> None:
-        if not _WORKDIR.value:
-            raise UserError("--workdir is missing: the folder the run writes to and resumes from.")
-        run(cli.run_config(_CONFIG), _WORKDIR.value)
+        run(cli.run_config(_CONFIG), cli.workdir(_WORKDIR.value))
 
     cli.run(main)

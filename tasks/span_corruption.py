@@ -112,7 +112,12 @@ def spans_to_sentinels(tokens_T, mask_T, first_sentinel: int):
 
 
 def num_sentinels(vocabulary: seqio.Vocabulary) -> int:
-    """Sentinels at the vocabulary's end: its extra ids, or its own <extra_id_N> pieces."""
+    """Sentinels at the vocabulary's end: its extra ids, or its own <extra_id_N> pieces.
+
+    ByT5 (arXiv:2105.13626, section 3.1) takes the last 100 byte ids for sentinels.
+    """
+    if isinstance(vocabulary, seqio.ByteVocabulary):
+        return vocabulary.extra_ids or 100
     if vocabulary.extra_ids or not isinstance(vocabulary, seqio.SentencePieceVocabulary):
         return vocabulary.extra_ids
     model, count = vocabulary.tokenizer, 0

@@ -2,8 +2,8 @@
 
     python      the shipped SentencePiece model: 3,996 pieces learned on Python's documentation
                 and source by scripts/train_tokenizer.py, byte fallback, 100 sentinels: 4,096 ids
-    byt5        UTF-8 bytes with T5's ids 0..2 in front and 125 sentinels: 384 ids
-                (ByT5, Xue et al. 2021, arXiv:2105.13626)
+    byt5        UTF-8 bytes behind T5's ids 0..2: 259 ids, the last 100 of which are sentinels
+                too (ByT5, Xue et al. 2021, arXiv:2105.13626; its models have 384 rows)
     t5          T5's public English vocabulary: 32,100 ids with its sentinels
     PATH.model  any SentencePiece file, local or gs://; 100 sentinels are added where it has none
 

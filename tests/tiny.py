@@ -51,12 +51,10 @@ def params(config: RunConfig) -> dict:
 
 
 def place(values: dict, experiment: Experiment) -> dict:
-    """A fresh state with these parameters, on the experiment's mesh."""
-    start = experiment.init_state()
-    placed = tree.map_with_path(
-        lambda p, old, new: jax.device_put(jnp.asarray(new), old.sharding),
-        start["params"], values)
-    return {**start, "params": placed}
+    """A state of zeros (as Adafactor's is at first) with these parameters, on the mesh."""
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), experiment.abstract_state)
+    return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding),
+                        {**zeros, "params": values}, experiment.abstract_state)
 
 
 def batch(rows: int = ROWS, seed: int = 0) -> dict[str, jnp.ndarray]:

@@ -1,0 +1,76 @@
+"""Evaluate checkpoints: `python -m t5x_lite.eval --workdir=DIR --step=all|last|N`.
+
+The config is the one that the workdir holds; `--override=a.b=c` changes a field of it
+(data.validation, eval.num_batches, mesh.fsdp, …). Prints one line a task and step and
+appends them to WORKDIR/eval.jsonl. Only parameters are read, on any mesh.
+"""
+
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+
+from absl import flags
+
+from t5x_lite import checkpoint, cli, report
+from t5x_lite import config as configs
+from t5x_lite.build import build
+from t5x_lite.config import RunConfig
+from t5x_lite.errors import UserError
+from t5x_lite.evaluate import Evaluator
+
+
+def steps_to_evaluate(workdir: pathlib.Path, step: str) -> list[int]:
+    """The committed steps that "all", "last" or a number names, rising."""
+    steps = checkpoint.all_steps(workdir)
+    if not steps:
+        raise UserError(f"--workdir={workdir} holds no checkpoint.")
+    if step == "all":
+        return steps
+    if step == "last":
+        return steps[-1:]
+    if not step.isdigit() or int(step) not in steps:
+        raise UserError(f"--step={step}: must be all, last or one of {steps}.")
+    return [int(step)]
+
+
+def run(config: RunConfig, workdir: pathlib.Path, steps: Sequence[int]
+        ) -> dict[int, dict[str, dict[str, float]]]:
+    """{step: {task: metrics}} of checkpoints of a workdir."""
+    experiment = build(config)
+    results = {}
+    with experiment.activate():
+        evaluator = Evaluator(experiment)
+        if not evaluator.has_data:
+            raise UserError("nothing to evaluate on: set data.validation to a task, or "
+                            "data.validation_files to text files.")
+        for step in steps:
+            params, _ = checkpoint.restore_params(
+                workdir, experiment.abstract_state["params"], step)
+            results[step] = evaluator.evaluate(params)
+            for task, values in results[step].items():
+                report.say(report.evaluation_line(step, task, values))
+    return results
+
+
+def write(workdir: pathlib.Path, results: dict[int, dict[str, dict[str, float]]]) -> None:
+    """Appends one JSON line a step and task to WORKDIR/eval.jsonl."""
+    if report.is_main():
+        with open(workdir / "eval.jsonl", "a") as file:
+            for step, tasks in results.items():
+                for task, values in tasks.items():
+                    finite = {n: v if math.isfinite(v) else None for n, v in values.items()}
+                    file.write(json.dumps({"step": step, "task": task, **finite}) + "\n")
+
+
+if __name__ == "__main__":
+    _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run to evaluate.")
+    _STEP = flags.DEFINE_string("step", "last", "all, last or the number of a step.")
+    _OVERRIDE = flags.DEFINE_multi_string("override", [], "field=value of the run's config.")
+
+    def main() -> None:
+        workdir = cli.workdir(_WORKDIR.value)
+        config = configs.load(workdir / "config.json", _OVERRIDE.value)
+        write(workdir, run(config, workdir, steps_to_evaluate(workdir, _STEP.value)))
+
+    cli.run(main)

@@ -1,0 +1,104 @@
+"""What a user gets wrong: one screen that names the value and the fix, nothing lost."""
+
+import dataclasses
+import subprocess
+
+import jax
+import pytest
+
+from t5x_lite import build as build_lib
+from t5x_lite import checkpoint, train
+from t5x_lite import config as configs
+from t5x_lite.errors import UserError
+from t5x_lite.sharding import MeshConfig
+from tests import tiny_config
+from tests.test_train import ROOT, command
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    text = tiny_config.write_text(tmp_path_factory.mktemp("text") / "words.txt")
+    return dataclasses.replace(tiny_config.run(text), mesh=MeshConfig(data=8))
+
+
+def refused(config, tmp_path, *fragments):
+    with pytest.raises(UserError) as error:
+        train.run(config, tmp_path)
+    message = str(error.value)
+    assert len(message) < 2000
+    for fragment in fragments:
+        assert fragment in message, message
+
+
+@pytest.mark.parametrize(("path", "value", "fragments"), [
+    ("mesh", MeshConfig(data=3), ["needs 3 devices, but there are 8", "1, 2, 4, 8"]),
+    ("mesh", MeshConfig(data=-1, fsdp=3), ["a multiple of 3"]),
+    ("mesh", MeshConfig(data=-1, fsdp=-1), ["only one axis may be -1", "data and fsdp"]),
+    ("mesh", MeshConfig(data=1, tensor=8), ["4 heads cannot be split 8 ways"]),
+    ("train.global_batch_size", 12, ["train.global_batch_size=12", "multiple of 8", "8 or 16"]),
+    ("train.accumulation", 3, ["multiple of 24", "3 micro-batches"]),
+    ("train.num_steps", 0, ["train.num_steps=0: must be at least 1"]),
+    ("data.num_shards", 3, ["data.num_shards=3", "train.global_batch_size=8"]),
+    ("data.train_files", "/no/such/file.txt", ["/no/such/file.txt"]),
+    ("data.vocabulary", "byt6", ["byt6", "byt5"]),
+    ("model.vocab_size", 100, ["model.vocab_size=100", "384"]),
+    ("precision", "bf15", ["bf15", "did you mean 'bf16'"]),
+    ("optimizer.name", "adafactr", ["did you mean 'adafactor'"]),
+    ("objective.name", "lm", ["does not fit", "seq2seq"]),
+    ("model.architecture", "decoder", ["decoder_only"]),
+])
+def test_refused_before_anything_is_compiled(config, tmp_path, path, value, fragments):
+    refused(configs.replace(config, path, value), tmp_path / "run", *fragments)
+
+
+def test_empty_data(config, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    refused(configs.replace(config, "data.train_files", str(empty)), tmp_path / "run",
+            str(empty))
+
+
+def test_unknown_task_names_the_nearest(config, tmp_path):
+    config = configs.replace(config, "data.train_files", "")
+    refused(configs.replace(config, "data.train", "python_span_corruptoin"), tmp_path / "run",
+            "did you mean 'python_span_corruption'")
+
+
+def test_a_workdir_of_another_model(config, tmp_path):
+    train.run(configs.replace(config, "train.num_steps", 2), tmp_path)
+    other = configs.replace(config, "model.embed_dim", 24)
+    refused(other, tmp_path, "token_embedding/embedding", "(384, 16)", "(384, 24)")
+    assert checkpoint.all_steps(tmp_path) == [2]
+
+
+def test_nan_loss_stops_names_the_step_and_keeps_the_last_good_checkpoint(config, tmp_path):
+    train.run(configs.replace(config, "train.num_steps", 2), tmp_path)
+    # A learning rate of 1e30 makes the parameters of step 3, and so the loss of step 4, overflow.
+    broken = configs.replace(config, "optimizer.schedule.base_learning_rate", 1e30)
+    refused(broken, tmp_path, "the loss of step", "last good checkpoint is of step 2",
+            "learning_rate")
+    assert checkpoint.all_steps(tmp_path) == [2]
+    train.run(configs.replace(config, "train.num_steps", 4), tmp_path)
+    assert checkpoint.all_steps(tmp_path)[-1] == 4
+
+
+def test_heads_are_checked_in_units(config):
+    config = configs.replace(config, "mesh", MeshConfig(data=1, tensor=8))
+    with pytest.raises(UserError, match="heads"):   # 4 heads of 4: 16 would divide by 8
+        build_lib.build(config, jax.devices())
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("--config.train.num_step=3", "num_steps"),
+    ("--config.train.num_steps=many", "num_steps"),
+    ("--confg=x", "config"),
+    ("--config.mesh.data=5", "mesh"),
+])
+def test_the_command_line_exits_with_one_screen(tmp_path, override, message):
+    text = tiny_config.write_text(tmp_path / "words.txt")
+    args, environment = command(text, tmp_path / "run", override)
+    done = subprocess.run(args, env=environment, cwd=ROOT, text=True, capture_output=True,
+                          timeout=300, check=False)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr and done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 15
