@@ -1,6 +1,7 @@
 """FLOPs and parameter counts: by hand, and against XLA's own count of an unrolled model."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ from t5x_lite.blocks import BlockConfig, SegmentConfig, StackConfig
 from t5x_lite.cost import flops
 from t5x_lite.layers.attention import AttentionConfig
 from t5x_lite.layers.mlp import MLPConfig
-from t5x_lite.models import Model, ModelConfig
+from t5x_lite.layers.moe import MoEConfig
+from t5x_lite.models import Model, ModelConfig, ParamInfo
 
 _HEADS = AttentionConfig(num_heads=4, head_dim=32)
 
@@ -57,6 +59,19 @@ def test_cross_attention_projects_the_encoders_tokens():
     assert long.mlp == short.mlp
 
 
+@pytest.mark.parametrize("fields, experts, router", [
+    ({"router": "switch"}, 1, 8), ({"router": "top_2", "shared_experts": 1}, 3, 8),
+    ({"router": "top_k", "top_k": 4}, 4, 8), ({"router": "hash"}, 1, 0),
+    ({"router": "expert_choice", "capacity_factor": 2.0}, 2, 8),
+    ({"router": "expert_choice", "expert_capacity": 3, "group_size": 12}, 2, 8)])
+def test_a_mixture_costs_the_experts_its_tokens_use(fields, experts, router):
+    """An expert is a dense MLP; the router a matmul from D=16 to E=8, of 2 x 24 tokens."""
+    expert = MLPConfig(mlp_dim=32)
+    found = flops.mlp_flops(MoEConfig(num_experts=8, mlp=expert, **fields), 2, 24, 16)
+    assert found.mlp == experts * flops.mlp_flops(expert, 2, 24, 16).mlp
+    assert found.router == 2 * 48 * 16 * router
+
+
 @pytest.mark.parametrize("window, causal, half, keys", [
     (0, True, False, 8), (0, True, True, 4.5), (0, False, True, 8),
     (3, True, False, 3), (3, True, True, (1 + 2 + 3 * 6) / 8), (3, False, False, 5),
@@ -74,6 +89,7 @@ def test_six_nd_is_the_kernels_of_a_decoder_only_model():
     assert 3 * (forward.projections + forward.mlp) == flops.six_nd(kernels, 2 * 64)
 
 
+@functools.cache
 def _xla_flops(config, rows, encoder_length, decoder_length):
     """cost_analysis of the compiled loss and gradient; layers unrolled, so that all count."""
     model = Model(config)
@@ -121,3 +137,19 @@ def test_parameter_counts_split_the_table():
     assert counts.non_embedding == counts.total - 2 * 1024 * 256
     tied = _decoder_only()
     assert flops.parameter_counts(tied, Model(tied).table).logits == 0
+
+
+def test_active_parameters_of_a_mixture_are_one_experts_of_eight():
+    """Two layers of 8 experts of 16 x 32, their router, and an embedding."""
+    config = _decoder_only(mlp=MoEConfig(num_experts=8, router="switch"))
+    rows = [("decoder/segment_0/block_0/mlp/experts/wi/kernel", (2, 8, 16, 32),
+             ("layers", "expert", "embed", "mlp")),
+            ("decoder/segment_0/block_0/mlp/router/kernel", (2, 16, 8),
+             ("layers", "embed", "expert")),
+            ("token_embedding/embedding", (100, 16), ("vocab", "embed"))]
+    table = {path: ParamInfo(path, shape, jnp.float32, axes, shape, 0, "")
+             for path, shape, axes in rows}
+    counts = flops.parameter_counts(config, table)
+    assert counts.total == 2 * 8 * 16 * 32 + 2 * 16 * 8 + 1600
+    assert counts.active == 2 * 16 * 32 + 2 * 16 * 8 + 1600
+    assert counts.non_embedding == counts.total - 1600
