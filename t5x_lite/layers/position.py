@@ -73,7 +73,7 @@ class RelativeBias(nnx.Module):
         one_hot = jax.nn.one_hot(buckets, self.config.num_buckets, dtype=self.dtype)
         rows = "act_batch" if buckets.shape[0] > 1 else None
         return sharding.einsum("BLSR,RN->BNLS", one_hot, table,
-                               out=(rows, "act_heads", None, None))
+                               out=(rows, "act_heads", "act_length", None))
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
