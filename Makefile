@@ -26,7 +26,7 @@ CPU_ENVIRONMENT := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 XLA_FLAGS="$$XLA_FLAGS 
     --xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 
 VENV_PYTHON := $(VENV)/bin/python
-INSTALL := $(VENV_PYTHON) -m pip install -qq --disable-pip-version-check -c constraints.txt
+INSTALL := $(VENV_PYTHON) -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt
 
 .PHONY: quickstart test test-all clean
 
