@@ -308,7 +308,8 @@ def check_vocabulary(vocabulary: "seqio.Vocabulary", model_vocab_size: int) -> N
 def bytes_of_tokens(vocabulary: "seqio.Vocabulary", model_vocab_size: int) -> np.ndarray:
     """int32 [model_vocab_size]: UTF-8 bytes of text each id stands for, for bits per byte.
 
-    Padding, EOS, sentinels and ids beyond the vocabulary stand for none.
+    Padding, EOS, sentinels and ids beyond the vocabulary stand for none. ByT5's sentinels
+    are byte ids as well and count as bytes.
     """
     import seqio
     table = np.zeros([model_vocab_size], np.int32)
@@ -400,7 +401,8 @@ class ShardedRows:
         make = functools.partial(
             pipeline.rows_dataset, mixture, "train", converter, config.inputs_length,
             config.targets_length, config.packing, seed)
-        pipeline.check_not_empty(mixture, "train", config.num_shards, make(training=False))
+        pipeline.check_documents(mixture, "train", config.num_shards)
+        pipeline.check_not_empty(make(training=False), config.train or "data.train_files")
         identity = {
             "tasks": {task.name: round(weight, 6) for task, weight in mixture},
             "objective": objective, "packing": config.packing, "seed": seed,
@@ -525,8 +527,10 @@ def eval_batches(config: DataConfig, task: str, *, objective: str, batch_size: i
         found = _with_vocabulary(_find(task, "data.validation", config), config)
     converter = pipeline.converter_of(objective)
     pipeline.check_task(found, split, converter.features, "data.validation")
+    mixture = [pipeline.Weighted(found, 1.0)]
+    pipeline.check_documents(mixture, split, 1)
     dataset = pipeline.rows_dataset(
-        [pipeline.Weighted(found, 1.0)], split, converter, config.inputs_length,
+        mixture, split, converter, config.inputs_length,
         config.targets_length, config.packing, pipeline.EVAL_SEED, training=False)
     blocks = pipeline.finite_batches(dataset, batch_size)
     count = 0

@@ -179,16 +179,7 @@ def seed_of(*parts) -> int:
 
 
 def check_task(task: seqio.Task, split: str, features: Sequence[str], field: str) -> None:
-    """Raises UserError where the task lacks the split, a feature or its data."""
-    source = task.source
-    if isinstance(source, seqio.TfdsDataSource):
-        builder = source.tfds_dataset.builder
-        folder = str(builder.data_path)
-        if source.tfds_dataset._read_only and not tf.io.gfile.exists(folder):
-            raise UserError(
-                f"{field}={task.name!r} reads the TFDS data set {builder.info.full_name}, which is "
-                f"not at {folder}; set TFDS_DATA_DIR to the folder (or gs:// path) that holds it, "
-                f"or prepare it with: tfds build {builder.info.full_name.rsplit(':', 1)[0]}")
+    """Raises UserError where the task lacks the split or a feature."""
     if split not in task.splits:
         raise UserError(f"{field}={task.name!r} has no split {split!r}; it has "
                         f"{', '.join(sorted(task.splits))}")
@@ -256,22 +247,23 @@ def rows_dataset(mixture: Sequence[Weighted], split: str, converter: Converter,
     return dataset.with_options(options)
 
 
-def check_not_empty(mixture: Sequence[Weighted], split: str, num_shards: int,
-                    once: tf.data.Dataset) -> None:
-    """Raises UserError where a shard would have nothing to read.
-
-    once: the rows of one epoch. A task that filters everything away would otherwise search
-    its endless source for ever.
-    """
+def check_documents(mixture: Sequence[Weighted], split: str, num_shards: int) -> None:
+    """Raises UserError where a shard would get no document of a source that counts its own."""
     for task, _ in mixture:
         documents = task.num_input_examples(split)
         if documents is not None and documents < num_shards:
-            raise UserError(f"{task.name!r} has {documents} documents, too few for "
-                            f"data.num_shards={num_shards}; lower it, or cut the text into more "
-                            "documents (data.text_document)")
+            raise UserError(f"{task.name!r} has {documents} documents in {split!r}, too few for "
+                            f"data.num_shards={num_shards}; lower it, give more text, or cut the "
+                            "text into more documents (data.text_document)")
+
+
+def check_not_empty(once: tf.data.Dataset, name: str) -> None:
+    """Raises UserError where one epoch holds no row.
+
+    A task that filters everything away would search its endless source for ever.
+    """
     if next(iter(once.take(1)), None) is None:
-        raise UserError(f"the split {split!r} of {', '.join(t.name for t, _ in mixture)} holds no "
-                        "examples")
+        raise UserError(f"the training split of {name} holds no examples once preprocessed")
 
 
 def check_saveable(dataset: tf.data.Dataset, name: str) -> None:

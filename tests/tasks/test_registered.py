@@ -1,0 +1,166 @@
+"""Every registered training task: its iterator is saved, restored and goes on as before."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from t5x_lite import data
+from t5x_lite.data import DataConfig, ShardedRows
+from t5x_lite.errors import UserError
+from tests.helpers import shared_data, shared_tool
+
+LENGTHS = dict(inputs_length=64, targets_length=64, num_shards=2, shuffle_buffer=8)
+
+
+@pytest.fixture(scope="session")
+def tfds_dir(tmp_path_factory):
+    """An offline TFDS_DATA_DIR, made by the shared tool from openly licensed text."""
+    import runpy
+    import sys
+    folder = tmp_path_factory.mktemp("tfds")
+    tool, source = shared_tool("make_tfds_dir.py"), shared_data("corpora").parent
+    data._tensorflow_side()
+    argv, sys.argv = sys.argv, [str(tool), str(source), str(folder)]
+    try:
+        runpy.run_path(str(tool), run_name="__main__")
+    finally:
+        sys.argv = argv
+    return folder
+
+
+@pytest.fixture
+def offline_c4(tfds_dir, monkeypatch):
+    import seqio
+    monkeypatch.setenv("T5X_LITE_T5_VOCAB", str(shared_data(
+        "vocab/cc_all.32000.100extra.sentencepiece.model")))
+    seqio.set_tfds_data_dir_override(str(tfds_dir))
+    yield
+    seqio.set_tfds_data_dir_override(None)
+
+
+def check_saving(config, objective, steps=12):
+    make = lambda shards=(0, 1): ShardedRows(config, objective=objective, global_batch_size=6,
+                                             seed=0, shards=shards)
+    rows = make()
+    for _ in range(steps):
+        next(rows)
+    states = rows.state([0, 1])
+    expected = [next(rows) for _ in range(steps)]
+    for shards in ((0, 1), (1,)):
+        again = make(shards)
+        again.restore(states)
+        for wanted in expected:
+            found = next(again)
+            jax.tree.map(np.testing.assert_array_equal, found, {s: wanted[s] for s in shards})
+    for features in expected[-1].values():
+        assert features["decoder_loss_weights"].mean() > 0.2   # real examples, not padding
+    return states
+
+
+def training_names(prefix):
+    import seqio
+    import tasks
+    data._tensorflow_side()
+    tasks.register_all()
+    names = sorted(seqio.TaskRegistry.names() | seqio.MixtureRegistry.names())
+    return [name for name in names if name.startswith(prefix)]
+
+
+def objective_of(name):
+    return "lm" if "causal_lm" in name else "seq2seq"
+
+
+def test_no_registered_task_is_forgotten():
+    covered = training_names("python_") + training_names("c4_")
+    assert len(covered) == 11
+    assert covered == [n for n in training_names("") if not n.startswith("data_test_")]
+
+
+def test_python_tasks_are_saved_and_restored():
+    names = training_names("python_")
+    assert len(names) == 9
+    for name in names:
+        check_saving(DataConfig(train=name, **LENGTHS), objective_of(name))
+
+
+def test_c4_through_tfds_is_saved_and_restored(offline_c4):
+    for name in training_names("c4_"):
+        check_saving(DataConfig(train=name, **LENGTHS), objective_of(name))
+
+
+def test_c4_rows_decode_to_its_pages(offline_c4):
+    config = DataConfig(train="c4_span_corruption", validation="c4_span_corruption", **LENGTHS)
+    vocabulary = data.vocabulary_of(config)
+    assert vocabulary.vocab_size == 32100
+    pages = shared_data("corpora/wikitext-2.valid.txt").read_text()
+    squeeze = lambda text: "".join(text.split()).replace("<unk>", "")
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    batch = next(data.eval_batches(config, "c4_span_corruption", objective="seq2seq",
+                                   batch_size=4, sharding=sharding))
+    for tokens in np.asarray(batch["encoder_input_tokens"]):
+        tokens = tokens[tokens > 0]
+        sentinel = np.flatnonzero(tokens >= 32000)[0]
+        start = vocabulary.decode(tokens[:sentinel].tolist())
+        known = [part for part in start.split("\u2047") if part.strip()]   # between unknowns
+        assert known and all(squeeze(part).replace("unk>", "") in squeeze(pages) for part in known)
+
+
+def test_c4_without_data_names_the_folder(tmp_path, monkeypatch):
+    import seqio
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    seqio.set_tfds_data_dir_override(str(tmp_path))
+    try:
+        from tasks import c4
+        source = c4.PreparedTfdsDataSource("c4/en:3.0.2", ("train",))
+        with pytest.raises(UserError, match=f"not in TFDS_DATA_DIR={tmp_path}"):
+            source.list_shards("train")
+    finally:
+        seqio.set_tfds_data_dir_override(None)
+
+
+def test_t5_vocabulary_that_is_not_there(monkeypatch, tmp_path):
+    data._tensorflow_side()
+    from tasks import vocabularies
+    monkeypatch.setenv("T5X_LITE_T5_VOCAB", str(tmp_path / "t5.model"))
+    with pytest.raises(UserError, match="T5X_LITE_T5_VOCAB=.*t5.model does not exist"):
+        _ = vocabularies.T5Vocabulary().vocab_size
+    monkeypatch.delenv("T5X_LITE_T5_VOCAB")
+    monkeypatch.setenv("T5X_LITE_CACHE", str(tmp_path))
+    monkeypatch.setattr(vocabularies, "T5_MODEL", "gs://localhost.invalid/t5.model")
+    monkeypatch.setattr(vocabularies.urllib.request, "urlopen", _unreachable)
+    with pytest.raises(UserError, match="cannot be reached .* set T5X_LITE_T5_VOCAB"):
+        _ = vocabularies.T5Vocabulary().vocab_size
+
+
+def _unreachable(url, timeout):
+    raise OSError("no route")
+
+
+def test_your_own_sentencepiece_file(tmp_path):
+    plain = shared_data("vocab/cc_all.32000.sentencepiece.model")
+    ready = shared_data("vocab/cc_all.32000.100extra.sentencepiece.model")
+    sizes = {data.vocabulary_of(DataConfig(vocabulary=str(p))).vocab_size for p in (plain, ready)}
+    assert sizes == {32100}
+    with pytest.raises(UserError, match="pad, eos, unk = -1, 2, 0"):
+        data.vocabulary_of(DataConfig(vocabulary=str(shared_data("vocab/sp_test_1000.model"))))
+
+
+def test_text_files_are_saved_and_restored_and_keep_their_state_on_a_copy(tmp_path):
+    """The content counts, not where a file lies or when it was written."""
+    lines = [f"line {i} of a text about nothing in particular" for i in range(40)]
+    states = {}
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.txt").write_text("\n".join(lines))
+        config = DataConfig(train_files=str(tmp_path / folder / "*.txt"), vocabulary="byt5",
+                            **LENGTHS)
+        states[folder] = check_saving(config, "seq2seq", steps=3)
+    rows = ShardedRows(config, objective="seq2seq", global_batch_size=6, seed=0, shards=(0, 1))
+    rows.restore(states["a"])
+    (tmp_path / "b" / "y.jsonl").write_text(json.dumps({"text": "one more document"}))
+    more = ShardedRows(DataConfig(train_files=f"{tmp_path}/b/*", vocabulary="byt5", **LENGTHS),
+                       objective="seq2seq", global_batch_size=6, seed=0, shards=(0, 1))
+    with pytest.raises(UserError, match="files: .* in the checkpoint"):
+        more.restore(states["a"])
