@@ -5,8 +5,10 @@ import os
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Tests compile much and run little: without LLVM's optimisations they take 0.6 of the time.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    " --xla_backend_optimization_level=0"
 )
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
