@@ -212,7 +212,7 @@ def _blocks(stack: "StackConfig") -> Iterator[tuple["BlockConfig", int]]:
 
 def _active_share(config: "ModelConfig", info: "ParamInfo", length: int) -> float:
     """The fraction of a parameter that one token uses: below 1 for the weights of experts."""
-    if "expert" not in info.logical_axes or "/router/" in info.path:
+    if "expert" not in info.logical_axes:
         return 1.0
     where = re.match(r"(encoder|decoder)/segment_(\d+)/block_(\d+)/mlp/", info.path)
     stack = getattr(config, where.group(1))

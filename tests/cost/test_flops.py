@@ -145,7 +145,7 @@ def test_active_parameters_of_a_mixture_are_one_experts_of_eight():
     rows = [("decoder/segment_0/block_0/mlp/experts/wi/kernel", (2, 8, 16, 32),
              ("layers", "expert", "embed", "mlp")),
             ("decoder/segment_0/block_0/mlp/router/kernel", (2, 16, 8),
-             ("layers", "embed", "expert")),
+             ("layers", "embed", "router")),
             ("token_embedding/embedding", (100, 16), ("vocab", "embed"))]
     table = {path: ParamInfo(path, shape, jnp.float32, axes, shape, 0, "")
              for path, shape, axes in rows}
