@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import pathlib
 import random
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -170,6 +172,24 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
         disk_is_free.set()
         ckpt.wait()
         assert ckpt.latest() == 1
+
+
+def test_what_orbax_complains_of_is_dropped_and_nothing_else(monkeypatch):
+    passed = []
+    monkeypatch.setattr(sys, "unraisablehook", passed.append)
+    checkpoint_format._quiet_orbax()
+    for folder in ("orbax", "elsewhere"):
+        code = types.SimpleNamespace(co_filename=f"/lib/{folder}/read.py")
+        sys.unraisablehook(types.SimpleNamespace(
+            object=types.SimpleNamespace(cr_code=code), exc_value=Exception()))
+        assert len(passed) == (folder == "elsewhere")
+        for level in (logging.WARNING, logging.ERROR):
+            record = logging.LogRecord("absl", level, f"/lib/{folder}/save.py", 1, "", (), None)
+            kept = bool(logging.getLogger("absl").filter(record))
+            assert kept == (folder == "elsewhere" or level == logging.ERROR)
+        message = f"Task exception was never retrieved: /lib/{folder}/write.py"
+        record = logging.LogRecord("asyncio", logging.ERROR, "/lib/a.py", 1, message, (), None)
+        assert bool(logging.getLogger("asyncio").filter(record)) == (folder == "elsewhere")
 
 
 def test_bad_config_names_the_field():
@@ -390,7 +410,7 @@ def test_a_run_prints_one_line_for_a_damaged_step_and_none_else(workdir):
     # In a process of its own: under pytest the log has other handlers.
     for file in (workdir / "checkpoints/2/state/ocdbt.process_0/d").iterdir():
         os.truncate(file, 0)
-    out, errors = start_worker(workdir, steps=2).communicate(timeout=120)
+    out, errors = start_worker(workdir, steps=2, devices=8).communicate(timeout=120)
     assert json.loads(out) == {"start": 1, "steps": [2, 3]}
     (line,) = errors.splitlines()
     assert "checkpoints/2 is unreadable (ValueError: OUT_OF_RANGE" in line
