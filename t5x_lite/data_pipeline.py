@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -326,13 +327,13 @@ class ShardReader:
         iterator = tf.io.serialize_tensor(tf.raw_ops.SerializeIterator(
             resource_handle=self._iterator._iterator_resource, external_state_policy=1)).numpy()
         file = io.BytesIO()
-        np.savez_compressed(file, identity=np.bytes_(json.dumps(self._identity).encode()),
-                            iterator=np.frombuffer(iterator, np.uint8), **self._pending)
-        return file.getvalue()
+        np.savez(file, identity=np.bytes_(json.dumps(self._identity).encode()),
+                 iterator=np.frombuffer(iterator, np.uint8), **self._pending)
+        return zlib.compress(file.getvalue(), 1)
 
     def restore(self, state: bytes) -> None:
         """Goes to a place that state() gave; UserError where it is of another pipeline."""
-        with np.load(io.BytesIO(state)) as saved:
+        with np.load(io.BytesIO(zlib.decompress(state))) as saved:
             arrays = dict(saved)
         identity = json.loads(arrays.pop("identity").item())
         changed = [f"{key}: {identity.get(key)!r} in the checkpoint, {self._identity.get(key)!r} now"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from t5x_lite import data
+from t5x_lite import data, data_tasks
 from t5x_lite.data import DataConfig, ShardedRows, TrainIterator
 from t5x_lite.errors import UserError
 
@@ -24,7 +24,7 @@ NUM_EXAMPLES = 200
 @pytest.fixture(scope="module", autouse=True)
 def registered():
     """Tasks over numbered examples: inputs [n, n], targets [n, …, n] of growing length."""
-    data._tensorflow_side()
+    data_tasks.tensorflow_side()
     import seqio
     import tensorflow as tf
     from tasks import vocabularies
@@ -206,11 +206,34 @@ def test_shards_are_disjoint_and_complete():
     assert sum(len(s) for s in seen) == NUM_EXAMPLES
 
 
+def test_few_files_are_shared_out_by_example(tmp_path):
+    """Files are shuffled each epoch, in one order for all shards, so none reads another's lines."""
+    import seqio
+    from tasks import preprocessors, vocabularies
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text("".join(f"{chr(97 + i)}{n}\n" for n in range(20)))
+    source = seqio.TextLineDataSource({"train": str(tmp_path / "*.txt")}, cycle_length=1)
+    vocabulary = vocabularies.load("byt5")
+    seqio.TaskRegistry.add(
+        "data_test_lines", source=source,
+        preprocessors=[lambda ds: ds.map(lambda x: {"text": x}), preprocessors.tokenize],
+        output_features={"targets": seqio.Feature(vocabulary)})
+    try:
+        rows = make_rows(dataclasses.replace(SMALL, train="data_test_lines", shuffle_buffer=0),
+                         batch=4, objective="lm")
+        for _ in range(3):   # epochs
+            lines = [vocabulary.decode(row["decoder_target_tokens"][0].tolist())
+                     for step in take(rows, 15) for row in step.values()]
+            assert len(set(lines)) == 60
+    finally:
+        seqio.TaskRegistry.remove("data_test_lines")
+
+
 # --- rows -----------------------------------------------------------------------------------
 
 def _pack(examples, lengths, objective):
     import tensorflow as tf
-    pipeline = data._tensorflow_side()
+    pipeline = data_tasks.tensorflow_side()
     spec = {name: tf.TensorSpec([None], tf.int32) for name in examples[0]}
     dataset = tf.data.Dataset.from_generator(lambda: iter(examples), output_signature=spec)
     dataset = pipeline.pack(dataset.map(pipeline.converter_of(objective).convert), lengths)
@@ -257,9 +280,9 @@ def test_packed_stream_restores_with_its_open_row():
 
 def _row(objective, example, inputs_length, targets_length):
     import tensorflow as tf
-    converter = data._tensorflow_side().converter_of(objective)
+    converter = data_tasks.tensorflow_side().converter_of(objective)
     sides = converter.convert({k: tf.constant(v) for k, v in example.items()})
-    row = data._tensorflow_side()._finish_row(
+    row = data_tasks.tensorflow_side()._finish_row(
         sides, converter.row_lengths(inputs_length, targets_length))
     return {k: v.numpy().tolist() for k, v in row.items()}
 

@@ -15,7 +15,8 @@ LAYERS = (
     ("errors", "tree", "sharding", "precision", "remat", "pipeline_schedules", "pipeline"),
     ("layers",),
     ("blocks", "models", "beam", "decoding", "peft", "convert"),
-    ("losses", "objectives", "adafactor", "schedules", "optim", "metrics", "data_pipeline", "data",
+    ("losses", "objectives", "adafactor", "schedules", "optim", "metrics", "data_pipeline",
+     "data_tasks", "data",
      "cost"),
     ("state", "steps", "checkpoint_format", "checkpoint"),
     ("config", "build"),
@@ -24,10 +25,10 @@ LAYERS = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
-# TensorFlow takes seconds to import and a GPU box may do without it. data.py imports it, and
-# data_pipeline.py that needs it throughout, inside functions only.
+# TensorFlow takes seconds to import and a GPU box may do without it. data_tasks.py imports it,
+# and data_pipeline.py that needs it throughout, inside functions only.
 TENSORFLOW = ("tensorflow", "tensorflow_datasets", "tensorflow_text", "seqio")
-MAY_IMPORT_TENSORFLOW = ("t5x_lite.data", "t5x_lite.data_pipeline")
+MAY_IMPORT_TENSORFLOW = ("t5x_lite.data_tasks", "t5x_lite.data_pipeline")
 
 MAX_LINES = 500
 MAX_FUNCTION_LINES = 80

@@ -1,0 +1,306 @@
+"""What is read: DataConfig, and the tasks, mixtures and vocabularies that it names.
+
+Imports TensorFlow and seqio inside functions only, so that a config can be made, checked and
+planned with on a machine without them.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import tempfile
+import zlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from t5x_lite.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    import seqio
+    from t5x_lite import data_pipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is read, and how it becomes rows. Lists are comma-separated strings, because a
+    command line cannot give tuples safely; in Python, tuples are joined for you."""
+
+    # What to train on: names of seqio tasks or mixtures, each with its share of the examples,
+    # "a=1,b=3"; without shares, in proportion to their numbers of examples.
+    train: str = ""
+    # Tasks or mixtures whose "validation" split is evaluated, each task on its own.
+    validation: str = ""
+    # Text files instead of `train` / `validation`: paths or globs of .txt or .jsonl, also .gz.
+    train_files: str = ""
+    validation_files: str = ""
+    text_document: str = "line"         # a document of a .txt file: line, paragraph or file
+    noise_density: float = 0.15         # span corruption of text files: share of tokens hidden …
+    mean_span_length: float = 3.0       # … in spans of so many tokens; tasks bring their own
+    task_modules: str = ""              # your Python modules that register seqio tasks
+    # "": the task's own. Else python, byt5, t5 or the path of a SentencePiece .model file.
+    vocabulary: str = ""
+    inputs_length: int = 512            # tokens of the encoder's row, EOS included
+    targets_length: int = 114           # tokens of the decoder's row, EOS included
+    packing: bool = False               # several examples in a row where they fit
+    # Mixing: shares or numbers of examples n_i become min(n_i, rate_cap)^(1/temperature).
+    temperature: float = 1.0
+    rate_cap: float = 0.0               # K of T5's examples-proportional mixing; 0: none
+    # The order of the data is a function of these two alone. num_shards divides
+    # train.global_batch_size; take a multiple of the largest process count you may use.
+    num_shards: int = 8
+    seed: int | None = None             # None: train.seed
+    shuffle_buffer: int = 1000          # examples a shard holds to shuffle; saved in checkpoints
+    cache_dir: str = ""                 # of gathered text; "": $T5X_LITE_CACHE or ~/.cache/t5x_lite
+
+    def __post_init__(self):
+        for name in ("train", "validation", "train_files", "validation_files", "task_modules"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                parts = (v if isinstance(v, str) else f"{v[0]}={v[1]}" for v in value)
+                object.__setattr__(self, name, ",".join(parts))
+
+
+# --- TensorFlow, late and quiet -------------------------------------------------------------
+
+@functools.lru_cache(maxsize=None)
+def tensorflow_side():
+    """data_pipeline, which needs TensorFlow: about 4 s on first use."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    with _captured_stderr():
+        import tensorflow as tf
+        import tensorflow_datasets as tfds
+        import seqio
+        from t5x_lite import data_pipeline
+        # The accelerators belong to JAX; TensorFlow would take their memory.
+        tf.config.set_visible_devices([], "GPU")
+        with contextlib.suppress(ValueError):   # this TensorFlow knows no TPU
+            tf.config.set_visible_devices([], "TPU")
+        # TFDS keeps small data sets in memory, and thus in every saved iterator.
+        seqio.set_tfds_read_config_override(tfds.ReadConfig(try_autocache=False))
+    return data_pipeline
+
+
+@contextlib.contextmanager
+def _captured_stderr():
+    """Holds back what TensorFlow's C++ prints on import; shows it if the import fails."""
+    with tempfile.TemporaryFile() as file:
+        saved = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            os.dup2(saved, 2)
+            file.seek(0)
+            os.write(2, file.read())
+            raise
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+# --- which tasks ----------------------------------------------------------------------------
+
+def _registered(config: DataConfig) -> dict[str, "seqio.Task | seqio.Mixture"]:
+    """All registered tasks and mixtures by name, those of data.task_modules included."""
+    tensorflow_side()
+    import seqio
+    import tasks
+    from tasks import document_cache
+    document_cache.set_root(config.cache_dir)
+    for module in ("", *filter(None, config.task_modules.split(","))):
+        try:
+            tasks.register_all([module] if module else [])
+        except ModuleNotFoundError as error:
+            if not module or not module.startswith(str(error.name)):
+                raise
+            raise UserError(f"data.task_modules={config.task_modules!r}: no module named "
+                            f"{error.name!r} on PYTHONPATH") from error
+    registries = (seqio.MixtureRegistry, seqio.TaskRegistry)
+    return {name: registry.get(name) for registry in registries for name in registry.names()}
+
+
+def _find(name: str, field: str, config: DataConfig):
+    registered = _registered(config)
+    if name not in registered:
+        raise UserError(f"{field}: no task or mixture is called {name!r};"
+                        f"{nearest(name, registered)} Known: {', '.join(sorted(registered))}. Your "
+                        "own are found when data.task_modules names the module that registers them")
+    return registered[name]
+
+
+def _subtasks(provider) -> dict["seqio.Task", float]:
+    """The tasks of a task or mixture with their shares, which sum to one."""
+    import seqio
+    if isinstance(provider, seqio.Task):
+        return {provider: 1.0}
+    rates = {task: provider.get_rate(task) for task in provider.tasks}
+    return {task: rate / sum(rates.values()) for task, rate in rates.items()}
+
+
+def mixing_rates(sizes: Sequence[float], temperature: float, cap: float) -> list[float]:
+    """Shares proportional to min(n_i, cap)^(1/temperature), summing to one; cap 0 is none.
+
+    Temperature 1 mixes in proportion to size, infinity equally (Raffel et al. 2020, §3.5.2).
+    """
+    scaled = [(min(n, cap) if cap else n) ** (1 / temperature) for n in sizes]
+    return [s / sum(scaled) for s in scaled]
+
+
+def train_mixture(config: DataConfig, objective: str) -> tuple["data_pipeline.Weighted", ...]:
+    """What data.train or data.train_files means: tasks and their shares, summing to one."""
+    pipeline = tensorflow_side()
+    if config.train_files:
+        return (pipeline.Weighted(_text_task(config, "train", objective), 1.0),)
+    if not config.train:
+        raise UserError("nothing to train on: set data.train to a task or mixture, or "
+                        "data.train_files to text files")
+    entries = [part.strip().partition("=") for part in config.train.split(",")]
+    providers = [_find(name, "data.train", config) for name, _, _ in entries]
+    if config.temperature <= 0 or config.rate_cap < 0:
+        raise UserError(f"data.temperature={config.temperature} must be positive and "
+                        f"data.rate_cap={config.rate_cap} not negative")
+    if len(entries) == 1:
+        if config.temperature != 1 or config.rate_cap:
+            raise UserError(f"data.temperature={config.temperature} and data.rate_cap="
+                            f"{config.rate_cap} mix the entries of data.train, which has only "
+                            f"{config.train!r}; list the tasks, or leave them at 1.0 and 0.0")
+        shares = [1.0]
+    else:
+        sizes = [_size(entry, provider) for entry, provider in zip(entries, providers)]
+        shares = mixing_rates(sizes, config.temperature, config.rate_cap)
+    weights: dict = {}
+    for provider, share in zip(providers, shares):
+        for task, part in _subtasks(provider).items():
+            weights[task] = weights.get(task, 0.0) + share * part
+    mixture = tuple(pipeline.Weighted(_with_vocabulary(task, config), weight)
+                    for task, weight in weights.items() if weight)
+    features = pipeline.converter_of(objective).features
+    for task, _ in mixture:
+        pipeline.check_task(task, "train", features, "data.train")
+        for name in features:
+            if task.output_features[name].vocabulary != (
+                    mixture[0].task.output_features[name].vocabulary):
+                raise UserError(f"data.train mixes vocabularies: {task.name!r} and "
+                                f"{mixture[0].task.name!r} differ; set data.vocabulary")
+    return mixture
+
+
+def _size(entry: tuple[str, str, str], provider) -> float:
+    """The share written behind "=", else the number of training examples."""
+    name, equals, text = entry
+    if equals:
+        try:
+            share = float(text)
+        except ValueError:
+            share = -1.0
+        if not 0 < share < math.inf:
+            raise UserError(f"data.train: {name}={text} must be a positive share")
+        return share
+    examples = [task.num_input_examples("train") for task in _subtasks(provider)]
+    if any(n is None or not 0 < n < math.inf for n in examples):
+        raise UserError(f"data.train: {name!r} does not know its number of examples; give every "
+                        f"entry a share, as in {name}=1")
+    return sum(examples)
+
+
+def validation_tasks(config: DataConfig) -> tuple[str, ...]:
+    """Names to hand to eval_batches, a mixture taken apart into its tasks."""
+    if config.validation_files:
+        return ("validation_files",)
+    names: dict[str, None] = {}
+    for part in filter(None, config.validation.split(",")):
+        for task in _subtasks(_find(part.strip(), "data.validation", config)):
+            names[task.name] = None
+    return tuple(names)
+
+
+def validation_task(config: DataConfig, name: str, objective: str) -> "seqio.Task":
+    """The task of a name that validation_tasks gives, or of any registered task."""
+    if name == "validation_files":
+        return _text_task(config, "validation", objective)
+    return _with_vocabulary(_find(name, "data.validation", config), config)
+
+
+def _text_task(config: DataConfig, split: str, objective: str) -> "seqio.Task":
+    """data.train_files or data.validation_files as a task with the objective's features."""
+    _registered(config)
+    from tasks import preprocessors, span_corruption, text_files
+    field = f"data.{split}_files"
+    makers = {"lm": (preprocessors.causal_lm, ("targets",)),
+              "seq2seq": (functools.partial(
+                  span_corruption.span_corruption, noise_density=config.noise_density,
+                  mean_span_length=config.mean_span_length), ("inputs", "targets"))}
+    if objective not in makers:
+        raise UserError(f"{field}: text files make examples for the objectives "
+                        f"{', '.join(makers)}, not {objective!r}; register a task instead")
+    preprocessor, features = makers[objective]
+    files = text_files.find_files(getattr(config, f"{split}_files"), field)
+    return text_files.task(f"{split}_files", files, split, config.text_document,
+                           vocabulary_of(config), features, preprocessor)
+
+
+# --- vocabularies ---------------------------------------------------------------------------
+
+def vocabulary_of(config: DataConfig) -> "seqio.Vocabulary":
+    """The vocabulary of the run: data.vocabulary, else that of data.train's targets."""
+    registered = _registered(config)
+    from tasks import vocabularies
+    if config.vocabulary:
+        return vocabularies.load(config.vocabulary)
+    if not config.train:
+        raise UserError("which vocabulary? set data.vocabulary to python, byt5, t5 or the path of "
+                        "a SentencePiece model (scripts/train_tokenizer.py makes one)")
+    name = config.train.split(",")[0].partition("=")[0].strip()
+    return _find(name, "data.train", config).output_features["targets"].vocabulary
+
+
+def _with_vocabulary(task: "seqio.Task", config: DataConfig) -> "seqio.Task":
+    if not config.vocabulary:
+        return task
+    vocabulary = vocabulary_of(config)
+    return task.replace(output_features={
+        name: dataclasses.replace(feature, vocabulary=vocabulary)
+        for name, feature in task.output_features.items()})
+
+
+def vocabulary_identity(vocabulary: "seqio.Vocabulary") -> str:
+    """A name that is the same in every process for the same vocabulary, wherever its file is."""
+    content = getattr(vocabulary, "sp_model", None) or b""
+    return (f"{type(vocabulary).__name__} of {vocabulary.vocab_size} ids, "
+            f"crc32 {zlib.crc32(content):08x}")
+
+
+def check_vocabulary(vocabulary: "seqio.Vocabulary", model_vocab_size: int) -> None:
+    """Raises UserError where token ids would fall outside the model's embedding."""
+    if vocabulary.vocab_size > model_vocab_size:
+        raise UserError(
+            f"model.vocab_size={model_vocab_size} is smaller than the vocabulary's "
+            f"{vocabulary.vocab_size} ids; set model.vocab_size to {vocabulary.vocab_size} or more "
+            f"(a multiple of 128 suits accelerators: {-(-vocabulary.vocab_size // 128) * 128})")
+
+
+def bytes_of_tokens(vocabulary: "seqio.Vocabulary", model_vocab_size: int) -> np.ndarray:
+    """int32 [model_vocab_size]: UTF-8 bytes of text each id stands for, for bits per byte.
+
+    Padding, EOS, sentinels and ids beyond the vocabulary stand for none. ByT5's sentinels
+    are byte ids as well and count as bytes.
+    """
+    import seqio
+    table = np.zeros([model_vocab_size], np.int32)
+    if isinstance(vocabulary, seqio.ByteVocabulary):
+        table[3:259] = 1
+    elif isinstance(vocabulary, seqio.SentencePieceVocabulary):
+        pieces = vocabulary.tokenizer
+        for i in range(pieces.GetPieceSize()):
+            piece = pieces.IdToPiece(i)
+            if pieces.IsByte(i):
+                table[i] = 1
+            elif not (pieces.IsControl(i) or pieces.IsUnknown(i) or "<extra_id_" in piece):
+                table[i] = len(piece.replace("\u2581", " ").encode())
+    else:
+        for i in range(vocabulary.vocab_size - vocabulary.extra_ids):
+            table[i] = len(vocabulary.decode([i]).encode())
+    return table
