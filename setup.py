@@ -30,6 +30,7 @@ setuptools.setup(
         "etils[epath]",
         "flax>=0.12.8",
         "jax>=0.10.2",
+        "matplotlib",
         "ml_collections>=1.1",
         "numpy>=2",
         "optax>=0.2.8",

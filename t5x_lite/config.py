@@ -49,8 +49,15 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ShardingConfig:
-    """Logical axis -> mesh axes; see sharding.DEFAULT_RULES."""
+    """What is split over which mesh axes."""
 
+    # What mesh.fsdp splits besides the batch (ZeRO, Rajbhandari et al. 2020): 1 the optimizer
+    # state; 2 the gradients too; 3 the parameters too, gathered layer by layer for use.
+    zero: int = 3
+    # Split norms, dropout and residuals over mesh.tensor too, by length (Megatron's sequence
+    # parallelism, Korthikanti et al. 2022): their activations then cost 1/tensor of the memory.
+    sequence_parallel: bool = False
+    # Logical axis -> mesh axes; see sharding.DEFAULT_RULES.
     rules: dict[str, tuple[str, ...]] = dataclasses.field(
         default_factory=lambda: dict(DEFAULT_RULES))
 
@@ -151,26 +158,35 @@ def replace(config: Any, path: str, value: Any) -> Any:
 
 
 def load(path: pathlib.Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config that a run wrote, with "dotted.field=value" overrides.
+    """The config that a run wrote, with overrides as `override` takes them.
 
     Raises:
-        UserError: no such file, or an override that names no field or does not fit its type.
+        UserError: no such file, or an override that does not fit.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist: is that the workdir of a run?")
-    config = json.loads(path.read_text())
-    for override in overrides:
-        field, equals, text = override.partition("=")
+    return override(from_mapping(RunConfig, json.loads(path.read_text())), overrides)
+
+
+def override(run: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """The run with "dotted.field=value" overrides; a value is JSON, or else a string.
+
+    Raises:
+        UserError: an override that names no field or does not fit its type.
+    """
+    config = json.loads(to_json(run))
+    for text in overrides:
+        field, equals, value = text.partition("=")
         *parents, last = field.split(".")
         section = config
         for name in parents:
             section = section.get(name) if isinstance(section, dict) else None
         if not equals or not isinstance(section, dict) or last not in section:
             known = section if isinstance(section, dict) else config
-            raise UserError(f"override {override!r} names no field of the config."
+            raise UserError(f"override {text!r} names no field of the config."
                             f"{nearest(last, known)} Write section.field=value.")
         try:
-            section[last] = json.loads(text)
+            section[last] = json.loads(value)
         except json.JSONDecodeError:
-            section[last] = text
+            section[last] = value
     return from_mapping(RunConfig, config)

@@ -1,0 +1,203 @@
+"""Run a comparison: `python -m t5x_lite.experiment --config=configs/experiments/X.py --workdir=DIR`.
+
+A config of configs/experiments/ has `get_runs(arg) -> tuple[Run, …]`: its arms, seeds and
+stages. They run one after another through train's own `run`, each in a folder of its own;
+the same command started again skips what is finished and resumes what is not. Then the
+metrics.jsonl of all runs become a table and a plot:
+
+    DIR/ARM/SEED[/STAGE]/   a run's workdir
+    DIR/results.md          final metrics by arm: mean and range over the seeds
+    DIR/results.json        the same, and every run's own, for programs
+    DIR/curves.png          the metric over the steps, a line an arm, the seeds' range shaded
+
+`--override=train.num_steps=50` changes a field of every run, `--only=REGEX` runs the
+folders that match, `--config=FILE:ARG` hands ARG to get_runs.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+from types import ModuleType
+
+from absl import flags
+
+from t5x_lite import cli, metrics, report, train
+from t5x_lite import config as configs
+from t5x_lite.config import RunConfig
+from t5x_lite.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training run of an experiment."""
+
+    arm: str
+    seed: int
+    config: RunConfig
+    stage: str = ""             # where an arm has several: pretrain, finetune, …
+    after: str = ""             # the stage of the same arm and seed whose last parameters start it
+
+    @property
+    def folder(self) -> str:
+        """Its place below the experiment's workdir."""
+        return "/".join(filter(None, (self.arm, f"seed_{self.seed}", self.stage)))
+
+
+def load(path: str) -> tuple[ModuleType, str | None]:
+    """The module of a config file, and the argument behind its colon.
+
+    Raises:
+        UserError: no such file, or one without get_runs.
+    """
+    name, _, argument = path.partition(":")
+    if not pathlib.Path(name).is_file():
+        raise UserError(f"--config={name} does not exist.")
+    spec = importlib.util.spec_from_file_location(pathlib.Path(name).stem, name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_runs"):
+        raise UserError(f"--config={name} has no get_runs(); train it with t5x_lite.train.")
+    return module, argument or None
+
+
+def is_finished(workdir: pathlib.Path, config: RunConfig) -> bool:
+    """Whether the workdir holds the last step's evaluation, which is written after all else."""
+    path = workdir / "metrics.jsonl"
+    return path.is_file() and any(
+        line["step"] >= config.train.num_steps and any(n.startswith("eval/") for n in line)
+        for line in metrics.read_metrics(path))
+
+
+def execute(runs: Sequence[Run], workdir: pathlib.Path) -> None:
+    """Trains the runs that are not finished, in order."""
+    for number, run in enumerate(runs, 1):
+        folder = workdir / run.folder
+        config = run.config
+        if run.after:
+            source = workdir / dataclasses.replace(run, stage=run.after).folder
+            config = dataclasses.replace(config, init_from=str(source))
+        if is_finished(folder, config):
+            report.say(f"[{number}/{len(runs)}] {run.folder}: finished before")
+            continue
+        report.say(f"[{number}/{len(runs)}] {run.folder}")
+        train.run(config, folder)
+
+
+def final_values(runs: Sequence[Run], workdir: pathlib.Path) -> dict[str, dict[str, float]]:
+    """{folder: the held-out metrics of its last evaluation, "TASK/METRIC": value}."""
+    results = {}
+    for run in runs:
+        path = workdir / run.folder / "metrics.jsonl"
+        lines = metrics.read_metrics(path) if path.is_file() else []
+        last: dict[str, float] = {}
+        for line in lines:
+            held_out = {n.removeprefix("eval/"): v for n, v in line.items()
+                        if n.startswith("eval/") and v is not None}
+            if held_out:
+                last = {**(last if last.get("step") == line["step"] else {}),
+                        **held_out, "step": line["step"]}
+        if last:
+            results[run.folder] = last
+    return results
+
+
+def curve(path: pathlib.Path, metric: str) -> list[tuple[int, float]]:
+    """(step, value) of one metric of a metrics.jsonl."""
+    if not path.is_file():
+        return []
+    return [(line["step"], line[metric]) for line in metrics.read_metrics(path)
+            if line.get(metric) is not None]
+
+
+def by_arm(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """{arm, or arm/stage: its runs over the seeds}."""
+    arms: dict[str, list[Run]] = {}
+    for run in runs:
+        arms.setdefault("/".join(filter(None, (run.arm, run.stage))), []).append(run)
+    return arms
+
+
+def summary(runs: Sequence[Run], workdir: pathlib.Path, shown: Sequence[str]) -> str:
+    """A Markdown table: an arm a row, mean (lowest … highest over n seeds) of each metric."""
+    values = final_values(runs, workdir)
+    lines = ["| arm | seeds | " + " | ".join(shown) + " |", "|---" * (len(shown) + 2) + "|"]
+    for arm, members in by_arm(runs).items():
+        found = [values[r.folder] for r in members if r.folder in values]
+        cells = []
+        for metric in shown:
+            numbers = [v[metric] for v in found if metric in v]
+            cells.append(f"{sum(numbers) / len(numbers):.4g} ({min(numbers):.4g} … "
+                         f"{max(numbers):.4g})" if numbers else "–")
+        lines.append(f"| {arm} | {len(found)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(runs: Sequence[Run], workdir: pathlib.Path, metric: str, path: pathlib.Path) -> None:
+    """Plots `metric` over the steps: an arm's mean as a line, its seeds' range shaded."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(7, 4.2))
+    for arm, members in by_arm(runs).items():
+        curves = [dict(curve(workdir / r.folder / "metrics.jsonl", metric)) for r in members]
+        curves = [c for c in curves if c]
+        if not curves:
+            continue
+        steps = sorted(set.intersection(*map(set, curves)))
+        means = [sum(c[s] for c in curves) / len(curves) for s in steps]
+        (line,) = axes.plot(steps, means, label=f"{arm} ({len(curves)} seeds)")
+        axes.fill_between(steps, [min(c[s] for c in curves) for s in steps],
+                          [max(c[s] for c in curves) for s in steps],
+                          color=line.get_color(), alpha=0.2)
+    axes.set_xlabel("step")
+    axes.set_ylabel(metric)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def run(path: str, workdir: pathlib.Path, *, overrides: Sequence[str] = (), only: str = "") -> str:
+    """Runs an experiment and returns its table; the config may define
+
+        SHOWN       the metrics of the table, "TASK/METRIC" (default: all/loss)
+        PLOTTED     the metric of the plot (default: eval/ and the first of SHOWN)
+        conclude    (runs, workdir) -> Markdown that is added below the table
+    """
+    module, argument = load(path)
+    runs = [dataclasses.replace(r, config=configs.override(r.config, overrides))
+            for r in (module.get_runs(argument) if argument else module.get_runs())]
+    chosen = [r for r in runs if re.search(only, r.folder)]
+    if not chosen:
+        raise UserError(f"--only={only!r} matches none of {[r.folder for r in runs]}.")
+    execute(chosen, workdir)
+    shown = getattr(module, "SHOWN", ("all/loss",))
+    text = summary(runs, workdir, shown)
+    if hasattr(module, "conclude"):
+        text += "\n" + module.conclude(runs, workdir)
+    if report.is_main():
+        (workdir / "results.md").write_text(text)
+        (workdir / "results.json").write_text(
+            json.dumps(final_values(runs, workdir), indent=1) + "\n")
+        draw(runs, workdir, getattr(module, "PLOTTED", f"eval/{shown[0]}"),
+             workdir / "curves.png")
+    report.say(text)
+    return text
+
+
+if __name__ == "__main__":
+    _CONFIG = flags.DEFINE_string("config", None, "A file of configs/experiments/.")
+    _WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs and results go.")
+    _OVERRIDE = flags.DEFINE_multi_string("override", [], "field=value for every run's config.")
+    _ONLY = flags.DEFINE_string("only", "", "Regex: only the runs whose folder it finds.")
+
+    def main() -> None:
+        if not _CONFIG.value:
+            raise UserError("--config is missing: a file of configs/experiments/.")
+        run(_CONFIG.value, cli.workdir(_WORKDIR.value), overrides=_OVERRIDE.value,
+            only=_ONLY.value)
+
+    cli.run(main)

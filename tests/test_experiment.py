@@ -1,0 +1,61 @@
+"""Comparisons: arms, seeds and stages run once, are gathered and drawn."""
+
+import json
+
+import pytest
+
+from t5x_lite import experiment
+from t5x_lite.errors import UserError
+from tests import tiny_config
+
+CONFIG = '''
+import dataclasses
+from t5x_lite import config as configs
+from t5x_lite.experiment import Run
+from t5x_lite.sharding import MeshConfig
+from tests import tiny_config
+
+SHOWN = ("validation_files/loss",)
+
+def get_runs(text_file):
+    base = dataclasses.replace(tiny_config.run(text_file), mesh=MeshConfig(data=8))
+    base = configs.replace(base, "train.num_steps", 2)
+    for seed in (0, 1):
+        run = configs.replace(base, "train.seed", seed)
+        yield Run("staged", seed, run, stage="pretrain")
+        yield Run("staged", seed, run, stage="finetune", after="pretrain")
+'''
+
+
+def test_runs_once_resumes_and_reports(tmp_path):
+    text = tiny_config.write_text(tmp_path / "words.txt")
+    config = tmp_path / "compare.py"
+    config.write_text(CONFIG)
+    path, workdir = f"{config}:{text}", tmp_path / "out"
+    experiment.run(path, workdir, only="seed_0")
+    shown = experiment.run(path, workdir)
+    assert shown.splitlines()[0] == "| arm | seeds | validation_files/loss |"
+    assert [line.split("|")[1:3] for line in shown.splitlines()[2:4]] == [
+        [" staged/pretrain ", " 2 "], [" staged/finetune ", " 2 "]]
+    assert (workdir / "curves.png").stat().st_size > 5000
+    results = json.loads((workdir / "results.json").read_text())
+    first = results["staged/seed_0/pretrain"]["validation_files/loss"]
+    # The second stage goes on from the parameters of the first, and learns.
+    assert results["staged/seed_0/finetune"]["validation_files/loss"] < first
+    before = {p: p.stat().st_mtime for p in workdir.rglob("metrics.jsonl")}
+    assert experiment.run(path, workdir) == shown
+    assert before == {p: p.stat().st_mtime for p in workdir.rglob("metrics.jsonl")}
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        experiment.load(str(tmp_path / "none.py"))
+    (tmp_path / "plain.py").write_text("x = 1\n")
+    with pytest.raises(UserError, match="has no get_runs"):
+        experiment.load(str(tmp_path / "plain.py"))
+    (tmp_path / "compare.py").write_text(CONFIG)
+    text = tiny_config.write_text(tmp_path / "words.txt")
+    with pytest.raises(UserError, match="matches none of"):
+        experiment.run(f"{tmp_path}/compare.py:{text}", tmp_path, only="seed_9")
+    with pytest.raises(UserError, match="names no field"):
+        experiment.run(f"{tmp_path}/compare.py:{text}", tmp_path, overrides=["train.steps=3"])
