@@ -1,9 +1,4 @@
-"""Decoding against T5X's numbers, brute force, hand-drawn cases and one device.
-
-The toy models are two tables: a Markov chain, whose cache is only the position, and one
-that mixes every token so far through a cache of slots, so that a slot written at the wrong
-position, read too early or left behind by take_rows changes the result.
-"""
+"""Decoding against T5X's numbers, hand-drawn cases, an uncached model and one device."""
 
 import functools
 import itertools
@@ -15,143 +10,15 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec as P
 
-from t5x_lite import beam, decoding
+from t5x_lite import decoding
 from t5x_lite.decoding import DecodeConfig
 from t5x_lite.errors import UserError
+from tests.decoding_toys import (
+    BATCH_AXES, chain, log_softmax, markov, markov_cache, mixing, mixing_cache, mixing_logits,
+    pad_prompts, prefix_lm, run, run_markov, run_mixing, table_of)
 from tests.helpers import golden
 
 NEG = decoding.NEG_INF
-
-
-def log_softmax(x):
-    x = np.asarray(x, np.float64)
-    x = x - x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
-
-
-# --- toy models -------------------------------------------------------------------------------
-
-
-# The table rides in the cache, as parameters would, so that tests share compiled programs.
-
-
-def markov(tokens, cache):
-    return cache["table"][tokens], {**cache, "position": cache["position"] + tokens.shape[1]}
-
-
-def markov_cache(table, batch):
-    return {"table": jnp.asarray(table, jnp.float32), "position": jnp.zeros(batch, jnp.int32)}
-
-
-def mixing_logits(table, tokens):
-    """[V]: logits after a sequence; every token counts, the last most, and so does its place."""
-    hidden = sum(table[t] * (0.6 ** (len(tokens) - 1 - i)) * (1 + 0.1 * i)
-                 for i, t in enumerate(tokens))
-    return np.asarray(hidden, np.float32)
-
-
-def mixing(tokens, cache):
-    """mixing_logits with a cache: slots hold the table rows of the tokens written there."""
-    position = cache["position"][:, None] + jnp.arange(tokens.shape[1])
-    place = jnp.arange(cache["slots"].shape[1])
-    new = lookup(cache["table"], tokens)
-    written = position[:, :, None] == place
-    slots = jnp.where(written.any(axis=1)[..., None],
-                      jnp.einsum("BLS,BLV->BSV", written.astype(jnp.float32), new),
-                      cache["slots"])
-    age = position[:, :, None] - place
-    share = jnp.where(age >= 0, 0.6 ** age * (1 + 0.1 * place), 0.0)
-    logits = jnp.einsum("BLS,BSV->BLV", share, slots)
-    if not jax.sharding.get_abstract_mesh().empty:
-        logits = jax.sharding.reshard(logits, P(BATCH_AXES, None, "tensor"))
-    return logits, {**cache, "slots": slots, "position": position[:, -1] + 1}
-
-
-def prefix_lm(tokens, cache):
-    """Two layers: tokens within cache["prefix"] mix before anything else is made of them."""
-    position = cache["position"][:, None] + jnp.arange(tokens.shape[1])
-    put = jax.vmap(lambda slots, at, new: slots.at[at].set(new))
-    raw = put(cache["raw"], position, cache["table"][tokens])
-    place = jnp.arange(raw.shape[1])
-    prompt = jnp.where((place < cache["prefix"][:, None])[..., None], raw, 0).sum(axis=1)
-    made = jnp.sin(cache["table"][tokens] * prompt[:, None])
-    mixed = put(cache["mixed"], position, made)
-    seen = (position[:, :, None] >= place).astype(jnp.float32)
-    return (jnp.einsum("BLS,BSV->BLV", seen, mixed),
-            {**cache, "raw": raw, "mixed": mixed, "position": position[:, -1] + 1})
-
-
-def mixing_cache(table, batch, slots=24):
-    # what nobody wrote is large: reading it would show
-    return {"table": jnp.asarray(table, jnp.float32),
-            "slots": jnp.full((batch, slots, table.shape[0]), 1e3),
-            "position": jnp.zeros(batch, jnp.int32)}
-
-
-def take_rows(cache, rows):
-    return {name: x if name == "table" else lookup(x, rows) for name, x in cache.items()}
-
-
-def lookup(x, rows):
-    if jax.sharding.get_abstract_mesh().empty:
-        return x[rows]
-    return x.at[rows].get(out_sharding=P(BATCH_AXES))
-
-
-BATCH_AXES = ("data", "fsdp")
-
-
-def table_of(seed, vocab, scale=2.0):
-    return np.random.default_rng(seed).normal(size=(vocab, vocab)).astype(np.float32) * scale
-
-
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def run(decode_fn, cache, prompt, lengths, config, row_ids=None):
-    return decoding.decode(decode_fn, take_rows, cache, prompt, lengths, config, row_ids)
-
-
-def run_markov(table, config, first=(0,), row_ids=None):
-    """Decodes from one start token a row."""
-    prompt = jnp.asarray(first, jnp.int32)[:, None]
-    return run(markov, markov_cache(table, len(first)), prompt,
-               jnp.ones(len(first), jnp.int32), config, row_ids)
-
-
-def pad_prompts(prompts):
-    # padded with a real token: it must not matter
-    width = max(map(len, prompts))
-    return (np.array([list(p) + [3] * (width - len(p)) for p in prompts], np.int32),
-            np.array([len(p) for p in prompts], np.int32))
-
-
-def run_mixing(table, prompts, config, row_ids=None):
-    return run(mixing, mixing_cache(table, len(prompts)), *pad_prompts(prompts), config, row_ids)
-
-
-def chain(*tokens, vocab=6, other=None):
-    """A table that makes each token follow the one before it; `other` adds (from, to, logit)."""
-    table = np.zeros((vocab, vocab), np.float32)
-    table[:, 1] = -20.0  # nothing ends by chance
-    for a, b in zip(tokens, tokens[1:]):
-        table[a, b] = 5.0
-    for a, b, value in other or ():
-        table[a, b] = value
-    return table
-
-
-# --- T5X's numbers ----------------------------------------------------------------------------
-
-
-def test_equals_t5x_beam_search():
-    table = np.load(golden("decode_table.npy"))
-    case = json.loads(golden("decoding.json").read_text())["beam empty num_decodes=4 alpha=0.6"]
-    found = run_markov(table, DecodeConfig(method="beam", beam_size=4, num_samples=4,
-                                           length_penalty=0.6, max_length=16), first=[0] * 4)
-    # T5X lists beams worst first
-    np.testing.assert_array_equal(found.tokens, np.array(case["sequences"])[:, ::-1])
-    np.testing.assert_allclose(found.scores, np.array(case["scores"])[:, ::-1], atol=1e-4)
-    assert found.lengths.tolist() == [[1, 5, 6, 10]] * 4
-
 
 def test_equals_t5x_greedy():
     table = np.load(golden("decode_table.npy"))
@@ -292,92 +159,6 @@ def test_included_prefix_is_returned_and_counted():
         assert found.lengths[:, 0].tolist() == [5, 5, 5]
     step = log_softmax(table)[0, 2]
     np.testing.assert_allclose(found.scores[:, 0], step * np.array([3, 4, 5]), rtol=1e-4)
-
-
-# --- beam search ------------------------------------------------------------------------------
-
-
-def every_ending(table, length, first=0):
-    """[(sum of log-probabilities, tokens)] of each sequence that ends within `length`."""
-    vocab = table.shape[0]
-    others = [t for t in range(vocab) if t != 1]
-    for n in range(1, length + 1):
-        for body in itertools.product(others, repeat=n - 1):
-            tokens, total = [first], 0.0
-            for token in (*body, 1):
-                total += log_softmax(mixing_logits(table, tokens))[token]
-                tokens.append(token)
-            yield total, tuple(tokens[1:])
-
-
-@pytest.mark.parametrize("rule, alpha", [("t5x", 0.0), ("t5x", 2.0), ("transformers", 1.0)])
-def test_wide_beam_finds_the_best_sequences(rule, alpha):
-    table = table_of(4, 4, scale=1.0)
-    config = DecodeConfig(method="beam", beam_size=32, num_samples=10, length_penalty=alpha,
-                          max_length=4, beam_rule=rule)
-    endings = list(every_ending(table, 4))
-    if rule == "transformers":  # whatever stands at max_length counts as finished
-        endings += [(total + log_softmax(mixing_logits(table, (0, *tokens[:-1])))[last]
-                     - log_softmax(mixing_logits(table, (0, *tokens[:-1])))[1],
-                     (*tokens[:-1], last))
-                    for total, tokens in endings if len(tokens) == 4 for last in (0, 2, 3)]
-    scale = (lambda n: n ** alpha) if rule == "transformers" else (
-        lambda n: ((5 + n) / 6) ** alpha)
-    ranked = sorted(((total / scale(len(t)), t) for total, t in endings), reverse=True)[:10]
-    found = run_mixing(table, [[0]], config)
-    assert [tuple(t[:n].tolist()) for t, n in zip(found.tokens[0], found.lengths[0])] == [
-        t for _, t in ranked]
-    np.testing.assert_allclose(found.scores[0], [s for s, _ in ranked], rtol=1e-5)
-
-
-def test_early_stop_does_not_change_the_result():
-    # the bound lets a row go on while a longer sequence could still win: with a large alpha
-    # the long chain beats the short end that is found first
-    table = chain(0, 2, 3, 4, 5, 1, other=[(0, 1, 5.0)])
-    short = DecodeConfig(method="beam", beam_size=1, length_penalty=0.0, max_length=6)
-    tokens = lambda c: run_markov(table, c).tokens[0, 0].tolist()
-    table[0, 1] = 5.5
-    assert tokens(short) == [1, 0, 0, 0, 0, 0]
-    long = DecodeConfig(method="beam", beam_size=1, length_penalty=3.0, max_length=6)
-    assert tokens(long) == [2, 3, 4, 5, 1, 0]
-
-
-def test_empty_beams_and_no_finished_beam():
-    # only [2, 1] can end; every other sequence runs into max_length
-    table = np.full((4, 4), -2e7, np.float32)
-    table[0, 2] = table[2, 1] = 1.0
-    table[2, 3] = table[3, 3] = 0.0
-    config = DecodeConfig(method="beam", beam_size=2, num_samples=2, max_length=4)
-    found = run_markov(table, config, first=[0, 3])
-    assert found.tokens.tolist()[0] == [[2, 1, 0, 0], [0, 0, 0, 0]]
-    assert found.lengths.tolist() == [[2, 0], [4, 0]] and found.scores[0, 1] == NEG
-    # nothing ended: the live beam, by its plain sum
-    assert found.tokens.tolist()[1][0] == [3, 3, 3, 3] and found.scores[1, 0] == 0.0
-
-
-# GenerationMixin.generate of transformers 5.23.0 with num_beams=3, num_return_sequences=3,
-# max_new_tokens=6 over logits HF_TABLE[last token], from the prompts [0] and [4]: tokens and
-# sequences_scores by length_penalty.
-HF_TABLE = np.sin(np.arange(49, dtype=np.float32).reshape(7, 7) * 1.7 + 0.3) * 2
-HF_TABLE[:, 1] += 1
-HF_CASES = {
-    1.0: ([[[1, 0, 0, 0, 0, 0], [4, 6, 3, 2, 1, 0], [4, 6, 3, 6, 3, 2]],
-           [[6, 3, 2, 1, 0, 0], [6, 3, 6, 3, 2, 1], [6, 3, 2, 5, 6, 3]]],
-          [[-0.47017, -1.02454, -1.03936], [-0.82296, -0.87806, -0.90722]]),
-    2.0: ([[[4, 6, 3, 6, 3, 2], [4, 6, 3, 2, 5, 3], [4, 6, 3, 2, 5, 6]],
-           [[6, 3, 6, 3, 2, 1], [6, 3, 2, 5, 6, 3], [6, 3, 2, 5, 3, 2]]],
-          [[-0.17323, -0.17805, -0.18388], [-0.14634, -0.1512, -0.15317]]),
-}
-
-
-@pytest.mark.parametrize("alpha", HF_CASES)
-def test_equals_transformers_beam_search(alpha):
-    config = DecodeConfig(method="beam", beam_size=3, num_samples=3, length_penalty=alpha,
-                          max_length=6, beam_rule="transformers")
-    found = run_markov(HF_TABLE, config, first=[0, 4])
-    tokens, scores = HF_CASES[alpha]
-    np.testing.assert_array_equal(found.tokens, tokens)
-    np.testing.assert_allclose(found.scores, scores, atol=1e-4)
 
 
 # --- controls ---------------------------------------------------------------------------------
@@ -537,12 +318,14 @@ def test_score_by_hand():
 def test_score_equals_the_score_of_decoding():
     table = table_of(2, 10)
     found = run_mixing(table, PROMPTS, METHODS["sample"])
-    for i, prompt in enumerate(PROMPTS[:4]):
-        n = int(found.lengths[i, 1])
-        tokens = found.tokens[i, 1, :n].tolist()
-        logits = np.stack([mixing_logits(table, prompt + tokens[:j]) for j in range(n)])
-        scored = decoding.score(logits[None], jnp.array([tokens]), jnp.ones((1, n)))
-        np.testing.assert_allclose(scored.scores[0], found.scores[i, 1], rtol=1e-5)
+    tokens, lengths = np.asarray(found.tokens[:4, 1]), np.asarray(found.lengths[:4, 1])
+    logits = np.zeros((4, 10, 10), np.float32)
+    for i, length in enumerate(lengths):
+        for j in range(length):
+            logits[i, j] = mixing_logits(table, [*PROMPTS[i], *tokens[i, :j]])
+    scored = decoding.score(logits, tokens, (np.arange(10) < lengths[:, None]).astype(np.float32))
+    np.testing.assert_allclose(scored.scores, found.scores[:4, 1], rtol=1e-5)
+    np.testing.assert_array_equal(scored.lengths, lengths)
 
 
 # --- meshes -----------------------------------------------------------------------------------
