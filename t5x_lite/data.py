@@ -101,7 +101,7 @@ class ShardedRows:
             "inputs_length": config.inputs_length, "targets_length": config.targets_length,
             "num_shards": config.num_shards, "shuffle_buffer": config.shuffle_buffer,
             "vocabulary": data_tasks.vocabulary_identity(vocabulary),
-            "files": pipeline.files_digest(mixture, "train")}
+            "source files": pipeline.files_digest(mixture, "train")}
         cores = os.cpu_count() or 1
         threads = max(1, cores // len(shards))
         self._readers = {

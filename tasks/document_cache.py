@@ -41,19 +41,43 @@ def root() -> pathlib.Path:
     return pathlib.Path(chosen).expanduser()
 
 
-class DocumentSource(seqio.FileDataSource):
+class DocumentSource(seqio.DataSource):
     """A seqio source of {"text": document} over a cache folder that is filled on first use.
 
     key: names the origin of the documents (and the version of the code that finds them).
     documents: () -> iterable of (split, document); called where the folder is missing.
-    splits: the splits it yields; an empty one is an error.
     """
 
     def __init__(self, key: Callable[[], str], splits: Iterable[str],
                  documents: Callable[[], Iterable[tuple[str, str]]]):
         self._key, self._documents = key, documents
-        super().__init__(read_file_fn=_read_documents,
-                         split_to_filepattern={split: "" for split in splits})
+        super().__init__(splits=splits)
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        return False
+
+    def get_dataset(self, split: str = "train", shuffle: bool = True, seed: int | None = None,
+                    shard_info: seqio.ShardInfo | None = None, **unused) -> tf.data.Dataset:
+        """Documents of the split or of a shard's files, files shuffled anew each epoch.
+
+        The files are drawn by number: a saved iterator holds no paths, so that it can be
+        restored where the cache lies elsewhere.
+        """
+        files = tf.constant(self.list_shards(split), tf.string)
+        numbers = tf.data.Dataset.range(len(files))
+        if shard_info:
+            numbers = numbers.shard(shard_info.num_shards, shard_info.index)
+        if shuffle:
+            numbers = numbers.shuffle(NUM_FILES, seed=seed)
+
+        @tf.autograph.experimental.do_not_convert
+        def documents(number):
+            return tf.data.TFRecordDataset(files[number])
+
+        return numbers.interleave(
+            documents, cycle_length=16, block_length=16, num_parallel_calls=tf.data.AUTOTUNE
+        ).map(tf.autograph.experimental.do_not_convert(lambda record: {"text": record}))
 
     def list_shards(self, split: str) -> list[str]:
         return sorted(str(p) for p in self.folder().glob(f"{split}-*.tfrecord"))
@@ -68,10 +92,6 @@ class DocumentSource(seqio.FileDataSource):
         if not (path / "manifest.json").exists():
             _write(path, self.splits, self._documents())
         return path
-
-
-def _read_documents(files) -> tf.data.Dataset:
-    return tf.data.TFRecordDataset(files).map(lambda record: {"text": record})
 
 
 def _write(path: pathlib.Path, splits: Iterable[str],

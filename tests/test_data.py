@@ -244,7 +244,7 @@ def _pack(examples, lengths, objective):
 def test_packing_drawn_by_hand():
     examples = [{"inputs": [11, 12], "targets": [21]},
                 {"inputs": [13], "targets": [22, 23]},
-                {"inputs": [14, 15], "targets": [24]},       # targets are full: a new row
+                {"inputs": [14], "targets": [24]},           # targets are full: a new row
                 {"inputs": [16, 17, 18, 19], "targets": [25]},   # inputs are full: a new row
                 {"inputs": [], "targets": [26, 27]}]
     rows = _pack(examples, {"encoder": 4, "decoder": 3}, "seq2seq")
@@ -254,8 +254,8 @@ def test_packing_drawn_by_hand():
          "decoder_target_tokens": [21, 22, 23], "decoder_segment_ids": [1, 2, 2],
          "decoder_positions": [0, 0, 1], "decoder_loss_weights": [1, 1, 1],
          "decoder_input_tokens": [0, 0, 22]},
-        {"encoder_input_tokens": [14, 15, 0, 0], "encoder_segment_ids": [1, 1, 0, 0],
-         "encoder_positions": [0, 1, 0, 0],
+        {"encoder_input_tokens": [14, 0, 0, 0], "encoder_segment_ids": [1, 0, 0, 0],
+         "encoder_positions": [0, 0, 0, 0],
          "decoder_target_tokens": [24, 0, 0], "decoder_segment_ids": [1, 0, 0],
          "decoder_positions": [0, 0, 0], "decoder_loss_weights": [1, 0, 0],
          "decoder_input_tokens": [0, 0, 0]},

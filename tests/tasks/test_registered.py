@@ -1,6 +1,7 @@
 """Every registered training task: its iterator is saved, restored and goes on as before."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -149,16 +150,23 @@ def test_your_own_sentencepiece_file(tmp_path):
 
 def test_text_files_are_saved_and_restored_and_keep_their_state_on_a_copy(tmp_path):
     """The content counts, not where a file lies or when it was written."""
+    from tasks import document_cache
     lines = [f"line {i} of a text about nothing in particular" for i in range(40)]
     states = {}
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x.txt").write_text("\n".join(lines))
         config = DataConfig(train_files=str(tmp_path / folder / "*.txt"), vocabulary="byt5",
-                            **LENGTHS)
+                            cache_dir=str(tmp_path / f"cache_{folder}"), **LENGTHS)
         states[folder] = check_saving(config, "seq2seq", steps=3)
-    rows = ShardedRows(config, objective="seq2seq", global_batch_size=6, seed=0, shards=(0, 1))
+    shutil.rmtree(tmp_path / "cache_a")
+    rows, expected = (ShardedRows(config, objective="seq2seq", global_batch_size=6, seed=0,
+                                  shards=(0, 1)) for _ in range(2))
     rows.restore(states["a"])
+    expected.restore(states["b"])
+    for _ in range(20):   # several epochs, every file among them
+        jax.tree.map(np.testing.assert_array_equal, next(rows), next(expected))
+    document_cache.set_root("")
     (tmp_path / "b" / "y.jsonl").write_text(json.dumps({"text": "one more document"}))
     more = ShardedRows(DataConfig(train_files=f"{tmp_path}/b/*", vocabulary="byt5", **LENGTHS),
                        objective="seq2seq", global_batch_size=6, seed=0, shards=(0, 1))
