@@ -58,6 +58,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, masking: Masking, bias: jax
     groups = num_heads // kv_heads
     sizes = sharding.mesh_sizes()
     rules = sharding.active_rules()
+    # Context parallelism: queries stay split over the length, keys and values are gathered.
+    k, v = (sharding.shard(x, "act_batch", "act_kv_heads", "act_keys", None) for x in (k, v))
     if groups > 1 and sizes and rules.mesh_axes("act_kv_heads") != rules.mesh_axes("act_heads"):
         # Few kv heads replicated, many query heads split: give every query head its own.
         k, v = (sharding.shard(jnp.repeat(x, groups, axis=1),
@@ -188,4 +190,4 @@ class Attention(nnx.Module):
                    masking.with_window(config.window) if kv is None else masking, bias, config, key)
         y = y.transpose(0, 2, 1, 3)
         y = sharding.reshape(y, (*y.shape[:2], config.num_heads * config.head_dim), *flat)
-        return self.out(y, ("act_batch", "act_length", "act_embed")), cache
+        return self.out(y, ("act_batch", "act_norm_length", "act_embed")), cache
