@@ -16,17 +16,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from t5x_lite import sharding
+from t5x_lite import pipeline, sharding
+from t5x_lite.layers import kernels
 from t5x_lite.layers.attention import Attention, AttentionConfig
 from t5x_lite.layers.linear import InitConfig, RowKey, dropout
 from t5x_lite.layers.masks import Masking
 from t5x_lite.layers.mlp import MLP, MLPConfig
+from t5x_lite.layers.moe import MoE, MoEConfig
 from t5x_lite.layers.norm import Norm, NormConfig
-from t5x_lite.layers.position import LearnedPositions, PositionConfig, make_bias, sinusoids
-from t5x_lite.pipeline import PipelineConfig, run_layers
-
-
-RESIDUAL_AXES = ("act_batch", "act_norm_length", "act_embed")   # of x_BLD between sub-layers
+from t5x_lite.layers.position import (
+    LearnedPositions, PositionBias, PositionConfig, make_bias, sinusoids)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +35,7 @@ class BlockConfig:
     self_attention: AttentionConfig = AttentionConfig()
     cross_attention: AttentionConfig | None = None
     mlp: MLPConfig = MLPConfig()
+    moe: MoEConfig | None = None   # takes the place of `mlp`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +55,13 @@ class StackConfig:
     position: PositionConfig = PositionConfig()
     norm: NormConfig = NormConfig()
     residual: str = "pre"           # a key of RESIDUALS
-    residual_alpha: float = 1.0     # deepnorm: weight of the skip path (Wang et al. 2022)
-    embedding_norm: bool = False    # a norm right after the embedding (BERT)
+    residual_alpha: float = 1.0     # deepnorm: weight of the skip path, see deepnorm_constants
+    embedding_norm: bool = False    # a norm on the embeddings, positions included (BERT, BART)
     final_norm: bool = True
     dropout_rate: float = 0.0       # on embeddings, sub-layer outputs and the final norm
     scan: bool = True               # see pipeline.run_layers
-    remat: str = "none"             # see remat.py
-    pipeline: PipelineConfig = PipelineConfig()   # where mesh.stage > 1
+    remat: str = "none"             # see pipeline.remat
+    init: InitConfig | None = None  # None: the model's
 
     @property
     def num_layers(self) -> int:
@@ -74,14 +74,15 @@ class BlockInputs:
     """What all blocks of a stack share."""
 
     masking: Masking
-    bias: jax.Array | None                  # [1|B, N, L, S]
+    bias: PositionBias | jax.Array | None   # [1|B, N, L, S], or where that is never made whole
     cross_masking: Masking | None = None
     encoded: jax.Array | None = None        # [B, S, D]; None where the cache holds its keys
-    key: RowKey | None = None               # dropout keys, None outside training
+    tokens: jax.Array | None = None         # int32 [B, L]: what hash routing goes by
+    real: jax.Array | None = None           # bool [B, L], False where padding; None: all real
 
 
 jax.tree_util.register_dataclass(
-    BlockInputs, data_fields=["masking", "bias", "cross_masking", "encoded", "key"],
+    BlockInputs, data_fields=["masking", "bias", "cross_masking", "encoded", "tokens", "real"],
     meta_fields=[])
 
 
@@ -98,7 +99,8 @@ def _pre(x, sublayers, alpha):
 
 
 def _post(x, sublayers, alpha):
-    """norm(alpha x + f(x)): Vaswani et al. 2017 and BERT at alpha 1, DeepNorm above."""
+    """norm(alpha x + f(x)): Vaswani et al. 2017 and BERT at alpha 1, DeepNorm (Wang et al. 2022,
+    which also scales the initialisation) above."""
     outs = []
     for run, _, post_norm in sublayers:
         y, out = run(x)
@@ -149,6 +151,23 @@ RESIDUALS = {
 }
 
 
+def deepnorm_constants(encoder_layers: int, decoder_layers: int
+                       ) -> tuple[tuple[float, float], tuple[float, float]]:
+    """((alpha, beta) of the encoder, (alpha, beta) of the decoder) (Wang et al. 2022, figure 2).
+
+    alpha is StackConfig.residual_alpha. beta is InitConfig.value_factor: kernels of values,
+    attention outputs and MLPs are drawn from Xavier's normal times beta. A depth of 0 is a
+    stack that is not there.
+    """
+    n, m = encoder_layers, decoder_layers
+    if not m:
+        return ((2 * n) ** 0.25, (8 * n) ** -0.25), (1.0, 1.0)
+    if not n:
+        return (1.0, 1.0), ((2 * m) ** 0.25, (8 * m) ** -0.25)
+    depth = (n ** 4 * m) ** (1 / 16)
+    return (0.81 * depth, 0.87 / depth), ((3 * m) ** 0.25, (12 * m) ** -0.25)
+
+
 class Block(nnx.Module):
     """Self-attention, cross-attention where configured, and an MLP."""
 
@@ -162,7 +181,10 @@ class Block(nnx.Module):
             self.cross_attention = Attention(keys[1], embed_dim, config.cross_attention,
                                              PositionConfig(kind="none"), init, dtype)
             self.names = ("self_attention", "cross_attention", "mlp")
-        self.mlp = MLP(keys[2], embed_dim, config.mlp, init, dtype)
+        if config.moe is None:
+            self.mlp = MLP(keys[2], embed_dim, config.mlp, init, dtype)
+        else:
+            self.mlp = MoE(keys[2], embed_dim, config.moe, init, dtype, causal=stack.causal)
         wiring = RESIDUALS[stack.residual]
         for i, name in enumerate(self.names):
             if wiring.pre == "each" or (wiring.pre == "first" and i == 0):
@@ -187,7 +209,7 @@ class Block(nnx.Module):
             keys = {name: key.fold_in(i) for i, name in enumerate(keys)}
         bias = inputs.bias
         if self.stack.position.per_layer:
-            bias = self.relative_position(inputs.masking.q_positions, inputs.masking.k_positions)
+            bias = self.relative_position()
 
         def self_attention(h):
             return self.self_attention(
@@ -201,15 +223,16 @@ class Block(nnx.Module):
             return y, None
 
         def mlp(h):
-            return self.mlp(h, keys["mlp"])
+            return self.mlp(h, keys["mlp"], mask=inputs.real, tokens=inputs.tokens,
+                            decoding=cache is not None)
 
         runs = {"self_attention": self_attention, "cross_attention": cross_attention, "mlp": mlp}
 
         def with_dropout(name):
             def run(h):
                 y, out = runs[name](h)
-                return dropout(y, self.stack.dropout_rate, keys[name], *RESIDUAL_AXES,
-                               broadcast_dims=(1,)), out
+                return dropout(y, self.stack.dropout_rate, keys[name], "act_batch", "act_length",
+                               "act_embed", broadcast_dims=(1,)), out
             return run
 
         sublayers = [(with_dropout(n), getattr(self, f"pre_{n}_norm", None),
@@ -230,11 +253,11 @@ class Segment(nnx.Module):
         for name, block, k in zip(self.names, config.blocks, keys, strict=True):
             setattr(self, name, Block(k, embed_dim, block, stack, init, dtype))
 
-    def __call__(self, x, inputs, layer, cache):
+    def __call__(self, x, inputs, key, layer, cache):
         """Applies the blocks; `layer` is the index in the stack of the first one."""
         caches, total = {}, {}
         for i, name in enumerate(self.names):
-            layer_key = None if inputs.key is None else inputs.key.fold_in(layer + i)
+            layer_key = None if key is None else key.fold_in(layer + i)
             x, (block_cache, aux) = getattr(self, name)(
                 x, inputs, layer_key, None if cache is None else cache[name])
             caches[name] = block_cache
@@ -274,12 +297,14 @@ class Stack(nnx.Module):
 
     def __call__(self, x: jax.Array, masking: Masking, positions: jax.Array, *,
                  encoded: jax.Array | None = None, cross_masking: Masking | None = None,
+                 tokens: jax.Array | None = None, real: jax.Array | None = None,
                  key: RowKey | None = None, cache: dict | None = None):
         """x_BLD (embedded tokens) -> (x_BLD, cache, aux).
 
         Args:
             positions: int32 [1|B, L], restarted by packing: what absolute positions count.
             encoded, cross_masking: the encoder's output and who sees it.
+            tokens, real: see BlockInputs.
             key: dropout keys; layer n uses key.fold_in(n), however the layers are run.
             cache: {segment: {block: …}} with leaves stacked over repeats.
         """
@@ -287,36 +312,48 @@ class Stack(nnx.Module):
         if config.position.kind == "learned":
             x = x + self.learned_positions(positions).astype(self.dtype)
         elif config.position.kind == "sinusoidal":
-            x = x + sinusoids(positions, x.shape[-1]).astype(self.dtype)
-        x = sharding.shard(x, *RESIDUAL_AXES)
+            x = x + sinusoids(positions + config.position.offset, x.shape[-1]).astype(self.dtype)
         if config.embedding_norm:
             x = self.embedding_norm(x)
         x = self._dropout(x, key, config.num_layers)
-        bias = None
-        if getattr(self, "relative_position", None) is not None:
-            bias = self.relative_position(masking.q_positions, masking.k_positions)
-        inputs = BlockInputs(masking, bias, cross_masking, encoded, key)
+        if not any(b.moe for s in config.segments for b in s.blocks):
+            tokens = real = None
+        inputs = BlockInputs(masking, self._bias(masking), cross_masking, encoded, tokens, real)
         layer, caches, total = 0, {}, {}
         for name, segment in zip(self.names, config.segments, strict=True):
             blocks = len(segment.blocks)
             indices = layer + blocks * jnp.arange(segment.repeats)
-            x, (caches[name], aux), counts = run_layers(
-                lambda x, module, xs, inputs: module(x, inputs, *xs), getattr(self, name), x,
-                (indices, None if cache is None else cache[name]), inputs,
-                repeats=segment.repeats, scan=config.scan, remat_policy=config.remat,
-                pipeline=config.pipeline if cache is None else None)
+
+            def apply(x, module, xs):
+                index, block_cache = xs
+                return module(x, inputs, key, index, block_cache)
+
+            x, (caches[name], aux) = pipeline.run_layers(
+                apply, getattr(self, name), x,
+                (indices, None if cache is None else cache[name]),
+                repeats=segment.repeats, scan=config.scan, remat_policy=config.remat)
             total = add_aux(total, jax.tree.map(lambda a: jnp.sum(a, axis=0), aux))
-            total = add_aux(total, counts)
             layer += blocks * segment.repeats
         if config.final_norm:
             x = self.final_norm(x)
         x = self._dropout(x, key, config.num_layers + 1)
-        x = sharding.shard(x, "act_batch", "act_length", "act_embed")
         return x, None if cache is None else caches, total
+
+    def _bias(self, masking: Masking) -> PositionBias | jax.Array | None:
+        """The bias that the layers share: made once, or where some layer goes by chunks, a
+        function that each calls."""
+        if getattr(self, "relative_position", None) is None:
+            return None
+        bias = self.relative_position()
+        layers = (b.self_attention for s in self.config.segments for b in s.blocks)
+        if any(kernels.by_chunks(a.implementation, masking) for a in layers):
+            return bias
+        return bias(masking.q_positions, masking.k_positions)
 
     def _dropout(self, x, key, site):
         key = None if key is None else key.fold_in(site)
-        return dropout(x, self.config.dropout_rate, key, *RESIDUAL_AXES, broadcast_dims=(1,))
+        return dropout(x, self.config.dropout_rate, key, "act_batch", "act_length", "act_embed",
+                       broadcast_dims=(1,))
 
     def init_cache(self, batch: int, length: int, encoded: jax.Array | None = None) -> dict:
         """Empty self-attention caches of `length` slots, and the encoder's keys and values."""

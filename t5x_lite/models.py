@@ -18,19 +18,21 @@ from flax import nnx
 from t5x_lite import sharding, tree
 from t5x_lite.blocks import (  # the configs of a model stand together under this name
     RESIDUALS, BlockConfig, SegmentConfig, Stack, StackConfig, add_aux)
-from t5x_lite.errors import UserError
+from t5x_lite.errors import UserError, nearest
+from t5x_lite.layers import attention, mlp, moe, norm, position
 from t5x_lite.layers.attention import AttentionConfig
-from t5x_lite.layers.embed import TokenEmbedding
-from t5x_lite.layers.linear import Dense, InitConfig, RowKey, kernel_std
+from t5x_lite.layers.embed import HeadTransform, LogitsBias, TokenEmbedding, TokenTypes
+from t5x_lite.layers.linear import INIT_KERNELS, Dense, InitConfig, RowKey, kernel_std
 from t5x_lite.layers.masks import Masking
 from t5x_lite.layers.mlp import MLPConfig
+from t5x_lite.layers.moe import MoEConfig
 from t5x_lite.layers.norm import NormConfig
-from t5x_lite.layers.position import PositionConfig
+from t5x_lite.layers.position import PositionConfig, RotaryScalingConfig
 
 __all__ = [
     "ARCHITECTURES", "AttentionConfig", "Batch", "BlockConfig", "InitConfig", "LanguageModel",
-    "MLPConfig", "Model", "ModelConfig", "NormConfig", "ParamInfo", "PositionConfig",
-    "SegmentConfig", "StackConfig", "take_rows", "validate",
+    "MLPConfig", "MoEConfig", "Model", "ModelConfig", "NormConfig", "ParamInfo", "PositionConfig",
+    "RotaryScalingConfig", "SegmentConfig", "StackConfig", "take_rows", "validate",
 ]
 
 Batch = Mapping[str, jax.Array]
@@ -48,7 +50,10 @@ class ModelConfig:
     tie_logits: bool = False                # logits through the embedding table
     logits_scale: float = 1.0               # on the hidden state (T5 1.0, tied: embed_dim**-0.5)
     logits_softcap: float = 0.0             # c * tanh(logits / c); 0: none
+    logits_bias: bool = False
+    head_transform: str = ""                # BERT: dense, this activation, norm, before the logits
     embedding_scale: float = 1.0            # on the embedded tokens
+    token_types: int = 0                    # BERT: 2; ids in the batch's encoder_token_types
     init: InitConfig = InitConfig()
 
 
@@ -56,41 +61,62 @@ class LanguageModel(nnx.Module):
     """What the three architectures share: embedding, logits, decoding."""
 
     def __init__(self, key: jax.Array, config: ModelConfig, dtype: jnp.dtype = jnp.float32):
-        keys = jax.random.split(key, 4)
+        keys = jax.random.split(key, 6)
         self.token_embedding = TokenEmbedding(keys[0], config.vocab_size, config.embed_dim,
                                               config.init.embedding_std, dtype)
         for name, k in zip(("encoder", "decoder"), keys[1:], strict=False):
             stack = getattr(config, name)
             if stack is not None:
-                setattr(self, name, Stack(k, config.embed_dim, stack, config.init, dtype))
+                setattr(self, name, Stack(k, config.embed_dim, stack, stack.init or config.init,
+                                          dtype))
         if not config.tie_logits:
-            std = config.init.logits_std or kernel_std(config.init, config.embed_dim)
+            std = config.init.logits_std or kernel_std(config.init, config.embed_dim,
+                                                       config.vocab_size)
             self.logits = Dense(keys[3], config.embed_dim, config.vocab_size, ("embed", "vocab"),
-                                std=std, dtype=dtype)
+                                std=std, use_bias=config.logits_bias, dtype=dtype)
+        elif config.logits_bias:
+            self.logits = LogitsBias(keys[3], config.vocab_size)
+        if config.token_types:
+            self.token_types = TokenTypes(keys[4], config.token_types, config.embed_dim,
+                                          config.init.position_std, dtype)
+        if config.head_transform:
+            stack = config.decoder or config.encoder
+            self.head_transform = HeadTransform(keys[5], config.embed_dim, config.head_transform,
+                                                stack.norm, config.init, dtype)
         self.config = config
         self.dtype = dtype
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
-        """int32 [B, L] -> x_BLD."""
+    def embed(self, tokens: jax.Array, types: jax.Array | None = None) -> jax.Array:
+        """int32 [B, L] tokens, and their types (None: all 0) -> x_BLD."""
         x = self.token_embedding(tokens)
         if self.config.embedding_scale != 1.0:
             x = x * jnp.asarray(self.config.embedding_scale, self.dtype)
+        if self.config.token_types:
+            x = x + self.token_types(jnp.zeros_like(tokens) if types is None else types)
         return x
 
-    def head_params(self) -> jax.Array:
-        """The logits kernel_DV, gathered and cast once for all chunks of `head`."""
+    def head_params(self) -> dict[str, jax.Array]:
+        """What `head` needs, gathered and cast once for all its chunks: {"kernel": [D, V]}, and
+        {"bias": [V]} where there is one."""
         if self.config.tie_logits:
-            return self.token_embedding.as_kernel()
-        return sharding.weight(self.logits.kernel[...], ("embed", "vocab"), self.dtype)
+            params = {"kernel": self.token_embedding.as_kernel()}
+        else:
+            params = {"kernel": sharding.weight(self.logits.kernel[...], ("embed", "vocab"),
+                                                self.dtype)}
+        if self.config.logits_bias:
+            params["bias"] = self.logits.bias[...].astype(jnp.float32)
+        return params
 
-    def head(self, kernel: jax.Array, x: jax.Array) -> jax.Array:
+    def head(self, params: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
         """Hidden states [..., D] -> float32 logits [..., V]."""
         scale, softcap = self.config.logits_scale, self.config.logits_softcap
         if scale != 1.0:
             x = x * jnp.asarray(scale, x.dtype)
         middle = ("act_length",) if x.ndim == 3 else ()
-        logits = sharding.dense(x, kernel, ("act_batch", *middle, "act_vocab"))
+        logits = sharding.dense(x, params["kernel"], ("act_batch", *middle, "act_vocab"))
         logits = logits.astype(jnp.float32)
+        if "bias" in params:
+            logits = logits + params["bias"]
         return softcap * jnp.tanh(logits / softcap) if softcap else logits
 
     def decode(self, tokens: jax.Array, cache: dict) -> tuple[jax.Array, dict]:
@@ -100,8 +126,7 @@ class LanguageModel(nnx.Module):
         """
         stack = self.decoder
         positions = cache["position"][:, None] + jnp.arange(tokens.shape[1])[None]
-        slots = next(x for path, x in tree.flatten(cache["layers"]).items()
-                     if path.endswith("self_attention/key")).shape[3]
+        slots = cache["layers"]["segment_0"]["block_0"]["self_attention"]["key"].shape[3]
         masking = Masking(positions, jnp.arange(slots)[None], causal=True,
                           k_prefix=cache.get("prefix"))
         cross = None
@@ -109,7 +134,7 @@ class LanguageModel(nnx.Module):
             cross = Masking(positions, jnp.arange(cache["segments"].shape[1])[None],
                             jnp.ones_like(positions), cache["segments"])
         x, layers, _ = stack(self.embed(tokens), masking, positions, cross_masking=cross,
-                             cache=cache["layers"])
+                             tokens=tokens, cache=cache["layers"])
         cache = {**cache, "layers": layers, "position": cache["position"] + tokens.shape[1]}
         return self.head(self.head_params(), x), cache
 
@@ -131,14 +156,23 @@ def _row_masking(batch: Batch, side: str, causal: bool) -> tuple[Masking, jax.Ar
     segments = batch.get(f"{side}_segment_ids")
     if segments is None and not causal:
         segments = (tokens != 0).astype(jnp.int32)   # padding is id 0
+    prefix = batch.get(f"{side}_prefix")
     masking = Masking(index, index, segments, _as_keys(segments),
-                      _as_keys(batch.get(f"{side}_prefix")), causal)
+                      None if prefix is None else _as_keys(prefix.astype(bool)), causal)
     return masking, batch.get(f"{side}_positions", index)
 
 
 def _as_keys(x: jax.Array | None) -> jax.Array | None:
     """[B, S] as attention reads it: keys are whole even where queries' length is sharded."""
     return None if x is None else sharding.shard(x, "act_batch", "act_keys")
+
+
+def _real(batch: Batch, side: str) -> jax.Array:
+    """bool [B, L], False where padding. A decoder's first input is a real token of id 0."""
+    if f"{side}_segment_ids" in batch:
+        return batch[f"{side}_segment_ids"] != 0
+    tokens = batch[f"{side}_input_tokens"]
+    return (tokens != 0) | (jnp.arange(tokens.shape[1]) == 0 if side == "decoder" else False)
 
 
 def _row_key(key: RowKey | jax.Array | None, batch: Batch) -> RowKey | None:
@@ -154,8 +188,10 @@ class EncoderDecoder(LanguageModel):
     def encode(self, batch: Batch, key: RowKey | None = None):
         """-> (encoded_BSD, aux)."""
         masking, positions = _row_masking(batch, "encoder", self.config.encoder.causal)
-        x = self.embed(batch["encoder_input_tokens"])
-        encoded, _, aux = self.encoder(x, masking, positions, key=key)
+        tokens = batch["encoder_input_tokens"]
+        encoded, _, aux = self.encoder(
+            self.embed(tokens, batch.get("encoder_token_types")), masking, positions,
+            tokens=tokens, real=_real(batch, "encoder"), key=key)
         return encoded, aux
 
     def __call__(self, batch: Batch, key: RowKey | jax.Array | None = None):
@@ -168,9 +204,10 @@ class EncoderDecoder(LanguageModel):
         if queries is None:
             queries = jnp.ones_like(batch["decoder_input_tokens"])
         cross = Masking(masking.q_positions, source.k_positions, queries, source.k_segments)
-        x, _, aux = self.decoder(self.embed(batch["decoder_input_tokens"]), masking, positions,
-                                 encoded=encoded, cross_masking=cross,
-                                 key=None if key is None else key.fold_in(1))
+        tokens = batch["decoder_input_tokens"]
+        x, _, aux = self.decoder(self.embed(tokens), masking, positions, tokens=tokens,
+                                 real=_real(batch, "decoder"), encoded=encoded,
+                                 cross_masking=cross, key=None if key is None else key.fold_in(1))
         return x, add_aux(encoder_aux, aux)
 
     def init_cache(self, batch: Batch, length: int) -> dict:
@@ -188,15 +225,24 @@ class DecoderOnly(LanguageModel):
     def __call__(self, batch: Batch, key: RowKey | jax.Array | None = None):
         """A training batch -> (hidden_BLD before the logits, aux)."""
         masking, positions = _row_masking(batch, "decoder", True)
-        x, _, aux = self.decoder(self.embed(batch["decoder_input_tokens"]), masking, positions,
-                                 key=_row_key(key, batch))
+        tokens = batch["decoder_input_tokens"]
+        x, _, aux = self.decoder(self.embed(tokens), masking, positions, tokens=tokens,
+                                 real=_real(batch, "decoder"), key=_row_key(key, batch))
         return x, aux
 
     def init_cache(self, batch: Batch, length: int) -> dict:
-        """An empty cache of `length` slots for as many rows as the batch has."""
+        """An empty cache of `length` slots for as many rows as the batch has.
+
+        With decoder_prefix (bool [B, P]), the tokens of a prefix see one another: `decode` must
+        be given them in one call.
+        """
         tokens = batch["decoder_input_tokens"]
-        return {"position": jnp.zeros_like(tokens[:, 0]),
-                "layers": self.decoder.init_cache(tokens.shape[0], length)}
+        cache = {"position": jnp.zeros_like(tokens[:, 0]),
+                 "layers": self.decoder.init_cache(tokens.shape[0], length)}
+        if "decoder_prefix" in batch:
+            prefix = batch["decoder_prefix"].astype(bool)[:, :length]
+            cache["prefix"] = jnp.pad(prefix, ((0, 0), (0, length - prefix.shape[1])))
+        return cache
 
 
 class EncoderOnly(LanguageModel):
@@ -205,9 +251,11 @@ class EncoderOnly(LanguageModel):
     def __call__(self, batch: Batch, key: RowKey | jax.Array | None = None):
         """A training batch -> (hidden_BLD before the logits, aux)."""
         masking, positions = _row_masking(batch, "encoder", False)
-        x, _, aux = self.encoder(self.embed(batch["encoder_input_tokens"]), masking, positions,
-                                 key=_row_key(key, batch))
-        return x, aux
+        tokens = batch["encoder_input_tokens"]
+        x, _, aux = self.encoder(
+            self.embed(tokens, batch.get("encoder_token_types")), masking, positions,
+            tokens=tokens, real=_real(batch, "encoder"), key=_row_key(key, batch))
+        return self.head_transform(x) if self.config.head_transform else x, aux
 
 
 ARCHITECTURES = {"encoder_decoder": (EncoderDecoder, ("encoder", "decoder")),
@@ -281,9 +329,10 @@ class Model:
 
 def validate(config: ModelConfig) -> None:
     """Raises UserError for a model that cannot be built, naming the field."""
-    if config.architecture not in ARCHITECTURES:
-        raise UserError(f"model.architecture={config.architecture!r}: must be one of "
-                        f"{', '.join(ARCHITECTURES)}.")
+    _one_of("model.architecture", config.architecture, ARCHITECTURES)
+    _one_of("model.init.kernel", config.init.kernel, INIT_KERNELS)
+    if config.head_transform:
+        _one_of("model.head_transform", config.head_transform, mlp.ACTIVATIONS)
     needed = ARCHITECTURES[config.architecture][1]
     for name in ("encoder", "decoder"):
         stack = getattr(config, name)
@@ -292,17 +341,30 @@ def validate(config: ModelConfig) -> None:
                             f"model.architecture={config.architecture!r}.")
         if stack is None:
             continue
-        if stack.residual not in RESIDUALS:
-            raise UserError(f"model.{name}.residual={stack.residual!r}: must be one of "
-                            f"{', '.join(RESIDUALS)}.")
+        _one_of(f"model.{name}.residual", stack.residual, RESIDUALS)
+        _one_of(f"model.{name}.norm.kind", stack.norm.kind, norm.KINDS)
+        position.validate(stack.position, f"model.{name}.position")
+        crosses = name == "decoder" and config.encoder is not None
         for i, segment in enumerate(stack.segments):
             for j, block in enumerate(segment.blocks):
                 where = f"model.{name}.segments[{i}].blocks[{j}]"
-                attention = block.self_attention
-                if attention.num_heads % attention.kv_heads:
-                    raise UserError(f"{where}.self_attention: num_heads={attention.num_heads} must "
-                                    f"be a multiple of num_kv_heads={attention.kv_heads}.")
-                crossed = block.cross_attention is not None
-                if crossed != (name == "decoder" and config.encoder is not None):
+                _validate_block(where, block, stack.causal)
+                if (block.cross_attention is not None) != crosses:
                     raise UserError(f"{where}.cross_attention must be "
-                                    f"{'None' if crossed else 'given'} here.")
+                                    f"{'given' if crosses else 'None'} here.")
+
+
+def _validate_block(where: str, block: BlockConfig, causal: bool) -> None:
+    attention.validate(block.self_attention, f"{where}.self_attention")
+    if block.cross_attention is not None:
+        attention.validate(block.cross_attention, f"{where}.cross_attention")
+    if block.moe is not None:
+        moe.validate(block.moe, f"{where}.moe", causal=causal)
+    dense = block.mlp if block.moe is None else block.moe.mlp
+    _one_of(f"{where}.mlp.activation", dense.activation, mlp.ACTIVATIONS)
+
+
+def _one_of(field: str, value: str, allowed) -> None:
+    if value not in allowed:
+        raise UserError(f"{field}={value!r}: must be one of {', '.join(allowed)}."
+                        f"{nearest(value, allowed)}")

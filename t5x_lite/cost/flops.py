@@ -133,7 +133,7 @@ def stack_flops(config: "ModelConfig", stack: "StackConfig", rows: int, encoder_
         if block.cross_attention is not None:
             flops += _attention_layer(config.embed_dim, block.cross_attention, rows, length,
                                       encoder_length)
-        flops += mlp_flops(block.mlp, rows, length, config.embed_dim)
+        flops += mlp_flops(block.moe or block.mlp, rows, length, config.embed_dim)
         total += flops * repeats
     return total
 
@@ -216,7 +216,7 @@ def _active_share(config: "ModelConfig", info: "ParamInfo", length: int) -> floa
         return 1.0
     where = re.match(r"(encoder|decoder)/segment_(\d+)/block_(\d+)/mlp/", info.path)
     stack = getattr(config, where.group(1))
-    moe = stack.segments[int(where.group(2))].blocks[int(where.group(3))].mlp
+    moe = stack.segments[int(where.group(2))].blocks[int(where.group(3))].moe
     return experts_per_token(moe, length) / moe.num_experts
 
 

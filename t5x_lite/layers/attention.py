@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from t5x_lite import sharding
-from t5x_lite.layers.linear import Dense, InitConfig, RowKey, dropout, kernel_std
-from t5x_lite.layers.masks import Masking, allowed
+from t5x_lite.errors import UserError, nearest
+from t5x_lite.layers import kernels
+from t5x_lite.layers.dot_product import Relative, Terms
+from t5x_lite.layers.linear import Dense, InitConfig, RowKey, dropout, kernel_std, param
+from t5x_lite.layers.masks import Masking
 from t5x_lite.layers.norm import Norm, NormConfig
-from t5x_lite.layers.position import PositionConfig, rotate
-
-# Large enough to vanish in the softmax, small enough to stay finite in bfloat16.
-MASKED = -1e10
+from t5x_lite.layers.position import PositionBias, PositionConfig, rotate, sinusoids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,10 @@ class AttentionConfig:
     qk_norm: bool = False          # RMSNorm over each head's query and key
     logit_softcap: float = 0.0     # c * tanh(logits / c); 0: none
     window: int = 0                # see Masking.window
-    dropout_rate: float = 0.0      # on the probabilities
+    # Share of the keys that each key/value head loses, for all queries alike (as T5X drops).
+    dropout_rate: float = 0.0
+    implementation: str = "auto"   # one of kernels.IMPLEMENTATIONS; cached decoding is plain
+    chunk: int = 1024              # chunked: queries, and keys, at a time
 
     @property
     def kv_heads(self) -> int:
@@ -42,57 +45,21 @@ class AttentionConfig:
         return self.num_kv_heads or self.num_heads
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, masking: Masking, bias: jax.Array | None,
-           config: AttentionConfig, key: RowKey | None = None) -> jax.Array:
-    """softmax(q k^T + bias, masked) v with the logits and the softmax in float32.
-
-    Args:
-        q: [B, N, L, H], already scaled. k, v: [B, K, S, H].
-        bias: [1|B, N, L, S] or None.
-        key: dropout key of the probabilities, None outside training.
-    Returns:
-        [B, N, L, H].
-    """
-    batch, num_heads, length, head_dim = q.shape
-    kv_heads, keys = k.shape[1], k.shape[2]
-    groups = num_heads // kv_heads
-    sizes = sharding.mesh_sizes()
-    rules = sharding.active_rules()
-    # Context parallelism: queries stay split over the length, keys and values are gathered.
-    k, v = (sharding.shard(x, "act_batch", "act_kv_heads", "act_keys", None) for x in (k, v))
-    if groups > 1 and sizes and rules.mesh_axes("act_kv_heads") != rules.mesh_axes("act_heads"):
-        # Few kv heads replicated, many query heads split: give every query head its own.
-        k, v = (sharding.shard(jnp.repeat(x, groups, axis=1),
-                               "act_batch", "act_heads", "act_keys", None) for x in (k, v))
-        groups, kv_heads = 1, num_heads
-    split = ("act_batch", "act_kv_heads" if groups > 1 else "act_heads")
-    if groups > 1:
-        q = sharding.reshape(q, (batch, kv_heads, groups, length, head_dim),
-                             *split, None, "act_length", None)
-        logits = sharding.einsum("BKGLH,BKSH->BKGLS", q, k, out=(*split, None, "act_length", None),
-                                 preferred_element_type=jnp.float32)
-        logits = sharding.reshape(logits, (batch, num_heads, length, keys),
-                                  "act_batch", "act_heads", "act_length", None)
-    else:
-        logits = sharding.einsum("BNLH,BNSH->BNLS", q, k, out=(*split, "act_length", None),
-                                 preferred_element_type=jnp.float32)
-    if config.logit_softcap:
-        logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
-    if bias is not None:
-        logits = logits + bias.astype(jnp.float32)
-    mask = allowed(masking)
-    if mask is not None:
-        logits = jnp.where(mask, logits, MASKED)
-    probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    probs = dropout(probs, config.dropout_rate, key, "act_batch", "act_heads", None, None,
-                    broadcast_dims=(2,))
-    if groups == 1:
-        return sharding.einsum("BNLS,BNSH->BNLH", probs, v, out=(*split, "act_length", None))
-    probs = sharding.reshape(probs, (batch, kv_heads, groups, length, keys),
-                             *split, None, "act_length", None)
-    y = sharding.einsum("BKGLS,BKSH->BKGLH", probs, v, out=(*split, None, "act_length", None))
-    return sharding.reshape(y, (batch, num_heads, length, head_dim),
-                            "act_batch", "act_heads", "act_length", None)
+def validate(config: AttentionConfig, where: str) -> None:
+    """Raises UserError for what cannot be, naming the field."""
+    if config.num_heads < 1 or config.head_dim < 1:
+        raise UserError(f"{where}: num_heads={config.num_heads} and head_dim={config.head_dim} "
+                        f"must be at least 1.")
+    if config.num_heads % config.kv_heads:
+        raise UserError(f"{where}: num_heads={config.num_heads} must be a multiple of "
+                        f"num_kv_heads={config.kv_heads}.")
+    if config.implementation not in kernels.IMPLEMENTATIONS:
+        raise UserError(f"{where}.implementation={config.implementation!r}: must be one of "
+                        f"{', '.join(kernels.IMPLEMENTATIONS)}."
+                        f"{nearest(config.implementation, kernels.IMPLEMENTATIONS)}")
+    for field, least in (("window", 0), ("logit_softcap", 0.0), ("chunk", 1)):
+        if getattr(config, field) < least:
+            raise UserError(f"{where}.{field}={getattr(config, field)}: must be at least {least}.")
 
 
 def write_cache(cache: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
@@ -115,23 +82,30 @@ class Attention(nnx.Module):
 
     def __init__(self, key: jax.Array, embed_dim: int, config: AttentionConfig,
                  position: PositionConfig, init: InitConfig, dtype: jnp.dtype = jnp.float32):
-        keys = jax.random.split(key, 6)
+        keys = jax.random.split(key, 8)
         heads, kv_heads, head_dim = config.num_heads, config.kv_heads, config.head_dim
-        std = kernel_std(init, embed_dim)
+        std = kernel_std(init, embed_dim, heads * head_dim)
+        kv_std = kernel_std(init, embed_dim, kv_heads * head_dim)
         query_std = std * head_dim ** -0.5 if init.scale_query else std
-        std_out = kernel_std(init, heads * head_dim) * init.output_factor * init.value_factor
+        std_out = (kernel_std(init, heads * head_dim, embed_dim) * init.output_factor
+                   * init.value_factor)
         make = functools.partial(Dense, use_bias=config.use_bias, dtype=dtype)
         self.query = make(keys[0], embed_dim, heads * head_dim, ("embed", "heads"), std=query_std,
                           units=(embed_dim, heads))
-        self.key = make(keys[1], embed_dim, kv_heads * head_dim, ("embed", "kv_heads"), std=std,
+        self.key = make(keys[1], embed_dim, kv_heads * head_dim, ("embed", "kv_heads"), std=kv_std,
                         units=(embed_dim, kv_heads))
         self.value = make(keys[2], embed_dim, kv_heads * head_dim, ("embed", "kv_heads"),
-                          std=std * init.value_factor, units=(embed_dim, kv_heads))
+                          std=kv_std * init.value_factor, units=(embed_dim, kv_heads))
         self.out = Dense(keys[3], heads * head_dim, embed_dim, ("heads", "embed"), std=std_out,
                          use_bias=config.use_out_bias, dtype=dtype, units=(heads, embed_dim))
         if config.qk_norm:
             self.query_norm = Norm(keys[4], head_dim, NormConfig(), dtype)
             self.key_norm = Norm(keys[5], head_dim, NormConfig(), dtype)
+        if position.kind == "transformer_xl":
+            self.relative_key = Dense(keys[6], embed_dim, heads * head_dim, ("embed", "heads"),
+                                      std=std, dtype=dtype, units=(embed_dim, heads))
+            self.content_bias, self.position_bias = (
+                param(keys[7], (heads * head_dim,), ("heads",), units=(heads,)) for _ in range(2))
         self.config = config
         self.position = position
         self.dtype = dtype
@@ -155,8 +129,33 @@ class Attention(nnx.Module):
         return tuple(sharding.shard(a, "act_batch", "act_kv_heads", "act_keys", None)
                      for a in (k, v))
 
+    def _queries(self, x: jax.Array, masking: Masking, turn: bool
+                 ) -> tuple[jax.Array, Relative | None]:
+        """Scaled queries [B, N, L, H] of x_BLD, and Transformer-XL's for the position logits."""
+        config = self.config
+        flat = ("act_batch", "act_length", "act_heads")
+        scale = jnp.asarray(config.scale or config.head_dim ** -0.5, self.dtype)
+        flat_query = self.query(x, flat)
+        if self.position.kind == "transformer_xl" and turn:
+            content, position = (
+                self._split_heads(flat_query + bias[...].astype(self.dtype), config.num_heads,
+                                  "act_heads") * scale
+                for bias in (self.content_bias, self.position_bias))
+            keys = masking.k_positions.shape[1]
+            table = sinusoids(jnp.arange(keys - 1, -keys - 1, -1), x.shape[-1]).astype(self.dtype)
+            r = self.relative_key(table, (None, "act_heads"))
+            r = sharding.reshape(r, (2 * keys, config.num_heads, config.head_dim),
+                                 None, "act_heads", None).transpose(1, 0, 2)
+            return content, Relative(position, r)
+        q = self._split_heads(flat_query, config.num_heads, "act_heads")
+        if config.qk_norm:
+            q = self.query_norm(q)
+        if self.position.kind == "rotary" and turn:
+            q = rotate(q, masking.q_positions, self.position)
+        return q * scale, None
+
     def __call__(self, x: jax.Array, kv: tuple[jax.Array, jax.Array] | None, masking: Masking,
-                 bias: jax.Array | None, *, cache: dict | None = None,
+                 bias: PositionBias | jax.Array | None, *, cache: dict | None = None,
                  key: RowKey | None = None) -> tuple[jax.Array, dict | None]:
         """Attention of x_BLD over itself, or over given keys and values.
 
@@ -171,23 +170,44 @@ class Attention(nnx.Module):
         """
         config = self.config
         flat = ("act_batch", "act_length", "act_heads")
-        q = self._split_heads(self.query(x, flat), config.num_heads, "act_heads")
-        if config.qk_norm:
-            q = self.query_norm(q)
+        q, relative = self._queries(x, masking, turn=kv is None)
         if kv is None:
-            if self.position.kind == "rotary":
-                q = rotate(q, masking.q_positions, self.position)
             k, v = self.project_kv(x, masking.q_positions)
             if cache is not None:
                 start = masking.q_positions[:, 0]
                 k = write_cache(cache["key"], k, start)
                 v = write_cache(cache["value"], v, start)
                 cache = {"key": k, "value": v}
+            masking = masking.with_window(config.window)
         else:
             k, v = kv
-        q = q * jnp.asarray(config.scale or config.head_dim ** -0.5, self.dtype)
-        y = attend(q, k.astype(self.dtype), v.astype(self.dtype),
-                   masking.with_window(config.window) if kv is None else masking, bias, config, key)
+        # Zeroing a value is dropping its probability for every query at once.
+        v = dropout(v.astype(self.dtype), config.dropout_rate, key, "act_batch", "act_kv_heads",
+                    "act_keys", None, broadcast_dims=(3,))
+        k, v = _for_queries(k.astype(self.dtype), v, config)
+        chosen = kernels.choose(config.implementation, q, k, masking=masking,
+                                bias=bias is not None or relative is not None,
+                                softcap=config.logit_softcap)
+        y = kernels.attend(chosen, q, k, v, Terms(bias, relative, config.logit_softcap), masking,
+                           config.chunk)
         y = y.transpose(0, 2, 1, 3)
         y = sharding.reshape(y, (*y.shape[:2], config.num_heads * config.head_dim), *flat)
-        return self.out(y, ("act_batch", "act_norm_length", "act_embed")), cache
+        return self.out(y, ("act_batch", "act_length", "act_embed")), cache
+
+
+def _for_queries(k: jax.Array, v: jax.Array, config: AttentionConfig):
+    """Keys and values that lie where their queries lie.
+
+    Where few heads of keys are replicated and many of queries are split, every query head gets
+    its own.
+    """
+    groups = config.num_heads // config.kv_heads
+    sizes, rules = sharding.mesh_sizes(), sharding.active_rules()
+
+    def ways(name):
+        return [a for a in rules.mesh_axes(name) if sizes.get(a, 1) > 1]
+
+    if groups == 1 or ways("act_kv_heads") == ways("act_heads"):
+        return k, v
+    return tuple(sharding.shard(jnp.repeat(x, groups, axis=1),
+                                "act_batch", "act_heads", "act_keys", None) for x in (k, v))

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from t5x_lite import sharding
-from t5x_lite.layers.linear import param
+from t5x_lite.layers.linear import Dense, InitConfig, kernel_std, param
+from t5x_lite.layers.mlp import ACTIVATIONS
+from t5x_lite.layers.norm import Norm, NormConfig
 
 
 class TokenEmbedding(nnx.Module):
@@ -27,3 +29,40 @@ class TokenEmbedding(nnx.Module):
     def as_kernel(self) -> jax.Array:
         """The table as a logits kernel_DV (tied embeddings), ready for use."""
         return sharding.weight(self.embedding[...], ("vocab", "embed"), self.dtype).T
+
+
+class TokenTypes(nnx.Module):
+    """A learned vector a token type, added to the embeddings (BERT's segment A or B)."""
+
+    def __init__(self, key: jax.Array, num_types: int, features: int, std: float,
+                 dtype: jnp.dtype = jnp.float32):
+        self.embedding = param(key, (num_types, features), ("position", "embed"), std=std)
+        self.dtype = dtype
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """int32 [B, L] -> x_BLD in the compute dtype."""
+        return sharding.lookup(self.embedding[...].astype(self.dtype), ids,
+                               ("act_batch", "act_length", "act_embed"))
+
+
+class HeadTransform(nnx.Module):
+    """norm(activation(x @ kernel + bias)): what BERT applies before the logits."""
+
+    def __init__(self, key: jax.Array, features: int, activation: str, norm: NormConfig,
+                 init: InitConfig, dtype: jnp.dtype = jnp.float32):
+        self.dense = Dense(key, features, features, ("embed", None), use_bias=True, dtype=dtype,
+                           std=kernel_std(init, features, features))
+        self.norm = Norm(key, features, norm, dtype)
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x_BLD -> x_BLD."""
+        x = self.dense(x, ("act_batch", "act_length", "act_embed"))
+        return self.norm(ACTIVATIONS[self.activation](x))
+
+
+class LogitsBias(nnx.Module):
+    """A bias a vocabulary entry, where the kernel is the embedding table."""
+
+    def __init__(self, key: jax.Array, vocab_size: int):
+        self.bias = param(key, (vocab_size,), ("vocab",))

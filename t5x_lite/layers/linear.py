@@ -13,18 +13,23 @@ from flax import nnx
 from t5x_lite import sharding
 
 
+INIT_KERNELS = ("fan_in", "fan_avg", "fixed")
+
+
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
     """How fresh parameters are drawn; every number is a standard deviation or a factor on one."""
 
-    kernel: str = "fan_in"         # fan_in: std = fan_in**-0.5 (T5); fixed: std below
-    kernel_std: float = 0.02       # for kernel="fixed" (GPT-2 section 2.3, BERT)
+    # fan_in: std = fan_in**-0.5 (T5); fan_avg: (2 / (fan_in + fan_out))**0.5 (Xavier);
+    # fixed: kernel_std (GPT-2 section 2.3, BERT).
+    kernel: str = "fan_in"
+    kernel_std: float = 0.02
     embedding_std: float = 1.0     # token embeddings (T5: 1.0)
     position_std: float = 0.02     # learned absolute positions
     logits_std: float = 0.0        # 0: as kernels
     scale_query: bool = True       # T5: query std divided by sqrt(head_dim), attention unscaled
     output_factor: float = 1.0     # attention-out and mlp-out kernels (GPT-2: (2 layers)**-0.5)
-    value_factor: float = 1.0      # value, attention-out and mlp kernels (DeepNet's beta)
+    value_factor: float = 1.0      # value, attention-out and mlp kernels (DeepNorm's beta)
 
 
 def param(key: jax.Array, shape: tuple[int, ...], axes: tuple[str | None, ...], *,
@@ -59,7 +64,7 @@ class Dense(nnx.Module):
         units: see `param`.
     """
 
-    def __init__(self, key: jax.Array, d_in: int, d_out: int, axes: tuple[str, str], *,
+    def __init__(self, key: jax.Array, d_in: int, d_out: int, axes: tuple[str, str | None], *,
                  std: float, use_bias: bool = False, dtype: jnp.dtype = jnp.float32,
                  units: tuple[int, int] | None = None):
         self.kernel = param(key, (d_in, d_out), axes, std=std, fan_in=d_in, units=units)
@@ -79,10 +84,12 @@ class Dense(nnx.Module):
         return y
 
 
-def kernel_std(init: InitConfig, fan_in: int) -> float:
-    """The deviation of an ordinary kernel."""
+def kernel_std(init: InitConfig, fan_in: int, fan_out: int | None = None) -> float:
+    """The deviation of an ordinary kernel; without fan_out, of a square one."""
     if init.kernel == "fixed":
         return init.kernel_std
+    if init.kernel == "fan_avg":
+        return math.sqrt(2.0 / (fan_in + (fan_out or fan_in)))
     assert init.kernel == "fan_in", init.kernel
     return 1.0 / math.sqrt(fan_in)
 

@@ -8,8 +8,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from t5x_lite import sharding
-
 
 @dataclasses.dataclass(frozen=True)
 class Masking:
@@ -41,20 +39,16 @@ jax.tree_util.register_dataclass(
 
 def allowed(masking: Masking) -> jax.Array | None:
     """bool [B, 1, L, S], True where query may see key; None where every query sees every key."""
-    # A split length is gathered on the keys' side: queries stay where they are.
-    def keys(x):
-        return sharding.shard(x, "act_batch" if x.shape[0] > 1 else None, "act_keys")[:, None]
-
-    q, k = masking.q_positions[:, :, None], keys(masking.k_positions)
+    q, k = masking.q_positions[:, :, None], masking.k_positions[:, None, :]
     mask = None
     if masking.causal:
         mask = q >= k
         if masking.k_prefix is not None:
-            mask = mask | keys(masking.k_prefix)
+            mask = mask | masking.k_prefix[:, None, :]
     if masking.window:
         near = (q - k < masking.window) if masking.causal else (jnp.abs(q - k) < masking.window)
         mask = near if mask is None else mask & near
     if masking.q_segments is not None:
-        same = masking.q_segments[:, :, None] == keys(masking.k_segments)
+        same = masking.q_segments[:, :, None] == masking.k_segments[:, None, :]
         mask = same if mask is None else mask & same
     return None if mask is None else mask[:, None]

@@ -39,8 +39,9 @@ class MLP(nnx.Module):
     def __init__(self, key: jax.Array, embed_dim: int, config: MLPConfig, init: InitConfig,
                  dtype: jnp.dtype = jnp.float32):
         keys = jax.random.split(key, 3)
-        std_in = kernel_std(init, embed_dim) * init.value_factor
-        std_out = kernel_std(init, config.mlp_dim) * init.output_factor * init.value_factor
+        std_in = kernel_std(init, embed_dim, config.mlp_dim) * init.value_factor
+        std_out = (kernel_std(init, config.mlp_dim, embed_dim) * init.output_factor
+                   * init.value_factor)
         wi = functools.partial(Dense, d_in=embed_dim, d_out=config.mlp_dim, axes=("embed", "mlp"),
                                std=std_in, use_bias=config.use_bias, dtype=dtype)
         if config.gated:
@@ -61,4 +62,4 @@ class MLP(nnx.Module):
         else:
             h = activation(self.wi(x, hidden))
         h = dropout(h, self.config.dropout_rate, key, *hidden, broadcast_dims=(1,))
-        return self.wo(h, ("act_batch", "act_norm_length", "act_embed")), {}
+        return self.wo(h, ("act_batch", "act_length", "act_embed")), {}

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec
 from t5x_lite import sharding
 from t5x_lite.errors import UserError, nearest
 from t5x_lite.layers import routing
-from t5x_lite.layers.linear import Dense, InitConfig, kernel_std, param
+from t5x_lite.layers.linear import Dense, InitConfig, RowKey, kernel_std, param
 from t5x_lite.layers.mixture import Run, mixture, placement, weight_spec
 from t5x_lite.layers.mlp import ACTIVATIONS, MLP, MLPConfig
 
@@ -239,7 +239,7 @@ class MoE(nnx.Module):
         self.config = config
         self.dtype = dtype
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None, *,
+    def __call__(self, x: jax.Array, key: RowKey | None = None, *,
                  mask: jax.Array | None = None, tokens: jax.Array | None = None,
                  decoding: bool = False, **_) -> tuple[jax.Array, dict]:
         """x_BLD -> (y_BLD, aux).
@@ -282,8 +282,8 @@ class MoE(nnx.Module):
             if config.router_bias:
                 arrays["router_bias"] = self.router.bias[...]
         if train:
-            key, shared_key = jax.random.split(key)
-            arrays["seeds"] = jax.random.bits(key, (3, 2), jnp.uint32)
+            shared_key = key.fold_in(1)
+            arrays["seeds"] = jax.random.bits(key.fold_in(0).key, (3, 2), jnp.uint32)
         specs |= {name: PartitionSpec() for name in arrays if name not in specs}
         for name, (w, axes) in self.experts.weights(self.dtype).items():
             arrays[name] = w

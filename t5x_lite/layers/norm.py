@@ -9,11 +9,14 @@ from flax import nnx
 from t5x_lite.layers.linear import param
 
 
+KINDS = ("rms", "layer")
+
+
 @dataclasses.dataclass(frozen=True)
 class NormConfig:
     """RMSNorm (Zhang & Sennrich 2019, T5) or LayerNorm (Ba et al. 2016)."""
 
-    kind: str = "rms"        # rms | layer
+    kind: str = "rms"        # one of KINDS
     epsilon: float = 1e-6
     use_bias: bool = False   # layer only
 

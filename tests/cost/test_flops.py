@@ -17,8 +17,9 @@ from t5x_lite.models import Model, ModelConfig, ParamInfo
 _HEADS = AttentionConfig(num_heads=4, head_dim=32)
 
 
-def _stack(attention=_HEADS, cross=None, mlp=MLPConfig(mlp_dim=512), repeats=2, **kwargs):
-    block = BlockConfig(attention, cross, mlp)
+def _stack(attention=_HEADS, cross=None, mlp=MLPConfig(mlp_dim=512), repeats=2, moe=None,
+           **kwargs):
+    block = BlockConfig(attention, cross, mlp, moe)
     return StackConfig(segments=(SegmentConfig((block,), repeats),), scan=False, **kwargs)
 
 
@@ -141,7 +142,7 @@ def test_parameter_counts_split_the_table():
 
 def test_active_parameters_of_a_mixture_are_one_experts_of_eight():
     """Two layers of 8 experts of 16 x 32, their router, and an embedding."""
-    config = _decoder_only(mlp=MoEConfig(num_experts=8, router="switch"))
+    config = _decoder_only(moe=MoEConfig(num_experts=8, router="switch"))
     rows = [("decoder/segment_0/block_0/mlp/experts/wi/kernel", (2, 8, 16, 32),
              ("layers", "expert", "embed", "mlp")),
             ("decoder/segment_0/block_0/mlp/router/kernel", (2, 16, 8),
