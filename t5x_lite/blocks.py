@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from t5x_lite import pipeline, sharding
+from t5x_lite import sharding
 from t5x_lite.layers import kernels
 from t5x_lite.layers.attention import Attention, AttentionConfig
 from t5x_lite.layers.linear import InitConfig, RowKey, dropout
@@ -26,6 +26,10 @@ from t5x_lite.layers.moe import MoE, MoEConfig
 from t5x_lite.layers.norm import Norm, NormConfig
 from t5x_lite.layers.position import (
     LearnedPositions, PositionBias, PositionConfig, make_bias, sinusoids)
+from t5x_lite.pipeline import PipelineConfig, run_layers
+
+
+RESIDUAL_AXES = ("act_batch", "act_norm_length", "act_embed")   # of x_BLD between sub-layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +64,8 @@ class StackConfig:
     final_norm: bool = True
     dropout_rate: float = 0.0       # on embeddings, sub-layer outputs and the final norm
     scan: bool = True               # see pipeline.run_layers
-    remat: str = "none"             # see pipeline.remat
+    remat: str = "none"             # see remat.py
+    pipeline: PipelineConfig = PipelineConfig()   # where mesh.stage > 1
     init: InitConfig | None = None  # None: the model's
 
     @property
@@ -77,12 +82,14 @@ class BlockInputs:
     bias: PositionBias | jax.Array | None   # [1|B, N, L, S], or where that is never made whole
     cross_masking: Masking | None = None
     encoded: jax.Array | None = None        # [B, S, D]; None where the cache holds its keys
+    key: RowKey | None = None               # dropout keys, None outside training
     tokens: jax.Array | None = None         # int32 [B, L]: what hash routing goes by
     real: jax.Array | None = None           # bool [B, L], False where padding; None: all real
 
 
 jax.tree_util.register_dataclass(
-    BlockInputs, data_fields=["masking", "bias", "cross_masking", "encoded", "tokens", "real"],
+    BlockInputs, data_fields=["masking", "bias", "cross_masking", "encoded", "key", "tokens",
+                              "real"],
     meta_fields=[])
 
 
@@ -231,8 +238,8 @@ class Block(nnx.Module):
         def with_dropout(name):
             def run(h):
                 y, out = runs[name](h)
-                return dropout(y, self.stack.dropout_rate, keys[name], "act_batch", "act_length",
-                               "act_embed", broadcast_dims=(1,)), out
+                return dropout(y, self.stack.dropout_rate, keys[name], *RESIDUAL_AXES,
+                               broadcast_dims=(1,)), out
             return run
 
         sublayers = [(with_dropout(n), getattr(self, f"pre_{n}_norm", None),
@@ -253,11 +260,11 @@ class Segment(nnx.Module):
         for name, block, k in zip(self.names, config.blocks, keys, strict=True):
             setattr(self, name, Block(k, embed_dim, block, stack, init, dtype))
 
-    def __call__(self, x, inputs, key, layer, cache):
+    def __call__(self, x, inputs, layer, cache):
         """Applies the blocks; `layer` is the index in the stack of the first one."""
         caches, total = {}, {}
         for i, name in enumerate(self.names):
-            layer_key = None if key is None else key.fold_in(layer + i)
+            layer_key = None if inputs.key is None else inputs.key.fold_in(layer + i)
             x, (block_cache, aux) = getattr(self, name)(
                 x, inputs, layer_key, None if cache is None else cache[name])
             caches[name] = block_cache
@@ -313,30 +320,30 @@ class Stack(nnx.Module):
             x = x + self.learned_positions(positions).astype(self.dtype)
         elif config.position.kind == "sinusoidal":
             x = x + sinusoids(positions + config.position.offset, x.shape[-1]).astype(self.dtype)
+        x = sharding.shard(x, *RESIDUAL_AXES)
         if config.embedding_norm:
             x = self.embedding_norm(x)
         x = self._dropout(x, key, config.num_layers)
         if not any(b.moe for s in config.segments for b in s.blocks):
             tokens = real = None
-        inputs = BlockInputs(masking, self._bias(masking), cross_masking, encoded, tokens, real)
+        inputs = BlockInputs(masking, self._bias(masking), cross_masking, encoded, key, tokens,
+                             real)
         layer, caches, total = 0, {}, {}
         for name, segment in zip(self.names, config.segments, strict=True):
             blocks = len(segment.blocks)
             indices = layer + blocks * jnp.arange(segment.repeats)
-
-            def apply(x, module, xs):
-                index, block_cache = xs
-                return module(x, inputs, key, index, block_cache)
-
-            x, (caches[name], aux) = pipeline.run_layers(
-                apply, getattr(self, name), x,
-                (indices, None if cache is None else cache[name]),
-                repeats=segment.repeats, scan=config.scan, remat_policy=config.remat)
+            x, (caches[name], aux), counts = run_layers(
+                lambda x, module, xs, inputs: module(x, inputs, *xs), getattr(self, name), x,
+                (indices, None if cache is None else cache[name]), inputs,
+                repeats=segment.repeats, scan=config.scan, remat_policy=config.remat,
+                pipeline=config.pipeline if cache is None else None)
             total = add_aux(total, jax.tree.map(lambda a: jnp.sum(a, axis=0), aux))
+            total = add_aux(total, counts)
             layer += blocks * segment.repeats
         if config.final_norm:
             x = self.final_norm(x)
         x = self._dropout(x, key, config.num_layers + 1)
+        x = sharding.shard(x, "act_batch", "act_length", "act_embed")
         return x, None if cache is None else caches, total
 
     def _bias(self, masking: Masking) -> PositionBias | jax.Array | None:
@@ -352,8 +359,7 @@ class Stack(nnx.Module):
 
     def _dropout(self, x, key, site):
         key = None if key is None else key.fold_in(site)
-        return dropout(x, self.config.dropout_rate, key, "act_batch", "act_length", "act_embed",
-                       broadcast_dims=(1,))
+        return dropout(x, self.config.dropout_rate, key, *RESIDUAL_AXES, broadcast_dims=(1,))
 
     def init_cache(self, batch: int, length: int, encoded: jax.Array | None = None) -> dict:
         """Empty self-attention caches of `length` slots, and the encoder's keys and values."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from t5x_lite import objectives, precision, sharding, state, steps, tree
+from t5x_lite import objectives, pipeline, precision, sharding, state, steps, tree
 from t5x_lite.config import RunConfig
 from t5x_lite.cost import flops
 from t5x_lite.errors import UserError
@@ -55,10 +55,7 @@ class Experiment:
     @property
     def lengths(self) -> tuple[int, int]:
         """Positions a row has on the encoder's and the decoder's side."""
-        data = self.config.data
-        return {"encoder_decoder": (data.inputs_length, data.targets_length),
-                "decoder_only": (0, data.targets_length),
-                "encoder_only": (data.inputs_length, 0)}[self.config.model.architecture]
+        return _lengths(self.config)
 
     @property
     def tokens_per_sequence(self) -> int:
@@ -115,18 +112,28 @@ def build(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Exp
     objectives.validate(config.objective, config.model.architecture)
     mesh = sharding.make_mesh(config.mesh, devices)
     rules = Rules({**sharding.DEFAULT_RULES, **config.sharding.rules})
+    if config.sharding.sequence_parallel:
+        rules = rules.replace(act_norm_length=(*rules.mesh_axes("act_norm_length"), "tensor"))
     _check_train(config, mesh, rules)
+    _check_parallel(config, mesh, rules)
     model = Model(config.model, jnp.dtype(policy.compute_dtype), jnp.dtype(policy.param_dtype))
     state.check_divisible(model, mesh, rules)
     optimizer = make_optimizer(config.optimizer, model.table, policy, seed=config.train.seed)
     return Experiment(
         config=config, mesh=mesh, rules=rules, policy=policy, model=model, optimizer=optimizer,
-        abstract_state=state.abstract(model, optimizer, mesh, rules),
+        abstract_state=state.abstract(model, optimizer, mesh, rules, config.sharding.zero),
         batch_sharding=sharding.named_sharding(mesh, rules, ("act_batch", "act_length")),
         train_step=steps.make_train_step(model, config.objective, optimizer,
                                          accumulation=config.train.accumulation,
-                                         seed=config.train.seed),
+                                         seed=config.train.seed, zero=config.sharding.zero),
         eval_step=steps.make_eval_step(model, config.objective))
+
+
+def _lengths(config: RunConfig) -> tuple[int, int]:
+    data = config.data
+    return {"encoder_decoder": (data.inputs_length, data.targets_length),
+            "decoder_only": (0, data.targets_length),
+            "encoder_only": (data.inputs_length, 0)}[config.model.architecture]
 
 
 def _check_train(config: RunConfig, mesh: Mesh, rules: Rules) -> None:
@@ -149,6 +156,28 @@ def _check_train(config: RunConfig, mesh: Mesh, rules: Rules) -> None:
     if eval_size % ways:
         raise UserError(f"eval.batch_size={eval_size} must be a multiple of {ways}, the ways that "
                         f"the mesh splits a batch (0: train.global_batch_size).")
+
+
+def _check_parallel(config: RunConfig, mesh: Mesh, rules: Rules) -> None:
+    """What the mesh asks of the stacks and the lengths."""
+    if config.sharding.zero not in (1, 2, 3):
+        raise UserError(f"sharding.zero={config.sharding.zero}: must be 1 (optimizer state split "
+                        f"over mesh.fsdp), 2 (gradients too) or 3 (parameters too).")
+    ways = math.prod(mesh.shape[a] for a in rules.mesh_axes("act_batch"))
+    for side in ("encoder", "decoder"):
+        stack = getattr(config.model, side)
+        if stack is not None:
+            pipeline.validate(
+                stack.pipeline, f"model.{side}", mesh.shape["stage"],
+                [segment.repeats for segment in stack.segments],
+                config.train.global_batch_size // config.train.accumulation, ways)
+    for name, length in zip(("inputs_length", "targets_length"), _lengths(config), strict=True):
+        for axis in ("act_length", "act_norm_length"):
+            axes = rules.mesh_axes(axis)
+            ways = math.prod(mesh.shape[a] for a in axes)
+            if length % ways:
+                raise UserError(f"data.{name}={length} must be a multiple of {ways}: {axis} is "
+                                f"split over mesh axes {' and '.join(axes)}.")
 
 
 def param_report(experiment: Experiment) -> str:

@@ -65,9 +65,13 @@ DEFAULT_RULES: dict[str, tuple[str, ...]] = {
     "position": (),
     "lora": (),
     # activations
-    "act_batch": ("slice", "data", "fsdp", "expert"),
+    # Outside its stacks of layers a pipeline splits the batch over its stages too.
+    "act_batch": ("slice", "stage", "data", "fsdp", "expert"),
     "act_length": ("sequence",),
-    "act_keys": (),
+    # Length between the tensor-parallel layers: norms, dropout, residuals. With "tensor" added
+    # (sharding.sequence_parallel) they are split too, as Korthikanti et al. 2022 describe.
+    "act_norm_length": ("sequence",),
+    "act_keys": (),            # the length of attention's keys: gathered
     "act_embed": (),
     "act_mlp": ("tensor",),
     "act_heads": ("tensor",),
@@ -129,6 +133,15 @@ class Rules:
                 used[axis] = name
             dims.append(mesh_axes if len(mesh_axes) > 1 else mesh_axes[0] if mesh_axes else None)
         return PartitionSpec(*dims)
+
+    def without(self, axis: str) -> "Rules":
+        """The same rules on a mesh without this axis."""
+        return Rules({name: tuple(a for a in axes if a != axis)
+                      for name, axes in self.table.items()})
+
+    def replace(self, **table: tuple[str, ...]) -> "Rules":
+        """The same rules with other mesh axes for these names."""
+        return Rules({**self.table, **table})
 
     def check(self, path: str, axes: Axes, units: Sequence[int], sizes: Mapping[str, int]) -> None:
         """Raises UserError unless every dim divides by its mesh axes.
@@ -202,6 +215,21 @@ def activate(mesh: Mesh, rules: Rules):
         _rules.reset(token)
 
 
+@contextlib.contextmanager
+def using(rules: Rules):
+    """Other rules on the same mesh for what is traced inside."""
+    token = _rules.set(rules)
+    try:
+        yield
+    finally:
+        _rules.reset(token)
+
+
+def inside(axis: str):
+    """For tracing a function that is mapped over `axis`: its arrays have no such axis."""
+    return using(active_rules().without(axis))
+
+
 def active_rules() -> Rules:
     """The rules that `activate` set."""
     return _rules.get()
@@ -253,14 +281,27 @@ def dense(x: jax.Array, w: jax.Array, out: Axes) -> jax.Array:
     Leading dims are flattened to one: XLA's CPU backend runs the 2-D product 1.3 times as
     fast as the batched one, and the others do not mind. A length dim that is sharded cannot
     be merged with the batch, so that case keeps them apart.
+
+    Where x's length is split more finely than the result's (act_norm_length under sequence
+    parallelism) it is gathered first; where less, partial sums are reduce-scattered onto it.
     """
-    sizes = mesh_sizes()
     lead = x.shape[:-1]
-    if len(lead) == 1 or (sizes and any(
-            sizes.get(a, 1) > 1 for name in out[1:-1] for a in _rules.get().mesh_axes(name))):
+    if mesh_sizes():
+        given, wanted = jax.typeof(x).sharding.spec, spec(*out)
+        x = jax.sharding.reshard(x, PartitionSpec(
+            *(b if set(_names(b)) <= set(_names(a)) else a
+              for a, b in zip(given[:-1], wanted[:-1], strict=True)), given[-1]))
+        if any((*given[1:-1], *wanted[1:-1])):
+            return einsum("...D,DF->...F", x, w, out=out)
+    if len(lead) == 1:
         return einsum("...D,DF->...F", x, w, out=out)
     y = einsum("TD,DF->TF", x.reshape(math.prod(lead), x.shape[-1]), w, out=(out[0], out[-1]))
     return reshape(y, (*lead, w.shape[-1]), *out)
+
+
+def _names(dim: None | str | tuple[str, ...]) -> tuple[str, ...]:
+    """The mesh axes of one dim of a PartitionSpec."""
+    return () if dim is None else (dim,) if isinstance(dim, str) else tuple(dim)
 
 
 def reshape(x: jax.Array, shape: Sequence[int], *axes: str | None) -> jax.Array:

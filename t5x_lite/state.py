@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from t5x_lite import sharding, tree
 from t5x_lite.models import Model
@@ -39,13 +39,22 @@ def logical_axes(model: Model, optimizer: Optimizer) -> State:
             "opt_state": optimizer.state_logical_axes()}
 
 
-def abstract(model: Model, optimizer: Optimizer, mesh: Mesh, rules: Rules) -> State:
-    """The state as ShapeDtypeStructs with their shardings."""
+def abstract(model: Model, optimizer: Optimizer, mesh: Mesh, rules: Rules, zero: int = 3) -> State:
+    """The state as ShapeDtypeStructs with their shardings.
+
+    Args:
+        zero: ZeRO's stage (config.ShardingConfig); below 3 the fsdp axis splits the optimizer
+            state and not the parameters.
+    """
     shapes = jax.eval_shape(lambda: init(model, optimizer, jax.random.key(0)))
     axes = tree.flatten(logical_axes(model, optimizer))
-    return tree.map_with_path(
-        lambda path, x: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=sharding.named_sharding(mesh, rules, axes[path])), shapes)
+
+    def place(path, x):
+        whole = zero < 3 and path.startswith("params/")
+        spec = rules.spec(axes[path], dict(mesh.shape),
+                          drop=sharding.GATHERED_AXES if whole else ())
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+    return tree.map_with_path(place, shapes)
 
 
 def shardings(abstract_tree: Mapping) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from t5x_lite import decoding, objectives, sharding, tree
 from t5x_lite.decoding import DecodeConfig, Decoded
@@ -20,6 +21,7 @@ from t5x_lite.state import State
 
 Batch = Mapping[str, jax.Array]
 _ROWS = "rows"   # beside a batch's features: where each row stands in the global batch
+_FEATURE_AXES = ("act_batch", "act_length")   # of every feature; of _ROWS the first
 
 
 def split_batch(batch: Batch, parts: int) -> Batch:
@@ -28,43 +30,75 @@ def split_batch(batch: Batch, parts: int) -> Batch:
     Strided rows, not blocks: every device keeps the rows it has.
     """
     def split(x):
-        rest = (None,) * (x.ndim - 1)
         x = sharding.reshape(x, (x.shape[0] // parts, parts, *x.shape[1:]),
-                             "act_batch", None, *rest)
+                             "act_batch", None, *_FEATURE_AXES[1:x.ndim])
         return jnp.swapaxes(x, 0, 1)
+    return jax.tree.map(split, dict(batch))
+
+
+def _by_slice(batch: Batch, slices: int) -> Batch:
+    """[B, …] -> [slices, B / slices, …], the rows of each slice, which are a block of B."""
+    def split(x):
+        with sharding.inside("slice"):
+            inner = sharding.spec(*_FEATURE_AXES[:x.ndim])
+        return jax.lax.reshape(x, (slices, x.shape[0] // slices, *x.shape[1:]),
+                               out_sharding=PartitionSpec("slice", *inner))
     return jax.tree.map(split, dict(batch))
 
 
 def gradients(model: Model, objective: ObjectiveConfig, params: Mapping, batch: Batch,
               key: jax.Array | None, *, parts: int = 1, frozen: frozenset[str] = frozenset(),
-              scale: jax.Array | float = 1.0) -> tuple[dict, Sums]:
+              scale: jax.Array | float = 1.0, zero: int = 3) -> tuple[dict, Sums]:
     """The gradient of `scale` times the loss of a global batch, and its metrics.
+
+    Each slice (mesh.slice > 1) adds up gradients of its own, over micro-batches and its own
+    devices; only their sum crosses the data-centre network, once a step.
 
     Args:
         key: the step's dropout key, None for no dropout.
         parts: micro-batches; their float32 gradients add up to those of the whole batch.
         frozen: paths of parameters that need no gradient.
+        zero: ZeRO's stage. 1: gradients stay whole on every device of the fsdp axis; 2 and 3:
+            each micro-batch's are reduced onto the devices that hold their optimizer state.
     Returns:
         Nested gradients of the other parameters, and {metric: (sum, count)}.
     """
+    slices = sharding.mesh_sizes().get("slice", 1)
+    table = model.table
     flat = tree.flatten(params)
     fixed = {p: x for p, x in flat.items() if p in frozen}
     trained = {p: x for p, x in flat.items() if p not in frozen}
     normalizer = objectives.weight_sum(batch)
 
-    def part_loss(trained, part, part_key):
+    def part_loss(trained, part):
         module = model.bind(tree.unflatten({**fixed, **trained}))
-        value, sums = objectives.loss(module, part, part_key, objective, normalizer, parts)
+        part_key = None if key is None else RowKey(key, part[_ROWS])
+        value, sums = objectives.loss(module, part, part_key, objective, normalizer,
+                                      parts * slices)
         return value * scale, sums
 
-    def part_gradients(part):
-        part_key = None if key is None else RowKey(key, part[_ROWS])
-        return jax.grad(part_loss, has_aux=True)(trained, part, part_key)
+    def slice_gradients(trained, part):
+        grads, sums = jax.grad(part_loss, has_aux=True)(trained, part)
+        if zero > 1:
+            grads = {p: sharding.shard(g, *table[p].logical_axes) for p, g in grads.items()}
+        return grads, sums
 
+    def part_gradients(part):
+        if slices == 1:
+            return slice_gradients(trained, part)
+        with sharding.inside("slice"):
+            return jax.vmap(slice_gradients, spmd_axis_name="slice")(
+                copies, _by_slice(part, slices))
+
+    def over_slices(totals):
+        return totals if slices == 1 else jax.tree.map(lambda x: jnp.sum(x, axis=0), totals)
+
+    copies = jax.tree.map(lambda x: jax.lax.broadcast(x, (slices,), out_sharding=PartitionSpec(
+        "slice", *jax.typeof(x).sharding.spec)), trained) if slices > 1 else trained
     rows = sharding.shard(jnp.arange(next(iter(batch.values())).shape[0]), "act_batch")
     batch = {**batch, _ROWS: rows}
     if parts == 1:
-        grads, sums = part_gradients(batch)
+        grads, sums = over_slices(part_gradients(batch))
         return tree.unflatten(grads), sums
 
     def accumulate(total, part):
@@ -75,7 +109,8 @@ def gradients(model: Model, objective: ObjectiveConfig, params: Mapping, batch: 
     first = jax.eval_shape(part_gradients, jax.tree.map(lambda x: x[0], split))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32,
                                              out_sharding=_spec(x)), first)
-    (grads, sums), _ = jax.lax.scan(accumulate, zeros, split)
+    totals, _ = jax.lax.scan(accumulate, zeros, split)
+    grads, sums = over_slices(totals)
     return tree.unflatten(grads), sums
 
 
@@ -84,14 +119,14 @@ def _spec(x: jax.ShapeDtypeStruct):
 
 
 def make_train_step(model: Model, objective: ObjectiveConfig, optimizer: Optimizer, *,
-                    accumulation: int, seed: int
+                    accumulation: int, seed: int, zero: int = 3
                     ) -> Callable[[State, Batch], tuple[State, Sums]]:
     """(state, batch) -> (state after one update, {metric: (sum, count)})."""
     def train_step(state, batch):
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
         grads, sums = gradients(
             model, objective, state["params"], batch, key, parts=accumulation,
-            frozen=optimizer.frozen, scale=optimizer.loss_scale(state["opt_state"]))
+            frozen=optimizer.frozen, scale=optimizer.loss_scale(state["opt_state"]), zero=zero)
         params, opt_state, info = optimizer.update(
             grads, state["opt_state"], state["params"], state["step"])
         one = jnp.float32(1.0)
@@ -125,6 +160,13 @@ def make_decode_step(model: Model, config: DecodeConfig
     them; an encoder-decoder's default is the start token, the padding id.
     """
     def decode_step(params, batch):
+        # A token at a time has no length to split.
+        rules = sharding.active_rules().replace(act_length=(), act_norm_length=())
+        with sharding.using(rules):
+            return decode(params, {name: sharding.shard(x, *_FEATURE_AXES[:x.ndim])
+                                   for name, x in batch.items()})
+
+    def decode(params, batch):
         module = model.bind(params)
         inputs = batch.get("encoder_input_tokens")
         if "decoder_prompt_tokens" in batch:

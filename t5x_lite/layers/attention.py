@@ -192,7 +192,7 @@ class Attention(nnx.Module):
                            config.chunk)
         y = y.transpose(0, 2, 1, 3)
         y = sharding.reshape(y, (*y.shape[:2], config.num_heads * config.head_dim), *flat)
-        return self.out(y, ("act_batch", "act_length", "act_embed")), cache
+        return self.out(y, ("act_batch", "act_norm_length", "act_embed")), cache
 
 
 def _for_queries(k: jax.Array, v: jax.Array, config: AttentionConfig):

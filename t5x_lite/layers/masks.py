@@ -8,6 +8,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from t5x_lite import sharding
+
 
 @dataclasses.dataclass(frozen=True)
 class Masking:
@@ -39,16 +41,20 @@ jax.tree_util.register_dataclass(
 
 def allowed(masking: Masking) -> jax.Array | None:
     """bool [B, 1, L, S], True where query may see key; None where every query sees every key."""
-    q, k = masking.q_positions[:, :, None], masking.k_positions[:, None, :]
+    # A split length is gathered on the keys' side: queries stay where they are.
+    def keys(x):
+        return sharding.shard(x, "act_batch" if x.shape[0] > 1 else None, "act_keys")[:, None]
+
+    q, k = masking.q_positions[:, :, None], keys(masking.k_positions)
     mask = None
     if masking.causal:
         mask = q >= k
         if masking.k_prefix is not None:
-            mask = mask | masking.k_prefix[:, None, :]
+            mask = mask | keys(masking.k_prefix)
     if masking.window:
         near = (q - k < masking.window) if masking.causal else (jnp.abs(q - k) < masking.window)
         mask = near if mask is None else mask & near
     if masking.q_segments is not None:
-        same = masking.q_segments[:, :, None] == masking.k_segments[:, None, :]
+        same = masking.q_segments[:, :, None] == keys(masking.k_segments)
         mask = same if mask is None else mask & same
     return None if mask is None else mask[:, None]

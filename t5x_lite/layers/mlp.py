@@ -62,4 +62,4 @@ class MLP(nnx.Module):
         else:
             h = activation(self.wi(x, hidden))
         h = dropout(h, self.config.dropout_rate, key, *hidden, broadcast_dims=(1,))
-        return self.wo(h, ("act_batch", "act_length", "act_embed")), {}
+        return self.wo(h, ("act_batch", "act_norm_length", "act_embed")), {}
