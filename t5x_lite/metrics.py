@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
 
 from t5x_lite.errors import UserError
 
@@ -34,9 +33,9 @@ def divide(sums: Sums) -> dict[str, float]:
 
 
 def perplexity(nats: float, tokens: float) -> float:
-    """exp of the mean loss a token; infinite where that overflows."""
-    mean = nats / tokens
-    return math.exp(mean) if mean < 700 else math.inf
+    """exp of the mean loss a token; infinite where that overflows, NaN of no tokens."""
+    mean = nats / tokens if tokens else math.nan
+    return math.inf if mean > 700 else math.exp(mean)
 
 
 def bits_per_byte(nats: float, num_bytes: float) -> float:
@@ -80,6 +79,7 @@ class MetricsWriter:
             new = path.with_suffix(".jsonl.new")
             new.write_text("".join(kept))
             os.replace(new, path)
+        from tensorboardX import SummaryWriter   # imports torch where that is installed
         self._file = open(path, "a")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
 

@@ -212,7 +212,7 @@ class Optimizer:
             g, finite = precision.unscale(g, scale_state)
         # The barrier keeps XLA's CPU backend from fusing the norm with Adafactor's means over
         # the same squares, which took three times as long.
-        g, info["grad_norm"] = jax.lax.optimization_barrier((g, optax.global_norm(g)))
+        g, info["grad_norm"] = jax.lax.optimization_barrier((g, optax.tree.norm(g)))
         if self.config.clip_norm:
             factor = self.config.clip_norm / jnp.maximum(info["grad_norm"], self.config.clip_norm)
             g = {path: x * factor for path, x in g.items()}
