@@ -17,9 +17,10 @@ from t5x_lite.objectives import ObjectiveConfig
 from t5x_lite.optim import OptimizerConfig
 from t5x_lite.schedules import ScheduleConfig
 
-_ATTENTION = AttentionConfig(num_heads=6, head_dim=32, scale=1.0)
-_MLP = MLPConfig(mlp_dim=384)
-_LAYERS = 4
+_ATTENTION = AttentionConfig(num_heads=4, head_dim=64, scale=1.0)
+_MLP = MLPConfig(mlp_dim=512)
+_LAYERS = 2    # few and wide: small products waste a CPU
+_STEPS = 400
 
 
 def run(arg: str | None = None) -> RunConfig:
@@ -31,15 +32,16 @@ def run(arg: str | None = None) -> RunConfig:
         causal=True, scan=False)
     return RunConfig(
         name="quickstart",
-        model=ModelConfig(vocab_size=4096, embed_dim=192, encoder=encoder, decoder=decoder),
+        model=ModelConfig(vocab_size=4096, embed_dim=256, encoder=encoder, decoder=decoder),
         objective=ObjectiveConfig(name="seq2seq"),
         data=DataConfig(train="python_span_corruption", validation="python_span_corruption",
                         inputs_length=128, targets_length=32, num_shards=4),
         optimizer=OptimizerConfig(
             name="adafactor",
-            schedule=ScheduleConfig(factors="constant * linear_warmup * rsqrt_decay",
-                                    base_learning_rate=0.5, warmup_steps=100)),
-        train=TrainConfig(num_steps=600, global_batch_size=32, log_every=20),
+            schedule=ScheduleConfig(factors="constant * linear_warmup * linear_to_floor",
+                                    base_learning_rate=0.03, warmup_steps=40, total_steps=_STEPS,
+                                    floor_fraction=0.02)),
+        train=TrainConfig(num_steps=_STEPS, global_batch_size=32, log_every=20),
         eval=EvalConfig(every=200, num_batches=16, samples=3),
         checkpoint=CheckpointConfig(every=200, keep_last=2))
 

@@ -10,9 +10,11 @@ import math
 import pathlib
 from collections.abc import Sequence
 
+from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read on import
+
 from absl import flags
 
-from t5x_lite import checkpoint, cli, report
+from t5x_lite import checkpoint, report
 from t5x_lite import config as configs
 from t5x_lite.build import build
 from t5x_lite.config import RunConfig

@@ -73,14 +73,15 @@ class Evaluator:
                 "unigram_entropy": self._unigram_entropy[task]}
 
     def samples(self, params: Mapping, count: int) -> list[tuple[str, str, str]]:
-        """(input, greedy completion, target) texts of the first held-out rows of each task."""
+        """(input, greedy completion, target) texts of held-out rows, the tasks in turn."""
         length = self._experiment.config.data.targets_length
         decode = jax.jit(steps.make_decode_step(
             self._experiment.model, DecodeConfig(max_length=length)))
         rows = []
-        for i in range(count):
+        for i in range(count):   # spread over a batch: neighbours come from one document
             task = list(self._batches)[i % len(self._batches)]
-            rows.append((task, i // len(self._batches)))
+            size = self._batches[task][0]["decoder_target_tokens"].shape[0]
+            rows.append((task, (i + 1) * size // (count + 1)))
         decoded, texts = {}, []
         for task, row in rows:
             batch = self._batches[task][0]

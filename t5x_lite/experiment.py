@@ -22,9 +22,11 @@ import re
 from collections.abc import Sequence
 from types import ModuleType
 
+from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read on import
+
 from absl import flags
 
-from t5x_lite import cli, metrics, report, train
+from t5x_lite import metrics, report, train
 from t5x_lite import config as configs
 from t5x_lite.config import RunConfig
 from t5x_lite.errors import UserError

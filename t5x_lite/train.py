@@ -19,11 +19,13 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read on import
+
 from absl import flags
 import jax
 from jax.experimental import multihost_utils
 
-from t5x_lite import cli, data, metrics, report
+from t5x_lite import data, metrics, report
 from t5x_lite.build import Experiment, build, param_report
 from t5x_lite.checkpoint import Checkpointer, restore_or_init, restore_params
 from t5x_lite.config import RunConfig, to_json
