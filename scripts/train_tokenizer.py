@@ -14,12 +14,19 @@ back the very text (with Unix line ends).
 """
 
 import argparse
+import io
 import pathlib
 import random
 import sys
 import tempfile
 
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from t5x_lite import data_tasks  # noqa: E402
+from t5x_lite.errors import UserError  # noqa: E402
 
 SENTINELS = 100
 NORMALIZATION = "D A\tA\n"   # Windows' line ends become plain ones, the only change to the text
@@ -28,7 +35,7 @@ MAX_PIECE_BYTES = 4000   # SentencePiece drops longer sentences; documents are c
 
 def sentences(files: list[str]):
     """Pieces of documents short enough for the trainer, cut at line breaks."""
-    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+    data_tasks.tensorflow_side()   # quietly, before tasks imports it
     from tasks import python_text, text_files
     if files:
         documents = text_files.read_documents(text_files.find_files(files, "files"), "line")
@@ -46,27 +53,35 @@ def sentences(files: list[str]):
             yield block
 
 
-def train(files: list[str], output: str, size: int, max_sentences: int, seed: int) -> None:
-    """Writes `output`; the result depends on the text, the arguments and nothing else."""
+def train(files: list[str], size: int, max_sentences: int, seed: int) -> bytes:
+    """The model file's content: a function of the text and the arguments.
+
+    Raises UserError for files that cannot be read, and for a size that the text is too small for.
+    """
     chosen = list(sentences(files))
     random.Random(seed).shuffle(chosen)
-    chosen = chosen[:max_sentences]
-    with open(output, "wb") as model, tempfile.NamedTemporaryFile("w", suffix=".tsv") as rules:
+    model = io.BytesIO()
+    with tempfile.NamedTemporaryFile("w", suffix=".tsv") as rules:
         rules.write(NORMALIZATION)
         rules.flush()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(chosen), model_writer=model,
-            model_type="unigram", vocab_size=size - SENTINELS,
-            pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
-            byte_fallback=True, character_coverage=0.9995,
-            # Text comes back as it was: no Unicode folding, no squeezing of spaces, and runs
-            # of spaces (Python's indentation) may become pieces.
-            normalization_rule_tsv=rules.name, remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True, user_defined_symbols=["\n"],
-            split_digits=True, max_sentence_length=2 * MAX_PIECE_BYTES,
-            num_threads=2, minloglevel=1)
-    print(f"{output}: {size} ids ({size - SENTINELS} pieces, {SENTINELS} sentinels) "
-          f"from {len(chosen)} blocks of text")
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(chosen[:max_sentences]), model_writer=model,
+                model_type="unigram", vocab_size=size - SENTINELS,
+                pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+                byte_fallback=True, character_coverage=0.9995,
+                # Text comes back as it was: no Unicode folding, no squeezing of spaces, and
+                # runs of spaces (Python's indentation) may become pieces.
+                normalization_rule_tsv=rules.name, remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True, user_defined_symbols=["\n"],
+                split_digits=True, max_sentence_length=2 * MAX_PIECE_BYTES,
+                num_threads=2, minloglevel=2)
+        except RuntimeError as error:
+            raise UserError(f"--size={size}, of which {SENTINELS} sentinels, 256 bytes and every "
+                            f"character of the text, does not suit this text: {error}") from error
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+    proto.normalizer_spec.ClearField("normalization_rule_tsv")   # the temporary file's name
+    return proto.SerializeToString(deterministic=True)
 
 
 def main() -> None:
@@ -74,11 +89,16 @@ def main() -> None:
     parser.add_argument("files", nargs="*", help="text files; none: Python's own text")
     parser.add_argument("--output", required=True, help="where the .model file goes")
     parser.add_argument("--size", type=int, default=32000, help="ids, sentinels included")
-    parser.add_argument("--max_sentences", type=int, default=1_000_000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max_sentences", type=int, default=1_000_000,
+                        help="a random sample of so many blocks of text")
+    parser.add_argument("--seed", type=int, default=0, help="of that sample")
     arguments = parser.parse_args()
-    train(arguments.files, arguments.output, arguments.size, arguments.max_sentences,
-          arguments.seed)
+    try:
+        model = train(arguments.files, arguments.size, arguments.max_sentences, arguments.seed)
+        pathlib.Path(arguments.output).write_bytes(model)
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{arguments.output}: {arguments.size} ids, {SENTINELS} of them sentinels")
 
 
 if __name__ == "__main__":

@@ -211,7 +211,7 @@ def test_few_files_are_shared_out_by_example(tmp_path):
     import seqio
     from tasks import preprocessors, vocabularies
     for i in range(3):
-        (tmp_path / f"{i}.txt").write_text("".join(f"{chr(97 + i)}{n}\n" for n in range(20)))
+        (tmp_path / f"{i}.txt").write_text("".join(f"{chr(97 + i)}{n}\n" for n in range(19 + i)))
     source = seqio.TextLineDataSource({"train": str(tmp_path / "*.txt")}, cycle_length=1)
     vocabulary = vocabularies.load("byt5")
     seqio.TaskRegistry.add(
