@@ -358,11 +358,18 @@ def _between_slices(step: _Step, mesh: MeshLayout) -> Collective:
 
 
 def _is_all_reduce_scatter(one: _Instruction, body: Mapping[str, _Instruction]) -> bool:
-    """TPU's fused reduce-scatter: an all-reduce whose own slice alone leaves the computation."""
-    users = [user for user in body.values() if one.name in user.operands]
-    while len(users) == 1 and users[0].opcode in ("bitcast", "copy", "reshape"):
-        users = [user for user in body.values() if users[0].name in user.operands]
-    return len(users) == 1 and users[0].opcode == "dynamic-slice" and users[0].is_root
+    """TPU's fused reduce-scatter: an all-reduce, of one array or of several, whose own slices
+    alone leave the computation."""
+    def is_only_sliced(name):
+        users = [user for user in body.values() if name in user.operands]
+        return bool(users) and all(
+            user.opcode == "dynamic-slice"
+            or (user.opcode in ("bitcast", "copy", "reshape", "get-tuple-element")
+                and is_only_sliced(user.name)) for user in users)
+
+    root = next((user for user in body.values() if user.is_root), one)
+    leaving = [body.get(name, one) for name in root.operands] if root.opcode == "tuple" else [root]
+    return all(x.opcode == "dynamic-slice" for x in leaving) and is_only_sliced(one.name)
 
 
 def _writes_a_shard(name: str, body: Mapping[str, _Instruction], program: _Program) -> bool:

@@ -217,6 +217,26 @@ def test_tpu_reduce_scatter_is_an_all_reduce_of_which_a_slice_is_kept():
     assert one.received_bytes == 32 * 3 / 4
 
 
+def test_several_arrays_may_share_a_tpu_reduce_scatter():
+    others = """
+%all-reduce-scatter (q: f32[8], r: f32[4]) -> (f32[2], f32[1]) {
+  %q = f32[8]{0} parameter(0)
+  %r = f32[4]{0} parameter(1)
+  %ar = (f32[8]{0}, f32[4]{0}) all-reduce(%q, %r), replica_groups=[2,4]<=[8], to_apply=%add
+  %g0 = f32[8]{0} get-tuple-element(%ar), index=0
+  %ds0 = f32[2]{0} dynamic-slice(%g0, %i), dynamic_slice_sizes={2}
+  %g1 = f32[4]{0} get-tuple-element(%ar), index=1
+  %ds1 = f32[1]{0} dynamic-slice(%g1, %i), dynamic_slice_sizes={1}
+  ROOT %t = (f32[2]{0}, f32[1]{0}) tuple(%ds0, KEPT)
+}"""
+    entry = """
+  %p = f32[8]{0} parameter(0)
+  ROOT %f = (f32[2]{0}, f32[1]{0}) fusion(%p, %p), kind=kCustom, calls=%all-reduce-scatter"""
+    for kept, kind in (("%ds1", "reduce-scatter"), ("%g1", "all-reduce")):
+        [one] = hlo.find_collectives(_program(entry, others.replace("KEPT", kept)), MESH)
+        assert (one.kind, one.bytes_per_device) == (kind, 48)
+
+
 def test_an_all_reduce_of_a_written_shard_is_a_replaced_gather():
     """The trap of 3-D tori (DESIGN.md); the same all-reduce of a matmul is a reduction."""
     others = """
