@@ -72,7 +72,7 @@ class Progress:
         """Shows that `step` steps are done."""
         seconds = time.perf_counter() - self._began
         rate = self._tokens * (step - self._first) / max(seconds, 1e-9)
-        shown = f"loss {loss:.3f}, {si(rate)}tokens/s"
+        shown = f"loss {loss:.3f}, {si(rate, 'tokens/s') if rate else 'compiled'}"
         if self._bar is not None:
             self._bar.set_postfix_str(shown, refresh=False)
             self._bar.update(step - self._bar.n)
