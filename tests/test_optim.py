@@ -42,23 +42,23 @@ class Info:
     dtype: str = "float32"
 
 
-TABLE = {
+TABLE = {  # more layers than some layer is wide, so that a stack's depth could be mistaken for it
     "experts/kernel": Info((2, 3, 8, 16), ("layers", "expert", "embed", "mlp")),
-    "stack/bias": Info((2, 16), ("layers", "mlp")),
-    "stack/kernel": Info((2, 8, 16), ("layers", "embed", "mlp")),
+    "stack/bias": Info((20, 16), ("layers", "mlp")),
+    "stack/kernel": Info((20, 8, 16), ("layers", "embed", "mlp")),
     "table/embedding": Info((32, 8), ("vocab", "embed")),
     "table/scale": Info((8,), ("norm",)),
 }
 
 
-def draw(seed, table=None, scale=1.0):
-    """Random leaves for a table; the members of a stack differ widely in size."""
+def draw(seed):
+    """Random leaves for TABLE; the members of a stack differ widely in size."""
     rng = np.random.default_rng(seed)
     flat = {}
-    for path, info in (table or TABLE).items():
-        x = rng.normal(size=info.shape) * scale
+    for path, info in TABLE.items():
+        x = rng.normal(size=info.shape)
         if info.logical_axes[0] == "layers":
-            x *= 10.0 ** np.arange(info.shape[0]).reshape(-1, *[1] * (x.ndim - 1))
+            x *= 10.0 ** (np.arange(info.shape[0]) % 3).reshape(-1, *[1] * (x.ndim - 1))
         flat[path] = jnp.asarray(x, jnp.float32)
     return tree.unflatten(flat)
 
@@ -122,38 +122,43 @@ def test_a_stack_is_updated_as_its_members_alone(name):
     assert_close(info, other, 1e-6)
 
 
-SPECS = {
-    "experts/kernel": P(None, None, "fsdp", "tensor"),
-    "stack/bias": P(None, "tensor"),
-    "stack/kernel": P(None, "fsdp", "tensor"),
-    "table/embedding": P("tensor", "fsdp"),
-    "table/scale": P(None),
-}
-# ZeRO-1: parameters whole on each fsdp member, moments split over them.
-ZERO1_SPECS = {path: P(*(None if axis == "fsdp" else axis for axis in spec))
-               for path, spec in SPECS.items()}
+def specs(embed):
+    """PartitionSpecs of TABLE with the embed dim split over these mesh axes."""
+    return {"experts/kernel": P(None, None, embed, "tensor"),
+            "stack/bias": P(None, "tensor"),
+            "stack/kernel": P(None, embed, "tensor"),
+            "table/embedding": P("tensor", embed),
+            "table/scale": P(None)}
 
 
-def on_mesh(nested, specs, prefix=""):
-    """Leaves placed by the spec of the parameter that their path ends in."""
-    return tree.map_with_path(
-        lambda path, x: jax.device_put(x, specs.get(path.removeprefix(prefix), P())), nested)
+# The optimizer state is always split over data and fsdp; the parameters alike (ZeRO-3), less
+# finely, or not at all (ZeRO-1).
+STATE_SPECS = specs(("data", "fsdp"))
+PARAM_SPECS = {"alike": STATE_SPECS, "coarser": specs("fsdp"), "whole": specs(None)}
 
 
-@pytest.mark.parametrize("specs", [SPECS, ZERO1_SPECS], ids=["fsdp", "zero1"])
+def make_mesh():
+    return jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 3)
+
+
+def on_mesh(nested, specs):
+    """Parameters or gradients placed by their path's spec."""
+    return tree.map_with_path(lambda path, x: jax.device_put(x, specs[path]), nested)
+
+
+@pytest.mark.parametrize("split", PARAM_SPECS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_sharded_equals_one_device_and_keeps_its_shardings(name, specs):
+def test_sharded_equals_one_device_and_keeps_its_shardings(name, split):
     optimizer = optim.make_optimizer(dataclasses.replace(CONFIGS[name], clip_norm=5.0), TABLE)
-    expected = run(optimizer, draw(0), draw)
-    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 2)
-    with jax.set_mesh(mesh):
-        # The state is made from finely split parameters, whatever the parameters' own split.
-        state = jax.jit(optimizer.init)(on_mesh(draw(0), SPECS))
+    expected = run(optimizer, draw(0), draw, 2)
+    param_specs = PARAM_SPECS[split]
+    with jax.set_mesh(make_mesh()):
+        state = jax.jit(optimizer.init)(on_mesh(draw(0), STATE_SPECS))
         before = jax.tree.map(jax.typeof, state)
-        params = on_mesh(draw(0), specs)
-        found = run(optimizer, params, lambda step: on_mesh(draw(step), specs), state=state)
-    assert_close(found[0], expected[0], 1e-6)
-    assert_close(found[1], expected[1], 1e-6)
+        params = on_mesh(draw(0), param_specs)
+        found = run(optimizer, params, lambda step: on_mesh(draw(step), param_specs), 2, state)
+    assert_close(found[0], expected[0])
+    assert_close(found[1], expected[1])
     assert jax.tree.map(jax.typeof, found[0]) == jax.tree.map(jax.typeof, params)
     assert jax.tree.map(jax.typeof, found[1]) == before
 
@@ -303,10 +308,9 @@ def test_rounding_is_the_same_on_every_sharding(policy):
     config = OptimizerConfig("sgd", CONSTANT)
     optimizer = optim.make_optimizer(config, TABLE, precision.policy(policy), seed=7)
     expected, _, _ = run(optimizer, in_bf16(draw(0)), lambda s: in_bf16(draw(s)))
-    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 2)
-    with jax.set_mesh(mesh):
-        found, _, _ = run(optimizer, on_mesh(in_bf16(draw(0)), SPECS),
-                          lambda s: on_mesh(in_bf16(draw(s)), SPECS))
+    with jax.set_mesh(make_mesh()):
+        found, _, _ = run(optimizer, on_mesh(in_bf16(draw(0)), STATE_SPECS),
+                          lambda s: on_mesh(in_bf16(draw(s)), STATE_SPECS))
     for path, x in tree.flatten(expected).items():
         np.testing.assert_array_equal(np.asarray(tree.flatten(found)[path]), np.asarray(x))
 
