@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from t5x_lite import objectives, pipeline, precision, sharding, state, steps, tree
+from t5x_lite import models, objectives, pipeline, precision, sharding, state, steps, tree
 from t5x_lite.config import RunConfig
 from t5x_lite.cost import flops
 from t5x_lite.errors import UserError
@@ -109,6 +109,7 @@ def build(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Exp
         UserError: whatever in the config cannot be, naming the field and the fix.
     """
     policy = precision.policy(config.precision)
+    models.validate(config.model)
     objectives.validate(config.objective, config.model.architecture)
     mesh = sharding.make_mesh(config.mesh, devices)
     rules = Rules({**sharding.DEFAULT_RULES, **config.sharding.rules})

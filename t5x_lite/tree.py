@@ -73,7 +73,8 @@ class TreeDiff:
             lines.append(f"  missing   {path}{nearest(path, self.extra)}")
         lines += [f"  extra     {path}" for path in self.extra]
         lines += [f"  mismatch  {p}: expected {e}, found {f}" for p, e, f in self.mismatched]
-        return "\n".join(lines[:40] + ([f"  … {len(lines) - 40} more"] if len(lines) > 40 else []))
+        shown = lines[:15]   # a screen
+        return "\n".join(shown + ([f"  … {len(lines) - 15} more"] if len(lines) > 15 else []))
 
 
 def diff(expected: Mapping[str, Any], found: Mapping[str, Any],

@@ -25,7 +25,7 @@ def refused(config, tmp_path, *fragments):
     with pytest.raises(UserError) as error:
         train.run(config, tmp_path)
     message = str(error.value)
-    assert len(message) < 2000
+    assert len(message) < 2500 and len(message.splitlines()) < 25, message
     for fragment in fragments:
         assert fragment in message, message
 
