@@ -67,7 +67,8 @@ def test_unknown_task_names_the_nearest(config, tmp_path):
 def test_a_workdir_of_another_model(config, tmp_path):
     train.run(configs.replace(config, "train.num_steps", 2), tmp_path)
     other = configs.replace(config, "model.embed_dim", 24)
-    refused(other, tmp_path, "token_embedding/embedding", "(384, 16)", "(384, 24)")
+    refused(other, tmp_path, "holds another model", "params/decoder/final_norm/scale",
+            "expected float32[24], found float32[16]", "Use a new --workdir")
     assert checkpoint.all_steps(tmp_path) == [2]
 
 
