@@ -30,6 +30,7 @@ class DataConfig:
 
     # What to train on: names of seqio tasks or mixtures, each with its share of the examples,
     # "a=1,b=3"; without shares, in proportion to their numbers of examples.
+    # The path of a .jsonl or .tsv file of examples is a task too (tasks/seq2seq_files.py).
     train: str = ""
     # Tasks or mixtures whose "validation" split is evaluated, each task on its own.
     validation: str = ""
@@ -39,6 +40,8 @@ class DataConfig:
     text_document: str = "line"         # a document of a .txt file: line, paragraph or file
     noise_density: float = 0.15         # span corruption of text files: share of tokens hidden …
     mean_span_length: float = 3.0       # … in spans of so many tokens; tasks bring their own
+    text_masking: str = "random"        # what seq2seq hides of text files: "random" spans, or
+                                        # "salient" ones: dates and names (tasks/salient_spans.py)
     task_modules: str = ""              # your Python modules that register seqio tasks
     # "": the task's own. Else python, byt5, t5 or the path of a SentencePiece .model file.
     vocabulary: str = ""
@@ -124,6 +127,9 @@ def _registered(config: DataConfig) -> dict[str, "seqio.Task | seqio.Mixture"]:
 
 def _find(name: str, field: str, config: DataConfig):
     registered = _registered(config)
+    if name not in registered and name.endswith((".jsonl", ".tsv")):
+        from tasks import seq2seq_files   # a file of examples is a task by its path
+        return seq2seq_files.task(name, field)
     if name not in registered:
         raise UserError(f"{field}: no task or mixture is called {name!r};"
                         f"{nearest(name, registered)} Known: {', '.join(sorted(registered))}. Your "
@@ -227,7 +233,7 @@ def validation_task(config: DataConfig, name: str, objective: str) -> "seqio.Tas
 def _text_task(config: DataConfig, split: str, objective: str) -> "seqio.Task":
     """data.train_files or data.validation_files as a task with the objective's features."""
     _registered(config)
-    from tasks import preprocessors, span_corruption, text_files
+    from tasks import preprocessors, salient_spans, span_corruption, text_files
     field = f"data.{split}_files"
     makers = {"lm": (preprocessors.causal_lm, ("targets",)),
               "seq2seq": (functools.partial(
@@ -238,6 +244,12 @@ def _text_task(config: DataConfig, split: str, objective: str) -> "seqio.Task":
                         f"{', '.join(makers)}, not {objective!r}; register a task instead")
     preprocessor, features = makers[objective]
     files = text_files.find_files(getattr(config, f"{split}_files"), field)
+    if config.text_masking == "salient" and objective == "seq2seq":
+        return salient_spans.task(f"{split}_files", files, split, config.text_document,
+                                  vocabulary_of(config))
+    if config.text_masking not in ("random", "salient"):
+        raise UserError(f"data.text_masking={config.text_masking!r}: random or salient;"
+                        f"{nearest(config.text_masking, ('random', 'salient'))}")
     return text_files.task(f"{split}_files", files, split, config.text_document,
                            vocabulary_of(config), features, preprocessor)
 

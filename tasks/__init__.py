@@ -10,13 +10,22 @@ Your own tasks live in any importable module, named in `data.task_modules`.
     python_text       docs and source code of the running Python: real text without a download
     text_files        text, JSONL and gzip files given on the command line
     c4                C4 through TFDS
+    text_to_text      what a task with inputs and targets is made of
+    records           records read from files by Python, ahead of tf.data
+    metrics           metric functions: answers, classes, BLEU, ROUGE, rank classification
+    closed_book_qa    Natural Questions, WebQuestions, TriviaQA without a context
+    glue              GLUE, SuperGLUE, Winograd schemas, and their mixtures
+    t5_benchmarks     SQuAD, XQuAD, CNN/DailyMail, XSum, SciTLDR, WMT with T5's prefixes
+    seq2seq_files     your own JSONL and TSV examples, SCAN, BIG-bench
+    salient_spans     dates and names hidden one by one, in Wikipedia or in your own text
 
 This package imports TensorFlow; t5x_lite imports it only inside functions.
 """
 
 import importlib
 
-_MODULES = ("tasks.python_text", "tasks.c4")
+_MODULES = ("tasks.python_text", "tasks.c4", "tasks.closed_book_qa", "tasks.salient_spans",
+            "tasks.seq2seq_files", "tasks.glue", "tasks.t5_benchmarks")
 
 
 def register_all(extra_modules=()) -> None:

@@ -149,6 +149,12 @@ def _best_answers(targets, predictions, normalize) -> Metrics:
     return {"em": _percent(matches), "f1": _percent(overlaps)}
 
 
+def exact_match(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> Metrics:
+    """Share of predictions that are one of their answers, letter for letter, in per cent."""
+    return {"exact_match": _percent(p.strip() in (a.strip() for a in answers)
+                                    for answers, p in zip(targets, predictions, strict=True))}
+
+
 def squad(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> Metrics:
     """Exact match and F1 after SQuAD's normalisation, each the best over the answers."""
     return _best_answers(targets, predictions, normalize_squad)

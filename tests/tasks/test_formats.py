@@ -1,0 +1,300 @@
+"""The texts that tasks make of records: T5's prefixes to the letter, and real records."""
+
+import json
+
+import numpy as np
+import pytest
+
+from t5x_lite import data, data_tasks
+from t5x_lite.data import DataConfig
+from t5x_lite.errors import UserError
+from tests.helpers import shared_data
+
+INFERENCE = {"premise": "It rains.", "hypothesis": "It is wet.", "label": 1, "idx": 7}
+SENTENCES = {"sentence1": "A b.", "sentence2": "C d.", "label": 0, "idx": 1}
+SQUAD = {"id": "x", "question": "Who won?", "context": "Ada (1815) won, twice.",
+         "answers": {"text": ["Ada (1815)", "Ada"]}}
+NEWS = {"article": "Long.", "highlights": "Short.", "document": "Long.", "summary": "Short."}
+WORDS = {"en": "Good.", "de": "Gut.", "fr": "Bon.", "ro": "Bun."}
+RECORD = {"passage": "Ann met Bob.\n@highlight\nThey sang\n@highlight\nEnd",
+          "query": "@placeholder sang", "entities": ["Ann", "Bob"], "answers": ["Ann", "Bob"],
+          "idx": {"passage": 3, "query": 4}}
+WSC = {"text": "Mark told Pete lies about him, he said.", "span1_text": "Mark",
+       "span2_text": "him", "span2_index": 5, "label": 0, "idx": 2}
+DPR = {"sentence": "Bob asked Tom if he can lend some money.", "pronoun": "he",
+       "candidates": ["Bob", "Tom"], "label": 1}
+TRIVIA = {"question": "Capital of Peru?", "answer": {"value": "Lima", "aliases": ["Lima", "LIM"]}}
+MULTIRC = {"question": "Who?", "answer": "Ann", "paragraph": "<b>S 1: </b>Ann sat.<br>Bob lay.",
+           "label": 1, "idx": {"paragraph": 2, "question": 5, "answer": 9}}
+
+_SQUAD_CONTEXT = "Ada ( 1815 ) won , twice . "
+_NLI = "hypothesis: It is wet. premise: It rains."
+# task: (record, [(inputs, targets), …])
+CASES = {
+    "natural_questions_open": ({"question": "who", "answer": ["a", "b"]}, [("nq question: who", "a")]),
+    "web_questions_open": ({"question": "who?", "answers": ["a"]}, [("wq question: who?", "a")]),
+    "trivia_qa_open": (TRIVIA, [("trivia_qa question: Capital of Peru?", "Lima")]),
+    "salient_span_masked_wikipedia": (
+        {"title": "t", "text": "Zoë sang in 1990.", "spans": {
+            "start": np.array([0, 13]), "limit": np.array([4, 17]), "type": ["P", "D"]}},
+        [("nem: _X_ sang in 1990.", "Zoë"), ("nem: Zoë sang in _X_.", "1990")]),
+    "glue_cola": ({"sentence": "Me go.", "label": 0, "idx": 0},
+                  [("cola sentence: Me go.", "unacceptable")]),
+    "glue_sst2": ({"sentence": "fine", "label": 1, "idx": 0}, [("sst2 sentence: fine", "positive")]),
+    "glue_mrpc": (SENTENCES, [("mrpc sentence1: A b. sentence2: C d.", "not_equivalent")]),
+    "glue_qqp": ({"question1": "Q?", "question2": "R?", "label": 1, "idx": 0},
+                 [("qqp question1: Q? question2: R?", "duplicate")]),
+    "glue_stsb": ({**SENTENCES, "label": np.float32(3.25)},
+                  [("stsb sentence1: A b. sentence2: C d.", "3.2")]),
+    "glue_mnli": (INFERENCE, [(f"mnli {_NLI}", "neutral")]),
+    "glue_mnli_matched": (INFERENCE, [(f"mnli {_NLI}", "neutral")]),
+    "glue_mnli_mismatched": (INFERENCE, [(f"mnli {_NLI}", "neutral")]),
+    "glue_ax": ({**INFERENCE, "label": -1}, [(f"mnli {_NLI}", "<unk>")]),
+    "glue_qnli": ({"question": "Q?", "sentence": "S.", "label": 0, "idx": 0},
+                  [("qnli question: Q? sentence: S.", "entailment")]),
+    "glue_rte": (SENTENCES, [("rte sentence1: A b. sentence2: C d.", "entailment")]),
+    "glue_wnli": (SENTENCES, [("wnli sentence1: A b. sentence2: C d.", "not_entailment")]),
+    "super_glue_boolq": ({"passage": "P.", "question": "q", "label": 1, "idx": 0},
+                         [("boolq passage: P. question: q", "True")]),
+    "super_glue_cb": (INFERENCE, [(f"cb {_NLI}", "contradiction")]),
+    "super_glue_copa": ({"choice1": "a", "choice2": "b", "premise": "p", "question": "cause",
+                         "label": 1, "idx": 0},
+                        [("copa choice1: a choice2: b premise: p question: cause", "choice2")]),
+    "super_glue_rte": (INFERENCE, [(f"rte {_NLI}", "not_entailment")]),
+    "super_glue_wic": ({**SENTENCES, "word": "w", "start1": 1, "end1": 2, "start2": 1, "end2": 2},
+                       [("wic sentence1: A b. sentence2: C d. word: w", "False")]),
+    "super_glue_axb": (SENTENCES, [("rte hypothesis: C d. premise: A b.", "entailment")]),
+    "super_glue_axg": (INFERENCE, [(f"rte {_NLI}", "not_entailment")]),
+    "super_glue_multirc": (MULTIRC, [
+        ("multirc question: Who? answer: Ann paragraph: S 1: Ann sat. Bob lay.", "True")]),
+    "super_glue_record": (RECORD, [
+        ("record query: @placeholder sang entities: Ann, Bob passage: Ann met Bob. They sang. End",
+         name) for name in ("Ann", "Bob")]),
+    "super_glue_wsc_train": ({**WSC, "label": 1}, [
+        ("wsc: Mark told Pete lies about *him*, he said.", "Mark")]),
+    "super_glue_wsc_eval": (WSC, [("wsc: Mark told Pete lies about *him*, he said.", "Mark")]),
+    "dpr": (DPR, [("wsc: Bob asked Tom if *he* can lend some money.", "Tom")]),
+    "squad": (SQUAD, [(f"question: Who won ? context: {_SQUAD_CONTEXT}", "Ada ( 1815 ) ")]),
+    "squad_context_free": (SQUAD, [("squad trivia question: Who won ? ", "Ada ( 1815 ) ")]),
+    "cnn_dailymail": (NEWS, [("summarize: Long.", "Short.")]),
+    "xsum": (NEWS, [("summarize: Long.", "Short.")]),
+    "wmt14_ende": (WORDS, [("translate English to German: Good.", "Gut.")]),
+    "wmt14_enfr": (WORDS, [("translate English to French: Good.", "Bon.")]),
+    "wmt16_enro": (WORDS, [("translate English to Romanian: Good.", "Bun.")]),
+}
+SAME = {   # task: another whose format it has
+    "natural_questions_open_test": "natural_questions_open",
+    "web_questions_open_test": "web_questions_open", "trivia_qa_open_test": "trivia_qa_open",
+    "wmt15_enfr": "wmt14_enfr", "wmt_t2t_ende": "wmt14_ende",
+    **{f"xquad_{code}": "squad" for code in "ar de el en es hi ro ru th tr vi zh".split()},
+}
+FROM_FILES = {"scan_simple", "scitldr"}   # real files, below
+OTHERS = {   # tested by name further down or beside
+    "natural_questions_open_randanswer", "web_questions_open_randanswer",
+    "span_corrupted_wikipedia", "open_domain_qa", "open_domain_qa_test", "glue_proportional",
+    "super_glue_proportional"}
+
+
+def names() -> set[str]:
+    """Every text-to-text task that is registered; the rest is in test_registered."""
+    from tasks import seq2seq_files
+    return {*CASES, *SAME, *FROM_FILES, *OTHERS,
+            *(f"bigbench_{name}" for name in seq2seq_files.BIG_BENCH)}
+
+
+@pytest.fixture(scope="module")
+def registered():
+    data_tasks.tensorflow_side()
+    import seqio
+    import tasks
+    tasks.register_all()
+    return seqio.TaskRegistry
+
+
+@pytest.fixture
+def files(monkeypatch):
+    monkeypatch.setenv("T5X_LITE_FILES", str(shared_data("finetune")))
+    monkeypatch.setenv("T5X_LITE_T5_VOCAB", str(shared_data(
+        "vocab/cc_all.32000.100extra.sentencepiece.model")))
+
+
+def made(task, record) -> list[dict]:
+    """What the task's format makes of one record."""
+    import tensorflow as tf
+    dataset = task.preprocessors[0](tf.data.Dataset.from_tensors(record))
+    return list(dataset.as_numpy_iterator())
+
+
+def texts(examples) -> list[tuple[str, str]]:
+    return [(e["inputs"].decode(), e["targets"].decode()) for e in examples]
+
+
+def test_formats(registered):
+    for name, (record, expected) in CASES.items():
+        assert texts(made(registered.get(name), record)) == expected, name
+
+
+def test_tasks_of_the_same_format(registered):
+    for name, other in SAME.items():
+        record, expected = CASES[other]
+        assert texts(made(registered.get(name), record)) == expected, name
+
+
+def test_training_on_winograd_leaves_wrong_candidates_out(registered):
+    assert made(registered.get("super_glue_wsc_train"), WSC) == []
+
+
+def test_postprocessors(registered):
+    get = registered.get
+    assert get("glue_mnli").postprocess_fn("neutral") == 1
+    assert get("glue_mnli").postprocess_fn("no label") == -1
+    assert get("glue_stsb").postprocess_fn("3.4") == 3.4
+    assert get("glue_stsb").postprocess_fn("similar") == -1
+    [target] = made(get("super_glue_multirc"), MULTIRC)
+    found = get("super_glue_multirc").postprocess_fn("True", example=target, is_target=True)
+    assert found["value"] == 1 and found["group"].tolist() == [2, 5]
+    [target] = made(get("natural_questions_open"), {"question": "who", "answer": ["a", "b"]})
+    postprocess = get("natural_questions_open").postprocess_fn
+    assert postprocess("a", example=target, is_target=True) == ["a", "b"]
+    assert postprocess("b", example=target, is_target=False) == "b"
+
+
+def test_a_winograd_answer_names_the_candidate():
+    from tasks import glue
+    example = {"targets_pretokenized": b"The city councilmen", "label": 1}
+    answer = lambda text: glue.wsc_answer(text, example=example)
+    assert glue.wsc_answer("", example=example, is_target=True) == 1
+    assert answer("councilmen") == answer("the old city councilmen") == 1
+    assert answer("the demonstrators") == answer("councilmen's") == 0
+
+
+def test_sampled_answers_differ_over_epochs_and_come_from_the_list(registered):
+    import tensorflow as tf
+    task = registered.get("natural_questions_open_randanswer")
+    record = {"question": "who", "answer": ["a", "b", "c"]}
+    import seqio
+    with seqio.utils.map_seed_manager(1):
+        dataset = task.preprocessors[0](tf.data.Dataset.from_tensors(record).repeat(30))
+    found = [t for _, t in texts(dataset.as_numpy_iterator())]
+    assert set(found) == {"a", "b", "c"}
+
+
+def test_mixtures_have_the_sizes_of_their_tasks(registered):
+    import seqio
+    for name, share in (("open_domain_qa", 79_168 / (79_168 + 3_417 + 78_785)),
+                        ("open_domain_qa_test", 87_925 / (87_925 + 3_778 + 98_935))):
+        task = registered.get(name.replace("open_domain_qa", "natural_questions_open"))
+        rates = data_tasks._subtasks(seqio.MixtureRegistry.get(name))
+        assert rates[task] == pytest.approx(share)
+    rates = data_tasks._subtasks(seqio.MixtureRegistry.get("glue_proportional"))
+    assert sum(rates.values()) == pytest.approx(1) and len(rates) == 8
+    rates = data_tasks._subtasks(seqio.MixtureRegistry.get("super_glue_proportional"))
+    assert len(rates) == 9
+
+
+def batches(name, objective="seq2seq", split="validation", config=None, batch_size=4, limit=1):
+    import jax
+    config = config or DataConfig(validation=name, inputs_length=96, targets_length=64)
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    found = data.eval_batches(config, name, objective=objective, batch_size=batch_size,
+                              sharding=sharding, split=split, max_batches=limit)
+    vocabulary = data_tasks.validation_task(config, name, objective).output_features[
+        "targets"].vocabulary
+    text = lambda ids: vocabulary.decode([int(i) for i in ids if i > 1])
+    return [(text(i), text(t)) for b in found for i, t in zip(
+        np.asarray(b["encoder_input_tokens"]), np.asarray(b["decoder_target_tokens"]))]
+
+
+def test_natural_questions_through_tfds(registered, offline_tfds):
+    wanted = [json.loads(line) for line in shared_data(
+        "cbqa/nq_open/NQ-open.dev.jsonl").read_text().splitlines()]
+    by_question = {f"nq question: {r['question']}": r["answer"][0] for r in wanted}
+    squeeze = lambda t: "".join(t.split())
+    by_question = {squeeze(q): squeeze(a) for q, a in by_question.items()}
+    found = batches("natural_questions_open_test")
+    assert len(found) == 4
+    for question, answer in found:
+        assert by_question[squeeze(question)] == squeeze(answer)
+
+
+def test_web_questions_records(registered):
+    import re
+    record = json.loads(shared_data("cbqa/web_questions/webquestions.train").read_text())[0]
+    answers = [a.strip('"') for a in re.findall(r'description "?([^")]+"?)', record["targetValue"])]
+    example = {"question": record["utterance"], "answers": answers}
+    assert texts(made(registered.get("web_questions_open"), example)) == [
+        ("wq question: what is the name of justin bieber brother?", "Jazmyn Bieber")]
+
+
+def test_xquad_through_tfds(registered, offline_tfds):
+    found = batches("xquad_en")
+    squeeze = lambda t: "".join(t.split())
+    wanted = {squeeze(f"question:{q['question']}context:{p['context']}"): squeeze(
+        q["answers"][0]["text"]) for article in json.loads(shared_data(
+            "finetune/xquad.en.json").read_text())["data"]
+        for p in article["paragraphs"] for q in p["qas"]}
+    for question, answer in found:
+        assert squeeze(answer) in [a for q, a in wanted.items() if q.startswith(squeeze(question))]
+
+
+def test_salient_wikipedia_through_tfds(registered, offline_tfds):
+    config = DataConfig(inputs_length=256, targets_length=32)
+    found = batches("salient_span_masked_wikipedia", split="train", config=config)
+    assert all(i.startswith("nem: ") and "_X_" in i and t for i, t in found)
+    found = batches("span_corrupted_wikipedia", split="train",
+                    config=DataConfig(inputs_length=64, targets_length=32))
+    assert len(found) == 4
+
+
+def test_scan_bigbench_and_scitldr_files(registered, files):
+    assert batches("scan_simple")[0][1].startswith("I_")
+    source = registered.get("scan_simple").source
+    assert source.num_input_examples("train") == 16_728
+    assert source.num_input_examples("validation") == 4_182
+    assert ("not ( True ) and ( True ) is", "False") in batches(
+        "bigbench_boolean_expressions", limit=None, batch_size=10)
+    assert batches("bigbench_date_understanding")[0][1][0] == "("
+    assert batches("scitldr")[0][0].startswith("summarize: ")
+
+
+def test_a_missing_file_is_named_with_its_origin(registered, monkeypatch, tmp_path):
+    monkeypatch.setenv("T5X_LITE_FILES", str(tmp_path))
+    with pytest.raises(UserError, match="tasks_train_simple.txt is not below T5X_LITE_FILES=.*SCAN"):
+        registered.get("scan_simple").source.folder()
+
+
+def test_unprepared_tfds_data_names_the_folder(registered, tmp_path, monkeypatch):
+    import seqio
+    from tasks.text_to_text import TfdsSource
+    seqio.set_tfds_data_dir_override(str(tmp_path))
+    try:
+        with pytest.raises(UserError, match="no_such_data.* set TFDS_DATA_DIR"):
+            TfdsSource("no_such_data:1.0.0", ("train",)).num_input_examples("train")
+    finally:
+        seqio.set_tfds_data_dir_override(None)
+
+
+def test_a_jsonl_or_tsv_path_is_a_task(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        '{"inputs": "2 + 2", "targets": "4"}\n\n{"question": "why", "answer": ["x", "y"]}\n')
+    (tmp_path / "b.tsv").write_text("up\tdown\n")
+    config = DataConfig(vocabulary="byt5", inputs_length=16, targets_length=16)
+    find = lambda name: sorted(p for p in batches(
+        str(tmp_path / name), config=config, batch_size=2) if p[0])
+    assert find("a.jsonl") == [("2 + 2", "4"), ("why", "x")]
+    assert find("b.tsv") == [("up", "down")]
+
+
+@pytest.mark.parametrize("line, message", [
+    ('{"inputs": "a", "targets": ""}', "line 2 has an empty target"),
+    ('{"inputs": "a", "targets": []}', "line 2 has an empty target"),
+    ('{"inputs": "a"}', 'line 2 has no "targets"'),
+    ('{"targets": "a"}', 'line 2 has no string "inputs"'),
+    ("[1]", "line 2 is not an object but a list"),
+    ("{", "line 2 is not JSON"),
+])
+def test_bad_lines_are_named(tmp_path, line, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"inputs": "a", "targets": "b"}\n' + line + "\n")
+    with pytest.raises(UserError, match=message):
+        batches(str(path), config=DataConfig(vocabulary="byt5"))
