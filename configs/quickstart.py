@@ -5,13 +5,17 @@ span corruption of 15 % of the tokens in spans of 3.
 Expected: under 5 minutes on 2 CPU cores; the held-out loss ends below the unigram entropy
 of its targets, and a few masked passages are filled in on the screen.
 Command: python -m t5x_lite.train --config=configs/quickstart.py --workdir=runs/quickstart
+`configs/quickstart.py:moe` trains a Switch model of the same FLOPs a token.
 """
 
+from configs import switch
 from t5x_lite.checkpoint import CheckpointConfig
 from t5x_lite.config import EvalConfig, RunConfig, TrainConfig, to_config_dict
 from t5x_lite.data import DataConfig
+from t5x_lite.errors import UserError
 from t5x_lite.layers.attention import AttentionConfig
 from t5x_lite.layers.mlp import MLPConfig
+from t5x_lite.layers.moe import MoEConfig
 from t5x_lite.models import BlockConfig, ModelConfig, SegmentConfig, StackConfig
 from t5x_lite.objectives import ObjectiveConfig
 from t5x_lite.optim import OptimizerConfig
@@ -23,15 +27,23 @@ _LAYERS = 2    # few and wide: small products waste a CPU
 _STEPS = 400
 
 
+ARGUMENTS = (None, "moe")
+
+
 def run(arg: str | None = None) -> RunConfig:
-    """The run as dataclasses."""
+    """The run as dataclasses; "moe" makes every other MLP a Switch mixture of 8 experts."""
+    if arg not in ARGUMENTS:
+        raise UserError(f"configs/quickstart.py:{arg}: the argument may be moe, or none given.")
     encoder = StackConfig(segments=(SegmentConfig((BlockConfig(_ATTENTION, None, _MLP),), _LAYERS),),
                           scan=False)
     decoder = StackConfig(
         segments=(SegmentConfig((BlockConfig(_ATTENTION, _ATTENTION, _MLP),), _LAYERS),),
         causal=True, scan=False)
+    if arg == "moe":
+        moe = MoEConfig(num_experts=8, router="switch", jitter=0.01)
+        encoder, decoder = switch.sparsify(encoder, moe, 2), switch.sparsify(decoder, moe, 2)
     return RunConfig(
-        name="quickstart",
+        name="quickstart" if arg is None else f"quickstart_{arg}",
         model=ModelConfig(vocab_size=4096, embed_dim=256, encoder=encoder, decoder=decoder),
         objective=ObjectiveConfig(name="seq2seq"),
         data=DataConfig(train="python_span_corruption", validation="python_span_corruption",
