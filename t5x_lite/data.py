@@ -32,11 +32,14 @@ This module imports without TensorFlow, which it needs only once data are read.
 
 import concurrent.futures
 import functools
+import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from t5x_lite import data_tasks
 from t5x_lite.data_tasks import (  # noqa: F401  what else callers of this module need
@@ -67,6 +70,15 @@ def owned_shards(readers: Mapping[int, set[int]], process: int) -> list[int]:
     return sorted(readers[process] - before)
 
 
+def check_same_data(digests: Sequence[int]) -> None:
+    """Raises UserError where processes would read other data, given a digest of each one's."""
+    others = [process for process, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        raise UserError(f"processes {others} see other data than process 0: the same files, the "
+                        "same tasks and, for the python_ tasks, the same Python version must be "
+                        "on every machine")
+
+
 def _check_shards(config: DataConfig, global_batch_size: int) -> None:
     shards = config.num_shards
     if shards < 1 or global_batch_size % shards:
@@ -80,6 +92,7 @@ class ShardedRows:
     """The rows of some virtual shards, on the host: {shard: {feature: array [B/V, L]}}.
 
     shards: which ones to read; reading fewer or more never changes what each holds.
+    identity: what the rows are a function of, as JSON values.
     """
 
     def __init__(self, config: DataConfig, *, objective: str, global_batch_size: int, seed: int,
@@ -104,12 +117,14 @@ class ShardedRows:
             "source files": pipeline.files_digest(mixture, "train")}
         cores = os.cpu_count() or 1
         threads = max(1, cores // len(shards))
+        self._share = global_batch_size // config.num_shards
         self._readers = {
             shard: pipeline.ShardReader(
                 make(shard, config.num_shards, training=True, threads=threads,
-                     shuffle_buffer=config.shuffle_buffer), {**identity, "shard": shard})
+                     shuffle_buffer=config.shuffle_buffer, read_ahead=2 * self._share),
+                {**identity, "shard": shard})
             for shard in sorted(shards)}
-        self._share = global_batch_size // config.num_shards
+        self.identity = identity
         # tf.data works outside Python's lock: the first batch fills every shard's buffer.
         self._pool = concurrent.futures.ThreadPoolExecutor(min(cores, len(shards)))
 
@@ -154,6 +169,9 @@ class TrainIterator:
         self._owned = owned_shards(readers, jax.process_index())
         self._rows = ShardedRows(config, objective=objective, global_batch_size=global_batch_size,
                                  seed=seed, shards=sorted(readers[jax.process_index()]))
+        if jax.process_count() > 1:
+            digest = zlib.crc32(json.dumps(self._rows.identity).encode())
+            check_same_data(multihost_utils.process_allgather(np.uint32(digest)).tolist())
 
     def __iter__(self) -> "TrainIterator":
         return self
@@ -250,6 +268,5 @@ def unigram_entropy(batches: Sequence[Mapping]) -> float:
 def _whole(array) -> np.ndarray:
     """All of a global array, also where other processes hold parts of it."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        from jax.experimental import multihost_utils
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)

@@ -221,8 +221,11 @@ def task_dataset(task: seqio.Task, split: str, lengths: dict[str, int], seed: in
 def rows_dataset(mixture: Sequence[Weighted], split: str, converter: Converter,
                  inputs_length: int, targets_length: int, packing: bool, seed: int,
                  shard: int = 0, num_shards: int = 1, *, training: bool, shuffle_buffer: int = 0,
-                 threads: int = 1) -> tf.data.Dataset:
-    """Blocks of up to BLOCK_ROWS rows of model features of one shard."""
+                 read_ahead: int = 0, threads: int = 1) -> tf.data.Dataset:
+    """Blocks of up to BLOCK_ROWS rows of model features of one shard.
+
+    read_ahead: rows to prepare in the background; they are part of the saved place.
+    """
     lengths = converter.task_lengths(inputs_length, targets_length)
     parts = [task_dataset(task, split, lengths, seed, shard, num_shards, training=training,
                           shuffle_buffer=shuffle_buffer) for task, _ in mixture]
@@ -237,7 +240,7 @@ def rows_dataset(mixture: Sequence[Weighted], split: str, converter: Converter,
     if packing:
         dataset = pack(dataset, row_lengths)
     dataset = dataset.map(_plain(lambda sides: _finish_row(sides, row_lengths)))
-    dataset = dataset.batch(BLOCK_ROWS).prefetch(4)
+    dataset = dataset.batch(BLOCK_ROWS).prefetch(2 + read_ahead // BLOCK_ROWS)
     check_saveable(dataset, ", ".join(task.name for task, _ in mixture))
     options = tf.data.Options()
     options.deterministic = True

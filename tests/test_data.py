@@ -177,6 +177,24 @@ def test_shards_of_processes_and_owners():
     assert data.owned_shards({0: {0, 1}, 1: {0, 1, 2, 3}}, 1) == [2, 3]
 
 
+def test_resume_with_another_batch_size():
+    rows = make_rows(batch=4, shards=[2])
+    take(rows, 13)   # in the middle of a block
+    states = rows.state([2])
+    expected = np.concatenate([r[2]["decoder_target_tokens"] for r in take(rows, 80)])
+    for batch in (16, 160):
+        again = make_rows(batch=batch, shards=[2])
+        again.restore(states)
+        found = [r[2]["decoder_target_tokens"] for r in take(again, 320 // batch)]
+        np.testing.assert_array_equal(np.concatenate(found), expected)
+
+
+def test_processes_with_other_data_are_refused():
+    data.check_same_data([7, 7, 7])
+    with pytest.raises(UserError, match=r"processes \[1, 3\] see other data"):
+        data.check_same_data([7, 8, 7, 9])
+
+
 def test_order_depends_on_seed_and_shards_but_not_on_batch_size():
     def stream(batch, steps, **kwargs):
         parts = take(make_rows(batch=batch, **kwargs), steps)
