@@ -33,6 +33,11 @@ from t5x_lite.errors import UserError
 from t5x_lite.evaluate import Evaluator
 
 
+# Load entropy of a mixture, as a share of a uniform load's, below which a run warns: 8 experts
+# of which two share everything have a third.
+COLLAPSED = 0.5
+
+
 @dataclasses.dataclass
 class _Stop:
     """Whether a SIGTERM asks the run to save and leave."""
@@ -121,6 +126,14 @@ def _loop(experiment: Experiment, workdir: pathlib.Path, checkpointer: Checkpoin
             saving = step % config.checkpoint.every == 0 or step == last or stopping
             if evaluating or saving:
                 log.read_pending()   # nothing is saved before its own loss was read as finite
+            # Evaluated before it is saved: a kill in between repeats the evaluation, where the
+            # other order would leave it out. A SIGTERM leaves no time for it.
+            if evaluating and evaluator.has_data and not stopping:
+                held_out = evaluator.evaluate(state["params"])
+                for task, values in held_out.items():
+                    report.say(report.evaluation_line(step, task, values))
+                    writer.write(log.stamp(step), values, prefix=f"eval/{task}/")
+                log.progress.restart_clock(step)
             if saving:
                 checkpointer.save(step, state, train_data.state(), config_json)
             if stopping:
@@ -129,12 +142,6 @@ def _loop(experiment: Experiment, workdir: pathlib.Path, checkpointer: Checkpoin
                            f"command goes on from there")
                 log.close()
                 return held_out
-            if evaluating and evaluator.has_data:
-                held_out = evaluator.evaluate(state["params"])
-                for task, values in held_out.items():
-                    report.say(report.evaluation_line(step, task, values))
-                    writer.write(log.stamp(step), values, prefix=f"eval/{task}/")
-                log.progress.restart_clock(step)
         log.close()
     checkpointer.wait()
     if config.eval.samples and evaluator.has_data:
@@ -158,6 +165,7 @@ class _Log:
         self.progress = report.Progress(first, train.num_steps,
                                         self._rows * experiment.tokens_per_sequence)
         self._fresh = True
+        self._warned = False
 
     def stamp(self, step: int) -> dict[str, float]:
         """What every line of metrics.jsonl carries."""
@@ -187,12 +195,22 @@ class _Log:
         self._sums = metrics.add(self._sums, sums)
         log = step % self._every == 0
         if log:
-            self._writer.write(self.stamp(step), metrics.divide(self._sums), prefix="train/")
+            means = metrics.divide(self._sums)
+            self._writer.write(self.stamp(step), means, prefix="train/")
             self._sums = {}
+            self._warn_of_collapse(step, means)
         if self._fresh:   # the first step's time is compilation
             self.progress.restart_clock(step)
             self._fresh = False
         self.progress.update(step, loss, log)
+
+    def _warn_of_collapse(self, step: int, means: Mapping[str, float]) -> None:
+        entropy = means.get("moe/load_entropy", 1.0)
+        if entropy < COLLAPSED and not self._warned:
+            self._warned = True
+            report.say(f"warning: at step {step} few experts get nearly all tokens (load entropy "
+                       f"{entropy:.2f} of 1, {means['moe/dead_experts']:.0%} idle); raise "
+                       f"moe.balance_weight or moe.jitter, or lower the learning rate")
 
     def close(self) -> None:
         """Reads what is left and ends the progress line."""

@@ -1,0 +1,1 @@
+"""Comparisons: get_runs() lists arms, seeds and stages; run by t5x_lite.experiment."""
