@@ -1,14 +1,14 @@
-"""What T5 1.0 and 1.1 share: two stacks of equal blocks and the pre-training recipe."""
+"""What T5 and its descendants share: two stacks of equal blocks and the pre-training recipe."""
 
 import dataclasses
 
+from configs._common import segment, size_of as size_of
 from t5x_lite.checkpoint import CheckpointConfig
 from t5x_lite.config import EvalConfig, RunConfig, TrainConfig
 from t5x_lite.data import DataConfig
-from t5x_lite.errors import UserError, nearest
 from t5x_lite.layers.attention import AttentionConfig
 from t5x_lite.layers.mlp import MLPConfig
-from t5x_lite.models import BlockConfig, ModelConfig, SegmentConfig, StackConfig
+from t5x_lite.models import BlockConfig, ModelConfig, PositionConfig, StackConfig
 from t5x_lite.optim import OptimizerConfig
 from t5x_lite.schedules import ScheduleConfig
 
@@ -21,18 +21,12 @@ class Size:
     mlp_dim: int
     num_heads: int
     head_dim: int
-    num_layers: int   # of the encoder, and of the decoder
+    num_layers: int                # of the encoder, and of the decoder …
+    num_decoder_layers: int = 0    # … unless it has so many
 
 
-def size_of(sizes: dict[str, Size], name: str | None, family: str) -> Size:
-    """The size of this name. Raises UserError listing the sizes there are."""
-    if name not in sizes:
-        raise UserError(f"configs/{family}.py:{name}: no such size.{nearest(name, sizes)} "
-                        f"Sizes: {', '.join(sizes)}.")
-    return sizes[name]
-
-
-def model(size: Size, *, mlp: MLPConfig, tie_logits: bool, dropout_rate: float) -> ModelConfig:
+def model(size: Size, *, mlp: MLPConfig, tie_logits: bool, dropout_rate: float,
+          vocab_size: int = 32128, position: PositionConfig = PositionConfig()) -> ModelConfig:
     """The encoder-decoder: relative position biases shared by a stack's layers, RMSNorm before
     each sub-layer, attention without scaling (folded into the queries' initial values)."""
     attention = AttentionConfig(num_heads=size.num_heads, head_dim=size.head_dim, scale=1.0,
@@ -40,24 +34,27 @@ def model(size: Size, *, mlp: MLPConfig, tie_logits: bool, dropout_rate: float) 
     mlp = dataclasses.replace(mlp, mlp_dim=size.mlp_dim, dropout_rate=dropout_rate)
 
     def stack(cross: AttentionConfig | None) -> StackConfig:
-        block = BlockConfig(attention, cross, mlp)
-        return StackConfig(segments=(SegmentConfig((block,), size.num_layers),),
-                           causal=cross is not None, dropout_rate=dropout_rate,
-                           remat="full" if size.embed_dim >= 1024 else "none")
+        depth = size.num_decoder_layers if cross else 0
+        return StackConfig(
+            segments=segment(depth or size.num_layers, BlockConfig(attention, cross, mlp)),
+            causal=cross is not None, dropout_rate=dropout_rate, position=position,
+            remat="full" if size.embed_dim >= 1024 else "none")
 
     return ModelConfig(
-        vocab_size=32128,   # the public vocabulary's 32,100 pieces and sentinels, padded to 128
-        embed_dim=size.embed_dim, encoder=stack(None), decoder=stack(attention),
+        # By default the public vocabulary's 32,100 pieces and sentinels, padded to 128.
+        vocab_size=vocab_size, embed_dim=size.embed_dim, encoder=stack(None),
+        decoder=stack(attention),
         tie_logits=tie_logits, logits_scale=size.embed_dim ** -0.5 if tie_logits else 1.0)
 
 
-def pretraining(name: str, model_config: ModelConfig, *, batch_size: int, num_steps: int
-                ) -> RunConfig:
-    """Span corruption on C4: Adafactor at 1/sqrt(max(step, 10^4)), rows of 512 and 114."""
+def pretraining(name: str, model_config: ModelConfig, *, batch_size: int, num_steps: int,
+                inputs_length: int = 512, targets_length: int = 114,
+                train: str = "c4_span_corruption", vocabulary: str = "") -> RunConfig:
+    """Span corruption on C4: Adafactor at 1/sqrt(max(step, 10^4))."""
     return RunConfig(
         name=name, model=model_config, precision="bf16",
-        data=DataConfig(train="c4_span_corruption", validation="c4_span_corruption",
-                        inputs_length=512, targets_length=114, num_shards=64),
+        data=DataConfig(train=train, validation=train, vocabulary=vocabulary, num_shards=64,
+                        inputs_length=inputs_length, targets_length=targets_length),
         optimizer=OptimizerConfig(name="adafactor", schedule=ScheduleConfig(
             factors="constant * rsqrt_decay", base_learning_rate=1.0, warmup_steps=10_000)),
         train=TrainConfig(num_steps=num_steps, global_batch_size=batch_size, log_every=100),

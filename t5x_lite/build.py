@@ -145,18 +145,27 @@ def _check_train(config: RunConfig, mesh: Mesh, rules: Rules) -> None:
     if config.eval.every < 1:
         raise UserError(f"eval.every={config.eval.every}: must be at least 1.")
     ways = math.prod(mesh.shape[a] for a in rules.mesh_axes("act_batch"))
-    step = ways * train.accumulation
-    if train.global_batch_size % step:
-        size = train.global_batch_size
-        near = max(step, size // step * step)
-        raise UserError(
-            f"train.global_batch_size={size} must be a multiple of {step}: "
-            f"{train.accumulation} micro-batches (train.accumulation) x {ways} ways that the mesh "
-            f"splits a batch; {near} or {(size // step + 1) * step} would do.")
+    _check_batch("train.global_batch_size", train.global_batch_size, train.accumulation, ways)
+    for i, (size, _) in enumerate(train.batch_ramp.stages):
+        field = f"train.batch_ramp.stages[{i}]"
+        if size % config.data.num_shards:
+            raise UserError(f"{field}: a batch of {size} must be a multiple of data.num_shards="
+                            f"{config.data.num_shards}.")
+        _check_batch(field, size, train.accumulation, ways)
     eval_size = config.eval.batch_size
     if eval_size % ways:
         raise UserError(f"eval.batch_size={eval_size} must be a multiple of {ways}, the ways that "
                         f"the mesh splits a batch (0: train.global_batch_size).")
+
+
+def _check_batch(field: str, size: int, accumulation: int, ways: int) -> None:
+    step = ways * accumulation
+    if size % step:
+        near = max(step, size // step * step)
+        raise UserError(
+            f"{field}={size} must be a multiple of {step}: "
+            f"{accumulation} micro-batches (train.accumulation) x {ways} ways that the mesh "
+            f"splits a batch; {near} or {(size // step + 1) * step} would do.")
 
 
 def _check_parallel(config: RunConfig, mesh: Mesh, rules: Rules) -> None:
@@ -165,13 +174,15 @@ def _check_parallel(config: RunConfig, mesh: Mesh, rules: Rules) -> None:
         raise UserError(f"sharding.zero={config.sharding.zero}: must be 1 (optimizer state split "
                         f"over mesh.fsdp), 2 (gradients too) or 3 (parameters too).")
     ways = math.prod(mesh.shape[a] for a in rules.mesh_axes("act_batch"))
+    train = config.train
     for side in ("encoder", "decoder"):
         stack = getattr(config.model, side)
         if stack is not None:
-            pipeline.validate(
-                stack.pipeline, f"model.{side}", mesh.shape["stage"],
-                [segment.repeats for segment in stack.segments],
-                config.train.global_batch_size // config.train.accumulation, ways)
+            for size in (train.global_batch_size, *(n for n, _ in train.batch_ramp.stages)):
+                pipeline.validate(
+                    stack.pipeline, f"model.{side}", mesh.shape["stage"],
+                    [segment.repeats for segment in stack.segments],
+                    size // train.accumulation, ways)
     for name, length in zip(("inputs_length", "targets_length"), _lengths(config), strict=True):
         for axis in ("act_length", "act_norm_length"):
             axes = rules.mesh_axes(axis)

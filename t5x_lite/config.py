@@ -23,6 +23,7 @@ from t5x_lite.errors import UserError, nearest
 from t5x_lite.models import ModelConfig
 from t5x_lite.objectives import ObjectiveConfig
 from t5x_lite.optim import OptimizerConfig
+from t5x_lite.schedules import BatchRampConfig
 from t5x_lite.sharding import DEFAULT_RULES, MeshConfig
 
 
@@ -32,6 +33,7 @@ class TrainConfig:
 
     num_steps: int = 1000
     global_batch_size: int = 128    # sequences an optimizer step, over all devices
+    batch_ramp: BatchRampConfig = BatchRampConfig()   # smaller batches before that one
     accumulation: int = 1           # micro-batches an optimizer step is split into
     seed: int = 0                   # of parameters, dropout and, unless data.seed is given, data
     log_every: int = 10             # steps between lines of metrics.jsonl

@@ -125,12 +125,18 @@ class ShardedRows:
                 {**identity, "shard": shard})
             for shard in sorted(shards)}
         self.identity = identity
+        self._batch_size, self._num_shards = global_batch_size, config.num_shards
         # tf.data works outside Python's lock: the first batch fills every shard's buffer.
         self._pool = concurrent.futures.ThreadPoolExecutor(min(cores, len(shards)))
 
     def __next__(self) -> dict[int, dict[str, np.ndarray]]:
-        rows = self._pool.map(lambda reader: reader.take(self._share), self._readers.values())
-        return dict(zip(self._readers, rows))
+        return self.take(self._batch_size)
+
+    def take(self, rows: int) -> dict[int, dict[str, np.ndarray]]:
+        """The next `rows` of the stream, a multiple of V: rows / V of every shard."""
+        share = rows // self._num_shards
+        parts = self._pool.map(lambda reader: reader.take(share), self._readers.values())
+        return dict(zip(self._readers, parts))
 
     def state(self, shards: Sequence[int]) -> dict[int, bytes]:
         """The places of some of the shards after the rows handed out."""
@@ -177,8 +183,13 @@ class TrainIterator:
         return self
 
     def __next__(self) -> Batch:
-        by_shard = next(self._rows)
-        share = self._batch_size // self._num_shards
+        return self.take(self._batch_size)
+
+    def take(self, batch_size: int) -> Batch:
+        """The next global batch, of this many rows: a multiple of num_shards and of the ways
+        that the mesh splits a batch."""
+        by_shard = self._rows.take(batch_size)
+        share = batch_size // self._num_shards
 
         def rows(name: str, start: int, stop: int) -> np.ndarray:
             parts = []
@@ -189,7 +200,7 @@ class TrainIterator:
 
         features = next(iter(by_shard.values()))
         return {name: _global_array(functools.partial(rows, name),
-                                    (self._batch_size, *features[name].shape[1:]), self._sharding)
+                                    (batch_size, *features[name].shape[1:]), self._sharding)
                 for name in features}
 
     def state(self) -> dict[int, bytes]:

@@ -5,7 +5,7 @@ import re
 import sys
 import textwrap
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 from tqdm import tqdm
@@ -58,9 +58,9 @@ def header(experiment: Experiment) -> str:
 class Progress:
     """A live line on a terminal, else a plain line every log_every steps."""
 
-    def __init__(self, start: int, total: int, tokens_per_step: int):
+    def __init__(self, start: int, total: int, tokens_seen: Callable[[int], int]):
         self._bar = None
-        self._tokens = tokens_per_step
+        self._tokens_seen = tokens_seen
         self._total = total
         self._first, self._began = start, time.perf_counter()
         if is_main() and sys.stderr.isatty():
@@ -71,7 +71,8 @@ class Progress:
     def update(self, step: int, loss: float, log: bool) -> None:
         """Shows that `step` steps are done."""
         seconds = time.perf_counter() - self._began
-        rate = self._tokens * (step - self._first) / max(seconds, 1e-9)
+        tokens = self._tokens_seen(step) - self._tokens_seen(self._first)
+        rate = tokens / max(seconds, 1e-9)
         shown = f"loss {loss:.3f}, {si(rate, 'tokens/s') if rate else 'compiled'}"
         if self._bar is not None:
             self._bar.set_postfix_str(shown, refresh=False)

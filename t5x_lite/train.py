@@ -25,7 +25,7 @@ from absl import flags
 import jax
 from jax.experimental import multihost_utils
 
-from t5x_lite import data, metrics, report
+from t5x_lite import data, metrics, report, schedules
 from t5x_lite.build import Experiment, build, param_report
 from t5x_lite.checkpoint import Checkpointer, restore_or_init, restore_params
 from t5x_lite.config import RunConfig, to_json
@@ -117,7 +117,9 @@ def _loop(experiment: Experiment, workdir: pathlib.Path, checkpointer: Checkpoin
     with metrics.MetricsWriter(workdir, resume_step=first) as writer:
         log = _Log(experiment, writer, checkpointer, first)
         for step in range(first + 1, last + 1):
-            state, sums = train_step(state, next(train_data))
+            rows = schedules.batch_size_at(config.train.batch_ramp,
+                                           config.train.global_batch_size, step - 1)
+            state, sums = train_step(state, train_data.take(rows))
             # The device works on this step while the one before it is read and shown.
             log.read_pending()
             log.pending = (step, sums)
@@ -159,19 +161,23 @@ class _Log:
         self._writer = writer
         self._checkpointer = checkpointer
         train = experiment.config.train
-        self._rows = train.global_batch_size
         self._every = train.log_every
         self._sums: dict = {}
-        self.progress = report.Progress(first, train.num_steps,
-                                        self._rows * experiment.tokens_per_sequence)
+        self.progress = report.Progress(first, train.num_steps, self._tokens_seen)
         self._fresh = True
         self._warned = False
 
+    def _rows_seen(self, step: int) -> int:
+        train = self._experiment.config.train
+        return schedules.sequences_before(train.batch_ramp, train.global_batch_size, step)
+
+    def _tokens_seen(self, step: int) -> int:
+        return self._rows_seen(step) * self._experiment.tokens_per_sequence
+
     def stamp(self, step: int) -> dict[str, float]:
         """What every line of metrics.jsonl carries."""
-        rows = step * self._rows
-        return {"step": step, "tokens_seen": rows * self._experiment.tokens_per_sequence,
-                "flops": rows * self._experiment.flops_per_sequence,
+        return {"step": step, "tokens_seen": self._tokens_seen(step),
+                "flops": self._rows_seen(step) * self._experiment.flops_per_sequence,
                 "non_embedding_params": self._experiment.num_non_embedding_params}
 
     def read_pending(self) -> None:
