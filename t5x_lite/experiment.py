@@ -26,7 +26,7 @@ from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read o
 
 from absl import flags
 
-from t5x_lite import metrics, report, train
+from t5x_lite import checkpoint, metrics, report, train
 from t5x_lite import config as configs
 from t5x_lite.config import RunConfig
 from t5x_lite.errors import UserError
@@ -66,11 +66,8 @@ def load(path: str) -> tuple[ModuleType, str | None]:
 
 
 def is_finished(workdir: pathlib.Path, config: RunConfig) -> bool:
-    """Whether the workdir holds the last step's evaluation, which is written after all else."""
-    path = workdir / "metrics.jsonl"
-    return path.is_file() and any(
-        line["step"] >= config.train.num_steps and any(n.startswith("eval/") for n in line)
-        for line in metrics.read_metrics(path))
+    """Whether the workdir holds the last step's checkpoint, which is written after all else."""
+    return config.train.num_steps in checkpoint.all_steps(workdir)
 
 
 def execute(runs: Sequence[Run], workdir: pathlib.Path) -> None:

@@ -123,7 +123,7 @@ def _loop(experiment: Experiment, workdir: pathlib.Path, checkpointer: Checkpoin
             # The device works on this step while the one before it is read and shown.
             log.read_pending()
             log.pending = (step, sums)
-            stopping = stop.now(step)
+            stopping = step < last and stop.now(step)
             evaluating = step % config.eval.every == 0 or step == last
             saving = step % config.checkpoint.every == 0 or step == last or stopping
             if evaluating or saving:
