@@ -24,6 +24,7 @@ import jax  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 from t5x_lite.config import RunConfig, from_mapping  # noqa: E402
+from t5x_lite import processes  # noqa: E402
 from t5x_lite.errors import UserError, nearest  # noqa: E402
 
 _COORDINATOR = flags.DEFINE_string(
@@ -80,7 +81,11 @@ def _start(main: Callable[[], None], argv: list[str]) -> None:
     if given and len(given) < 3:
         raise UserError("--coordinator_address, --num_processes and --process_id go together.")
     if given:
-        jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        found = processes.Processes("flags", *(f.value for f in given))
+    else:
+        found = processes.find(os.environ, processes.has_tpu(os.environ))
+    if found is not None:
+        found.initialize()
     main()
 
 

@@ -20,7 +20,7 @@ LAYERS = (
      "cost"),
     ("state", "steps", "checkpoint_format", "checkpoint"),
     ("config", "build"),
-    ("cli", "report", "evaluate", "train", "eval", "infer", "plan", "convert_main", "experiment",
+    ("processes", "cli", "report", "evaluate", "train", "eval", "infer", "plan", "convert_main", "experiment",
      "interactive", "scaling"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

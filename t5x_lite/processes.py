@@ -1,0 +1,141 @@
+"""Which processes make up a run: found from what the scheduler tells each of them.
+
+    TPU pod, GKE or Cloud TPU VM    one process a host; JAX asks the TPU runtime or the metadata
+    Slurm (srun)                    SLURM_NTASKS, SLURM_PROCID and the step's first host
+    Kubernetes (indexed Job)        JOB_COMPLETION_INDEX, with JAX_COORDINATOR_ADDRESS and
+                                    JAX_NUM_PROCESSES from the manifest, or read from the cluster
+                                    by the `kubernetes` package
+    anything else                   JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID, or
+                                    the flags of the same names
+
+A single process, be it on a machine of its own, in a Slurm allocation without srun or in a
+notebook's pod, needs none of this and starts none.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+
+import jax
+
+from t5x_lite.errors import UserError
+
+_GENERIC = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """What jax.distributed.initialize needs to be told; None is left to JAX to find."""
+
+    source: str                                    # where it was found
+    coordinator_address: str | None = None         # host:port of process 0
+    num_processes: int | None = None
+    process_id: int | None = None
+    local_device_ids: tuple[int, ...] | None = None   # None: all devices of the host
+
+    def initialize(self) -> None:
+        """Joins the other processes; must come before anything that uses a device.
+
+        Raises:
+            UserError: where JAX was to find the coordinator and could not.
+        """
+        known = None not in (self.coordinator_address, self.num_processes, self.process_id)
+        # JAX gives each Slurm task one GPU unless it is kept from looking.
+        try:
+            jax.distributed.initialize(
+                self.coordinator_address, self.num_processes, self.process_id,
+                self.local_device_ids,
+                **({"cluster_detection_method": "deactivate"} if known else {}))
+        except ValueError as error:   # JAX found no coordinator
+            raise UserError(f"{self.source}: this is one of several processes, but {error} Set "
+                            f"{', '.join(_GENERIC)}.") from error
+
+
+def find(environ: Mapping[str, str], has_tpu: bool) -> Processes | None:
+    """The processes that the environment describes; None for a single one.
+
+    Args:
+        environ: os.environ.
+        has_tpu: whether this host has TPU chips that JAX is to use.
+    Raises:
+        UserError: an environment that describes only half of it.
+    """
+    finders = (_from_slurm, _from_kubernetes, _from_variables)
+    if has_tpu and not environ.get("JAX_COORDINATOR_ADDRESS"):
+        return _from_tpu(environ)
+    return next((found for finder in finders if (found := finder(environ)) is not None), None)
+
+
+def _from_tpu(environ: Mapping[str, str]) -> Processes | None:
+    workers = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES")
+    slices = int(environ.get("MEGASCALE_NUM_SLICES") or 1)
+    if workers is None and environ.get("TPU_SKIP_MDS_QUERY"):
+        return None   # no worker list and no metadata to ask (Colab)
+    if workers is not None and "," not in workers and slices == 1:
+        return None
+    return Processes("TPU")
+
+
+def _from_slurm(environ: Mapping[str, str]) -> Processes | None:
+    tasks = int(environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS") or 1)
+    # The step's variables exist under srun only: salloc and sbatch run one process.
+    if tasks == 1 or not {"SLURM_STEP_NODELIST", "SLURM_PROCID"} <= environ.keys():
+        return None
+    nodes = int(environ.get("SLURM_STEP_NUM_NODES") or environ.get("SLURM_NNODES") or 1)
+    visible = environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    devices = None
+    if tasks > nodes and len(visible) > 1:   # several tasks see the same GPUs: one each
+        devices = (int(environ["SLURM_LOCALID"]),)
+    # A port that follows from the job, so that two jobs on one host do not meet.
+    port = 61440 + int(environ.get("SLURM_JOB_ID", "0")) % 4096
+    host = environ.get("JAX_COORDINATOR_ADDRESS") or \
+        f"{first_host(environ['SLURM_STEP_NODELIST'])}:{port}"
+    return Processes("Slurm", host, tasks, int(environ["SLURM_PROCID"]), devices)
+
+
+def first_host(nodes: str) -> str:
+    """The first of Slurm's node list: "gpu[007-015,020],cpu1" -> "gpu007"."""
+    name, bracket, rest = nodes.partition("[")
+    if "," in name or not bracket:
+        return name.split(",")[0]
+    number = rest.split("]")[0].split(",")[0].split("-")[0]
+    return name + number + rest.partition("]")[2].split(",")[0]
+
+
+def _from_kubernetes(environ: Mapping[str, str]) -> Processes | None:
+    index = environ.get("JOB_COMPLETION_INDEX")
+    if index is None or "KUBERNETES_SERVICE_HOST" not in environ:
+        return None
+    if "JAX_NUM_PROCESSES" not in environ and "JAX_COORDINATOR_ADDRESS" not in environ:
+        return Processes("Kubernetes")   # JAX reads the Job through the cluster's API
+    return _from_variables({**environ, "JAX_PROCESS_ID": environ.get("JAX_PROCESS_ID", index)},
+                           "Kubernetes")
+
+
+def _from_variables(environ: Mapping[str, str], source: str = "the environment"
+                    ) -> Processes | None:
+    given = [name for name in _GENERIC if environ.get(name)]
+    if not given:
+        return None
+    if len(given) < len(_GENERIC):
+        missing = ", ".join(name for name in _GENERIC if name not in given)
+        raise UserError(f"{' and '.join(given)} without {missing}: several processes need all of "
+                        f"{', '.join(_GENERIC)}; unset them for one process.")
+    address, number, index = (environ[name] for name in _GENERIC)
+    if not (number.isdigit() and index.isdigit() and int(index) < int(number)):
+        raise UserError(f"JAX_NUM_PROCESSES={number} and JAX_PROCESS_ID={index}: must be numbers, "
+                        f"the second from 0 to one less than the first.")
+    return Processes(source, address, int(number), int(index)) if int(number) > 1 else None
+
+
+def has_tpu(environ: Mapping[str, str], devices: str = "/sys/bus/pci/devices") -> bool:
+    """Whether the host has TPU chips and JAX_PLATFORMS does not rule them out."""
+    platforms = environ.get("JAX_PLATFORMS", "")
+    if platforms and "tpu" not in platforms.split(","):
+        return False
+    for vendor in pathlib.Path(devices).glob("*/vendor"):
+        kind = (vendor.parent / "class").read_text().strip()
+        # Google's network cards (class 02) and disks (class 01) are no TPUs.
+        if vendor.read_text().strip() == "0x1ae0" and not kind.startswith(("0x01", "0x02")):
+            return True
+    return False
