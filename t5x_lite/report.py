@@ -1,6 +1,7 @@
 """What a run shows: the header, the progress line, evaluation lines, completed samples."""
 
 import math
+import os
 import re
 import sys
 import textwrap
@@ -55,6 +56,11 @@ def header(experiment: Experiment) -> str:
     return "\n".join(f"{name:<11} {text}" for name, text in lines)
 
 
+def _terminal_width() -> int:
+    """Columns of the terminal that standard error is, 0 where it is none (or hides them)."""
+    return os.get_terminal_size(sys.stderr.fileno()).columns if sys.stderr.isatty() else 0
+
+
 class Progress:
     """A live line on a terminal, else a plain line every log_every steps."""
 
@@ -63,10 +69,10 @@ class Progress:
         self._tokens_seen = tokens_seen
         self._total = total
         self._first, self._began = start, time.perf_counter()
-        if is_main() and sys.stderr.isatty():
+        if is_main() and _terminal_width():
             self._bar = tqdm(
                 total=total, initial=start, dynamic_ncols=True, mininterval=0.2,
-                bar_format="{desc}step {n_fmt}/{total_fmt} |{bar}| {postfix} {remaining} left")
+                bar_format="step {n_fmt}/{total_fmt} |{bar}| {desc}, {remaining} left")
 
     def update(self, step: int, loss: float, log: bool) -> None:
         """Shows that `step` steps are done."""
@@ -75,7 +81,7 @@ class Progress:
         rate = tokens / max(seconds, 1e-9)
         shown = f"loss {loss:.3f}, {si(rate, 'tokens/s') if rate else 'compiled'}"
         if self._bar is not None:
-            self._bar.set_postfix_str(shown, refresh=False)
+            self._bar.set_description_str(shown, refresh=False)
             self._bar.update(step - self._bar.n)
         elif log:
             left = seconds / max(step - self._first, 1) * (self._total - step)
