@@ -18,6 +18,7 @@ Shape letters: B batch, L length, D model, F output features, V vocabulary.
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -165,12 +166,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """The Explicit device mesh with every axis of MESH_AXES, sizes from `config`.
 
     Raises:
-        UserError: a size below 1 (other than one -1), or a product that is not the device count.
+        UserError: a size below 1 (other than one -1), a product that is not the device count,
+            or a number of slices that the devices do not have.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = resolve_mesh(config, len(devices))
     shape = tuple(sizes.values())
-    if sizes["slice"] > 1 and getattr(devices[0], "slice_index", None) is not None:
+    # GPUs count hosts as slices, and any mesh may span those.
+    slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
+    if slices > 1 and sizes["slice"] != slices and devices[0].platform == "tpu":
+        raise UserError(f"mesh.slice={sizes['slice']}: the devices stand in {slices} slices, "
+                        f"joined by the data-centre network; set mesh.slice={slices}.")
+    if sizes["slice"] == slices > 1:
         array = mesh_utils.create_hybrid_device_mesh(
             (1, *shape[1:]), (sizes["slice"], *(1 for _ in shape[1:])), devices=devices)
     else:
@@ -268,6 +275,35 @@ def weight(w: jax.Array, axes: Axes, dtype: jnp.dtype) -> jax.Array:
     if not sizes:
         return w
     return jax.sharding.reshard(w, _rules.get().spec(axes, sizes, drop=GATHERED_AXES))
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeWeight:
+    """A parameter that every device holds whole and whose gradient is born split (ZeRO-2).
+
+    It stands where a parameter's array would; `[...]` gives the array. Differentiate with
+    respect to `part`: as with a weight stored split, each layer's gradient is reduce-scattered
+    where it arises, instead of being summed whole on every device.
+    """
+
+    whole: jax.Array
+    part: jax.Array   # zeros of the same shape and dtype, sharded as the gradient is to be
+
+    def __getitem__(self, index) -> jax.Array:
+        assert index is Ellipsis, index
+        return _whole(self.whole, self.part, jax.typeof(self.part).sharding.spec)
+
+
+jax.tree_util.register_dataclass(WholeWeight, data_fields=["whole", "part"], meta_fields=[])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _whole(whole: jax.Array, part: jax.Array, spec: PartitionSpec) -> jax.Array:
+    return whole
+
+
+_whole.defvjp(lambda whole, part, spec: (whole, None),
+              lambda spec, _, g: (None, jax.sharding.reshard(g, spec)))
 
 
 def einsum(equation: str, *operands: jax.Array, out: Axes, **kwargs) -> jax.Array:
