@@ -19,6 +19,7 @@ import ml_collections
 
 from t5x_lite.checkpoint import CheckpointConfig
 from t5x_lite.data import DataConfig
+from t5x_lite.decoding import DecodeConfig
 from t5x_lite.errors import UserError, nearest
 from t5x_lite.models import ModelConfig
 from t5x_lite.objectives import ObjectiveConfig
@@ -47,6 +48,8 @@ class EvalConfig:
     batch_size: int = 0             # sequences; 0: train.global_batch_size
     num_batches: int = 0            # at most so many; 0: the whole split
     samples: int = 0                # inputs completed on the screen after training
+    metrics: bool = True            # decode and score for the metric functions of the tasks
+    decode: DecodeConfig = DecodeConfig()   # how, for metrics and by default in infer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -198,6 +198,18 @@ def task_dataset(task: seqio.Task, split: str, lengths: dict[str, int], seed: in
     Sources of at least num_shards files are split by file; smaller ones by example, for
     which every shard must read them in the same order, hence with the same seed.
     """
+    dataset = _preprocessed(task, split, lengths, seed, shard, num_shards, training)
+    dataset = dataset.map(_plain(
+        lambda x: {f: tf.cast(x[f][:length], tf.int32) for f, length in lengths.items()}))
+    if training and shuffle_buffer > 1:
+        shard_seed = seed_of(seed, task.name, shard)
+        dataset = dataset.shuffle(shuffle_buffer, seed=seed_of(shard_seed, "shuffle"))
+    return dataset
+
+
+def _preprocessed(task: seqio.Task, split: str, lengths: dict[str, int], seed: int, shard: int,
+                  num_shards: int, training: bool) -> tf.data.Dataset:
+    """Examples of one shard with every field that the task's preprocessors keep."""
     source = task.source
     info = seqio.ShardInfo(shard, num_shards)
     shard_seed = seed_of(seed, task.name, shard)
@@ -210,12 +222,15 @@ def task_dataset(task: seqio.Task, split: str, lengths: dict[str, int], seed: in
     dataset = task.preprocess_precache(dataset, seed=shard_seed)
     if training:   # before the random preprocessors, so that every epoch draws anew
         dataset = dataset.repeat()
-    dataset = task.preprocess_postcache(dataset, sequence_length=lengths, seed=shard_seed)
-    dataset = dataset.map(_plain(
-        lambda x: {f: tf.cast(x[f][:length], tf.int32) for f, length in lengths.items()}))
-    if training and shuffle_buffer > 1:
-        dataset = dataset.shuffle(shuffle_buffer, seed=seed_of(shard_seed, "shuffle"))
-    return dataset
+    return task.preprocess_postcache(dataset, sequence_length=lengths, seed=shard_seed)
+
+
+def examples(task: seqio.Task, split: str, lengths: dict[str, int]) -> Iterator[dict]:
+    """The examples that evaluation's rows are made of, as numpy, in their order, with all fields:
+    what a postprocessor reads. Features are int32 tokens, cut to their lengths."""
+    dataset = _preprocessed(task, split, lengths, EVAL_SEED, 0, 1, False)
+    for example in dataset.as_numpy_iterator():
+        yield {**example, **{f: example[f][:n] for f, n in lengths.items()}}
 
 
 def rows_dataset(mixture: Sequence[Weighted], split: str, converter: Converter,

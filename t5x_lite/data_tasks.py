@@ -11,7 +11,7 @@ import math
 import os
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -228,6 +228,21 @@ def validation_task(config: DataConfig, name: str, objective: str) -> "seqio.Tas
     if name == "validation_files":
         return _text_task(config, "validation", objective)
     return _with_vocabulary(_find(name, "data.validation", config), config)
+
+
+def eval_examples(config: DataConfig, task: str, *, objective: str, split: str = "validation"
+                  ) -> tuple["seqio.Task", Iterator[dict]]:
+    """The task, and its examples in order: {"inputs", "targets": tokens, and all else it keeps}.
+
+    Cut to inputs_length and targets_length; the feature "inputs" may be missing.
+    Raises UserError for an unknown task or split.
+    """
+    pipeline = tensorflow_side()
+    found = validation_task(config, task, objective)
+    features = [f for f in ("inputs", "targets") if f in found.output_features]
+    pipeline.check_task(found, split, features, "data.validation")
+    lengths = {"inputs": config.inputs_length, "targets": config.targets_length}
+    return found, pipeline.examples(found, split, {f: lengths[f] for f in features})
 
 
 def _text_task(config: DataConfig, split: str, objective: str) -> "seqio.Task":

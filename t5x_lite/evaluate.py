@@ -1,5 +1,6 @@
 """Held-out evaluation of one set of parameters, in the loop and alone."""
 
+import itertools
 import math
 from collections.abc import Mapping
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5x_lite import data, metrics, steps
+from t5x_lite import data, metrics, predictor, report, steps
 from t5x_lite.build import Experiment
 from t5x_lite.decoding import DecodeConfig
 
@@ -37,6 +38,23 @@ class Evaluator:
             self._vocabulary = data.vocabulary_of(config.data)
             self._token_bytes = jnp.asarray(
                 data.bytes_of_tokens(self._vocabulary, config.model.vocab_size), jnp.float32)
+        self._examples = self._tasks_with_metrics()
+        if self._examples:
+            self._predictor = predictor.Predictor(experiment, self._vocabulary, config.eval.decode)
+
+    def _tasks_with_metrics(self) -> dict:
+        """{task: (seqio task, as many examples as it has rows)} where it has metric functions."""
+        config = self._experiment.config
+        if not config.eval.metrics or config.objective.name == "mlm":
+            return {}
+        size = config.eval.batch_size or config.train.global_batch_size
+        found = {}
+        for name in self._batches:
+            task, examples = data.eval_examples(config.data, name, objective=config.objective.name)
+            if task.predict_metric_fns or task.score_metric_fns:
+                found[name] = task, list(itertools.islice(
+                    examples, config.eval.num_batches * size or None))
+        return found
 
     @property
     def has_data(self) -> bool:
@@ -51,7 +69,8 @@ class Evaluator:
 
     def evaluate(self, params: Mapping) -> dict[str, dict[str, float]]:
         """{task: {loss (nats a target token), accuracy, perplexity, bits_per_byte,
-        unigram_entropy, …}}, with ALL where there are several tasks."""
+        unigram_entropy, …}}, with ALL where there are several tasks, and what a task's own metric
+        functions give under "metric/NAME"."""
         totals = {task: {} for task in self._batches}
         for task, batches in self._batches.items():
             for batch in batches:
@@ -62,7 +81,11 @@ class Evaluator:
             for total in totals.values():
                 together = metrics.add(together, total)
             totals[ALL] = together
-        return {task: self._finish(task, total) for task, total in totals.items()}
+        results = {task: self._finish(task, total) for task, total in totals.items()}
+        for name, (task, examples) in self._examples.items():
+            own = predictor.task_metrics(self._predictor, params, task, examples)
+            results[name].update({report.METRIC + n: v for n, v in own.items()})
+        return results
 
     def _finish(self, task: str, total: Mapping) -> dict[str, float]:
         nats, tokens = map(float, total["loss"])

@@ -14,6 +14,9 @@ from tqdm import tqdm
 from t5x_lite.build import Experiment
 
 
+METRIC = "metric/"   # before the names of a task's own metrics, beside the model's loss and accuracy
+
+
 def is_main() -> bool:
     """Whether this process is the one that prints and writes."""
     return jax.process_index() == 0
@@ -105,7 +108,8 @@ def evaluation_line(step: int, task: str, metrics: Mapping[str, float]) -> str:
         text += f", {metrics['bits_per_byte']:.3f} bits/byte"
     if "unigram_entropy" in metrics:
         text += f"; unigram entropy of the targets {metrics['unigram_entropy']:.4f}"
-    return text
+    own = [f"{n.removeprefix(METRIC)} {v:.4g}" for n, v in metrics.items() if n.startswith(METRIC)]
+    return f"{text}; {', '.join(own)}" if own else text
 
 
 def samples(rows: Sequence[tuple[str, str, str]]) -> str:

@@ -159,7 +159,8 @@ def make_decode_step(model: Model, config: DecodeConfig
 
     Optional in the batch: decoder_prompt_tokens int32 [B, P], left-aligned, and
     decoder_prompt_lengths int32 [B], which the output continues. A decoder-only model needs
-    them; an encoder-decoder's default is the start token, the padding id.
+    them; an encoder-decoder's default is the start token, the padding id. decoder_prefix
+    [B, P] marks a prefix LM's prompt, row_ids int32 [B] names the rows for sampling.
     """
     def decode_step(params, batch):
         # A token at a time has no length to split.
@@ -177,7 +178,10 @@ def make_decode_step(model: Model, config: DecodeConfig
             prompt = jnp.full_like(inputs[:, :1], config.pad_id)
             lengths = jnp.ones_like(inputs[:, 0])
         slots = prompt.shape[1] + config.max_length
-        cache = module.init_cache({"encoder_input_tokens": inputs, "decoder_input_tokens": prompt},
-                                  slots)
-        return decoding.decode(module.decode, take_rows, cache, prompt, lengths, config)
+        read = {"encoder_input_tokens": inputs, "decoder_input_tokens": prompt}
+        if "decoder_prefix" in batch:
+            read["decoder_prefix"] = batch["decoder_prefix"]
+        cache = module.init_cache(read, slots)
+        return decoding.decode(module.decode, take_rows, cache, prompt, lengths, config,
+                               batch.get("row_ids"))
     return decode_step

@@ -20,8 +20,8 @@ LAYERS = (
      "cost"),
     ("state", "steps", "checkpoint_format", "checkpoint"),
     ("config", "build"),
-    ("processes", "cli", "report", "evaluate", "train", "eval", "infer", "plan", "convert_main", "experiment",
-     "interactive", "scaling"),
+    ("processes", "cli", "report", "predictor", "evaluate", "train", "eval", "infer",
+     "inspect_task", "plan", "convert_main", "experiment", "interactive", "scaling"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -1,0 +1,118 @@
+"""Show what a task makes: `python -m t5x_lite.inspect_task NAME --split=validation`.
+
+Prints the task's splits and metric functions, the features of a batch, the first rows with
+tokens and text side by side, and over the first examples how long inputs and targets are, how
+many do not fit, and how many targets are empty.
+
+    --objective=seq2seq --inputs_length=512 --targets_length=114 --rows=2 --examples=200
+    --vocabulary=NAME --task_modules=my.module --packing
+"""
+
+import dataclasses
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+
+from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read on import
+
+from absl import flags
+import jax
+import numpy as np
+
+from t5x_lite import data
+from t5x_lite.data import DataConfig
+from t5x_lite.errors import UserError
+
+_IDS_A_LINE = 8
+_LONG = 1 << 15   # tokens; no example of a text-to-text task is cut here
+
+
+def side_by_side(ids: Sequence[int], vocabulary) -> Iterator[str]:
+    """Lines of token ids with the text they stand for; padding at the end is only counted."""
+    ids = [int(i) for i in ids]
+    used = len(ids)
+    while used and not ids[used - 1]:
+        used -= 1
+    for start in range(0, used, _IDS_A_LINE):
+        part = ids[start:min(start + _IDS_A_LINE, used)]
+        shown = " ".join(f"{i:>5}" for i in part)
+        text = vocabulary.decode([i for i in part if i])
+        yield f"    {start:>5}  {shown:<{6 * _IDS_A_LINE}} {text!r}"
+    if used < len(ids):
+        yield f"    {used:>5}  {len(ids) - used} x padding"
+
+
+def describe(config: DataConfig, name: str, split: str, objective: str, rows: int,
+             examples: int) -> str:
+    """The whole report. Raises UserError for an unknown task or split."""
+    task, _ = data.eval_examples(config, name, objective=objective, split=split)
+    features = task.output_features
+    vocabulary = features["targets"].vocabulary
+    lines = [f"task {task.name}",
+             f"  splits      {', '.join(sorted(task.splits))}",
+             f"  examples    {task.num_input_examples(split)} in {split}, before preprocessing",
+             f"  vocabulary  {type(vocabulary).__name__}, {vocabulary.vocab_size} ids",
+             f"  metrics     {', '.join(f.__name__ for f in task.metric_fns) or 'none'}"]
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    batch = next(data.eval_batches(config, name, objective=objective, batch_size=rows,
+                                   sharding=sharding, split=split, max_batches=1))
+    lines.append(f"batch of {rows} rows, objective {objective}"
+                 + (", packed" if config.packing else ""))
+    lines += [f"  {n:<22} {x.dtype} {list(x.shape)}" for n, x in batch.items()]
+    for row in range(rows):
+        lines.append(f"row {row}")
+        for feature in ("encoder_input_tokens", "decoder_target_tokens"):
+            if feature in batch:
+                lines.append(f"  {feature}")
+                lines += side_by_side(np.asarray(batch[feature][row]), vocabulary)
+    return "\n".join([*lines, *_lengths(config, name, split, objective, examples)])
+
+
+def _lengths(config: DataConfig, name: str, split: str, objective: str, examples: int
+             ) -> Iterator[str]:
+    """How long inputs and targets are before they are cut."""
+    read = lambda config: data.eval_examples(config, name, objective=objective, split=split)[1]
+    if "targets_pretokenized" not in next(read(config), {}):
+        return   # no text-to-text task: it fills whatever lengths it is given
+    whole = dataclasses.replace(config, inputs_length=_LONG, targets_length=_LONG)
+    limits = {"inputs": config.inputs_length, "targets": config.targets_length}
+    lengths: dict[str, list[int]] = {}
+    for example in itertools.islice(read(whole), examples):
+        for feature in limits.keys() & example.keys():
+            lengths.setdefault(feature, []).append(len(example[feature]))
+    yield f"lengths of the first {len(lengths['targets'])} examples, in tokens"
+    for feature, found in sorted(lengths.items()):
+        limit = limits[feature]
+        cut = sum(n > limit for n in found)
+        line = f"  {feature:<8} mean {np.mean(found):.1f}, longest {max(found)}; {cut} of "
+        line += f"{len(found)} longer than {feature}_length={limit} and cut"
+        empty = sum(n <= 1 for n in found)
+        yield line + (f"; {empty} empty" if empty else "")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("task", "", "The task; may stand without --task=.")
+    flags.DEFINE_string("split", "validation", "The split to read.")
+    flags.DEFINE_string("objective", "seq2seq", "seq2seq, lm, prefix_lm or mlm.")
+    flags.DEFINE_integer("inputs_length", 512, "Tokens of the inputs.")
+    flags.DEFINE_integer("targets_length", 114, "Tokens of the targets.")
+    flags.DEFINE_integer("rows", 2, "Rows to show.")
+    flags.DEFINE_integer("examples", 200, "Examples to measure.")
+    flags.DEFINE_string("vocabulary", "", "Instead of the task's own.")
+    flags.DEFINE_string("task_modules", "", "Your modules that register tasks.")
+    flags.DEFINE_bool("packing", False, "Several examples in a row.")
+
+    def main() -> None:
+        values = flags.FLAGS
+        if not values.task:
+            raise UserError("which task? python -m t5x_lite.inspect_task NAME")
+        config = DataConfig(
+            validation=values.task, vocabulary=values.vocabulary, packing=values.packing,
+            inputs_length=values.inputs_length, targets_length=values.targets_length,
+            task_modules=values.task_modules)
+        print(describe(config, values.task, values.split, values.objective, values.rows,
+                       values.examples))
+
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        sys.argv[1] = f"--task={sys.argv[1]}"
+    cli.run(main)

@@ -1,0 +1,131 @@
+"""Train, predict, score and evaluate on plain lists, in a notebook.
+
+    from t5x_lite import interactive
+    session = interactive.load("runs/my_run")               # or interactive.start(config)
+    session.train([("2 + 2", "4"), ("3 + 1", "4")], num_steps=20)
+    session.predict(["2 + 3"], method="beam", beam_size=4)   # ["5"]
+    session.score(["2 + 3"], ["5"])                          # [-0.31], nats
+    session.evaluate([("2 + 3", "5")], [metrics.accuracy])   # {"accuracy": 100.0}
+
+Nothing is written; the steps are those of t5x_lite.train, on the config's mesh.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from t5x_lite import checkpoint, cli, data, metrics
+from t5x_lite import config as configs
+from t5x_lite.build import Experiment, build
+from t5x_lite.config import RunConfig
+from t5x_lite.errors import UserError
+from t5x_lite.predictor import Predictor
+
+Examples = Sequence[tuple[str, str]]   # (inputs, targets)
+
+
+class Session:
+    """A model with its parameters and optimizer state, in this process's memory.
+
+    experiment: what build gave. state: as training keeps it; step counts the steps done here.
+    """
+
+    def __init__(self, experiment: Experiment, state: dict):
+        self.experiment = experiment
+        self.state = state
+        self._vocabulary = data.vocabulary_of(experiment.config.data)
+        data.check_vocabulary(self._vocabulary, experiment.config.model.vocab_size)
+        self._train_step = experiment.jit_train_step()
+
+    def train(self, examples: Examples, num_steps: int) -> list[float]:
+        """Steps over the examples, shuffled anew each epoch; the loss (nats a token) of each."""
+        _check_texts([t for pair in examples for t in pair], "examples")
+        if not examples:
+            raise UserError("no examples to train on")
+        config = self.experiment.config
+        size = config.train.global_batch_size
+        rows = self._predictor(config.eval.decode, size)
+        order = _endless(len(examples), config.train.seed, int(self.state["step"]) * size)
+        losses = []
+        with self.experiment.activate():
+            for _ in range(num_steps):
+                chosen = [examples[next(order)] for _ in range(size)]
+                batch = rows.place(rows.training_rows(*zip(*chosen, strict=True)))
+                self.state, sums = self._train_step(self.state, batch)
+                losses.append(metrics.divide({"loss": jax.device_get(sums["loss"])})["loss"])
+        return losses
+
+    def predict(self, inputs: Sequence[str], **decode) -> list[str]:
+        """The best continuation of each input; decode: fields of DecodeConfig."""
+        return [p.texts[0] for p in self.predict_many(inputs, **decode)]
+
+    def predict_many(self, inputs: Sequence[str], **decode) -> list:
+        """All sequences of each input with their scores, as predictor.Prediction."""
+        _check_texts(inputs, "inputs")
+        config = dataclasses.replace(self.experiment.config.eval.decode, **decode)
+        with self.experiment.activate():
+            return self._predictor(config).predict(self.state["params"], inputs)
+
+    def score(self, inputs: Sequence[str], targets: Sequence[str]) -> list[float]:
+        """log p(target | input) of each pair, in nats."""
+        _check_texts([*inputs, *targets], "inputs and targets")
+        if len(inputs) != len(targets):
+            raise UserError(f"{len(inputs)} inputs and {len(targets)} targets to score")
+        with self.experiment.activate():
+            return self._predictor(self.experiment.config.eval.decode).score(
+                self.state["params"], inputs, targets)
+
+    def evaluate(self, examples: Examples, metric_fns: Sequence[Callable] = (), **decode
+                 ) -> dict[str, float]:
+        """What metric functions (targets, predictions) -> {name: value} give, and "score": the
+        mean log-probability of the targets."""
+        inputs, targets = map(list, zip(*examples, strict=True))
+        values: dict[str, float] = {}
+        if metric_fns:
+            predictions = self.predict(inputs, **decode)
+            for metric_fn in metric_fns:
+                values.update(metric_fn(targets, predictions))
+        return {**values, "score": float(np.mean(self.score(inputs, targets)))}
+
+    @functools.lru_cache(maxsize=8)   # compiled functions, by decode config
+    def _predictor(self, decode, batch_size: int = 0) -> Predictor:
+        return Predictor(self.experiment, self._vocabulary, decode, batch_size)
+
+
+def start(config: RunConfig) -> Session:
+    """A session with fresh parameters (those of config.init_from are for t5x_lite.train)."""
+    cli.quiet()
+    experiment = build(config)
+    return Session(experiment, experiment.init_state())
+
+
+def load(workdir: str | os.PathLike, step: int | str = "last", overrides: Sequence[str] = ()
+         ) -> Session:
+    """A session with a checkpoint's parameters and a fresh optimizer.
+
+    overrides: "field=value" of the run's config, as t5x_lite.eval takes them.
+    """
+    cli.quiet()
+    workdir = pathlib.Path(workdir)
+    experiment = build(configs.load(workdir / "config.json", overrides))
+    params, _ = checkpoint.restore_params(workdir, experiment.abstract_state["params"], step)
+    return Session(experiment, {**experiment.init_state(), "params": params})
+
+
+def _check_texts(texts: Sequence[str], what: str) -> None:
+    wrong = next((t for t in texts if not isinstance(t, str)), None)
+    if wrong is not None:
+        raise UserError(f"{what} must be strings, not {type(wrong).__name__} ({wrong!r})")
+
+
+def _endless(count: int, seed: int, start: int) -> Iterator[int]:
+    """Numbers below count, every epoch in another order; goes on behind the first `start`."""
+    epoch, skip = divmod(start, count)
+    while True:
+        yield from np.random.default_rng((seed, epoch)).permutation(count)[skip:]
+        epoch, skip = epoch + 1, 0

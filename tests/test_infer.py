@@ -1,0 +1,256 @@
+"""Predicting and scoring: files in, JSONL out, resumed equals uninterrupted; metrics in eval."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from t5x_lite import checkpoint, data, infer, inspect_task, interactive, train
+from t5x_lite import config as configs
+from t5x_lite.build import build
+from t5x_lite.config import EvalConfig
+from t5x_lite.decoding import DecodeConfig
+from t5x_lite.errors import UserError
+from t5x_lite.evaluate import Evaluator
+from t5x_lite.predictor import Predictor
+from tests import tiny_config
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+EXAMPLES = [(f"{a}+{b}", str(a + b)) for a in range(4) for b in range(3)]   # 12: a batch and half
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The examples as a.jsonl, a.tsv and a.txt."""
+    folder = tmp_path_factory.mktemp("examples")
+    (folder / "a.jsonl").write_text("".join(
+        json.dumps({"inputs": i, "targets": t}) + "\n" for i, t in EXAMPLES))
+    (folder / "a.tsv").write_text("".join(f"{i}\t{t}\n" for i, t in EXAMPLES))
+    (folder / "a.txt").write_text("".join(f"{i}\n" for i, _ in EXAMPLES))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(files, tmp_path_factory):
+    """(config, workdir) of two steps on the examples, one device's batch split over 8."""
+    path = str(files / "a.jsonl")
+    base = tiny_config.run("")
+    config = dataclasses.replace(
+        base, data=dataclasses.replace(
+            base.data, train_files="", validation_files="", train=path, validation=path,
+            num_shards=2),
+        train=dataclasses.replace(base.train, num_steps=2),
+        eval=EvalConfig(every=2, decode=DecodeConfig(max_length=6)))
+    workdir = tmp_path_factory.mktemp("run")
+    return config, workdir, train.run(config, workdir)
+
+
+@pytest.fixture(scope="module")
+def session(run):
+    return interactive.load(run[1])
+
+
+def go(run, items, output, *, mode="predict", decode=None, source="x"):
+    config, workdir, _ = run
+    return infer.infer(config, workdir, "last", decode or config.eval.decode, items, output,
+                       mode=mode, source=source)
+
+
+def items(path, **options):
+    options = {"on_error": "refuse", "needs_targets": False, **options}
+    with open(path, "rb") as lines:
+        return list(infer.read_lines(lines, infer.format_of(str(path), ""), **options))
+
+
+def written(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_evaluation_runs_the_tasks_metrics_in_the_loop(run, session):
+    config, _, held_out = run
+    [values] = held_out.values()
+    predictions = session.predict([i for i, _ in EXAMPLES])
+    exact = 100 * np.mean([p.strip() == t for p, (_, t) in zip(predictions, EXAMPLES)])
+    assert values["metric/exact_match"] == pytest.approx(exact)
+    assert {"metric/em", "metric/f1", "loss"} <= values.keys()
+
+
+def test_evaluation_without_metrics(run):
+    config = configs.replace(run[0], "eval.metrics", False)
+    experiment = build(config)
+    with experiment.activate():
+        assert Evaluator(experiment)._examples == {}
+
+
+def test_a_score_is_the_loss_of_its_row(run, session):
+    experiment = session.experiment
+    vocabulary = data.vocabulary_of(experiment.config.data)
+    with experiment.activate():
+        predictor = Predictor(experiment, vocabulary, DecodeConfig())
+        batch = predictor.place(predictor.training_rows(["1+2"], ["3"]))
+        sums = jax.jit(experiment.eval_step)(session.state["params"], batch, np.zeros(384))
+    assert session.score(["1+2"], ["3"])[0] == pytest.approx(-float(sums["loss"][0]), rel=1e-5)
+    assert float(sums["loss"][1]) == 2   # the target and EOS
+
+
+def test_results_do_not_depend_on_the_neighbours(session):
+    inputs = [i for i, _ in EXAMPLES]
+    together = session.predict_many(inputs)
+    assert session.predict_many(inputs[::-1])[::-1] == together
+    assert session.predict_many(inputs[:1]) == together[:1]
+
+
+def test_files_of_all_formats_give_the_same_predictions(run, files, tmp_path):
+    outputs = []
+    for name in ("a.jsonl", "a.tsv", "a.txt"):
+        output = tmp_path / f"{name}.out.jsonl"
+        assert go(run, items(files / name), output) == len(EXAMPLES)
+        outputs.append(written(output))
+    assert [r["inputs"] for r in outputs[0]] == [i for i, _ in EXAMPLES]
+    assert [r["targets"] for r in outputs[1]] == [[t] for _, t in EXAMPLES]
+    for key in ("line", "predictions", "scores"):
+        assert [r[key] for r in outputs[0]] == [r[key] for r in outputs[2]]
+    assert outputs[0] == outputs[1]
+
+
+def test_a_killed_run_goes_on_and_writes_the_same_bytes(run, files, tmp_path):
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    decode = DecodeConfig(method="sample", num_samples=2, max_length=4)
+    go(run, items(files / "a.jsonl"), whole, decode=decode)
+    content = whole.read_bytes()
+    go(run, items(files / "a.jsonl")[:3], cut, decode=decode)
+    for end in (0, 10, content.index(b"\n") + 1, len(content) // 2, len(content) - 1):
+        cut.write_bytes(content[:end])   # a kill in the middle of a write
+        go(run, items(files / "a.jsonl"), cut, decode=decode)
+        assert cut.read_bytes() == content, end
+    assert go(run, items(files / "a.jsonl"), cut, decode=decode) == 0
+    with pytest.raises(UserError, match="belongs to another run:\n  decode: "):
+        go(run, items(files / "a.jsonl"), cut)
+
+
+def test_an_output_of_something_else_is_left_alone(run, files, tmp_path):
+    (tmp_path / "notes.jsonl").write_text("mine")
+    with pytest.raises(UserError, match="is not an output of infer"):
+        go(run, items(files / "a.jsonl"), tmp_path / "notes.jsonl")
+    assert (tmp_path / "notes.jsonl").read_text() == "mine"
+
+
+def test_scoring(run, files, tmp_path, session):
+    output = tmp_path / "scores.jsonl"
+    go(run, items(files / "a.tsv", needs_targets=True), output, mode="score")
+    inputs, targets = zip(*EXAMPLES)
+    expected = session.score(inputs, targets)
+    assert [r["scores"][0] for r in written(output)] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_task_gives_the_same_as_its_file(run, files, tmp_path):
+    config = run[0]
+    output = tmp_path / "task.jsonl"
+    go(run, infer.read_task(config, config.data.validation, "validation"), output)
+    by_input = {r["inputs"]: r["predictions"] for r in written(output)}
+    go(run, items(files / "a.jsonl"), tmp_path / "file.jsonl")
+    assert by_input == {r["inputs"]: r["predictions"] for r in written(tmp_path / "file.jsonl")}
+
+
+@pytest.mark.parametrize("line, kind, message", [
+    ("{", "jsonl", "is not JSON"), ("[]", "jsonl", "is not an object but a list"),
+    ('{"a": 1}', "jsonl", 'has no string "inputs"'), ("", "text", "is empty"),
+    ("\tb", "tsv", "has no inputs before the tab"), ("a", "tsv", "has no targets to score"),
+    ('{"inputs": "a", "targets": 3}', "jsonl", 'has "targets" that are neither'),
+    (b"\xff", "text", "is not UTF-8"),
+])
+def test_malformed_lines_are_numbered_and_skipped_or_refused(line, kind, message, capsys):
+    good = {"jsonl": '{"inputs": "a", "targets": "b"}', "tsv": "a\tb", "text": "a"}[kind]
+    raw = line if isinstance(line, bytes) else line.encode()
+    lines = [good.encode() + b"\n", raw + b"\n", good.encode() + b"\n"]
+    scored = dict(needs_targets=kind != "text", name="f")
+    with pytest.raises(UserError, match=f"f, line 2 {message}"):
+        list(infer.read_lines(lines, kind, on_error="refuse", **scored))
+    found = list(infer.read_lines(lines, kind, on_error="skip", **scored))
+    assert [item.line for item in found] == [1, 3]
+    assert f"skipped: f, line 2 {message}" in capsys.readouterr().out
+
+
+def test_formats_by_name():
+    assert infer.format_of("a.tsv", "") == "tsv" and infer.format_of("a", "") == "text"
+    assert infer.format_of("a.tsv", "jsonl") == "jsonl"
+    with pytest.raises(UserError, match="did you mean 'jsonl'"):
+        infer.format_of("a", "json")
+    with pytest.raises(UserError, match="--input=- needs --format"):
+        infer.format_of("-", "")
+
+
+def test_rows_of_causal_and_prefix_models_by_hand(session):
+    """[inputs, targets] in one row; loss on the targets; a prefix sees its own EOS."""
+    vocabulary = data.vocabulary_of(session.experiment.config.data)   # byt5: "a" is 100
+    config = session.experiment.config
+    config = dataclasses.replace(config, data=dataclasses.replace(
+        config.data, inputs_length=3, targets_length=3))
+
+    def rows(objective):
+        experiment = dataclasses.replace(session.experiment, config=dataclasses.replace(
+            config, objective=dataclasses.replace(config.objective, name=objective)))
+        predictor = Predictor(experiment, vocabulary, DecodeConfig(), batch_size=8)
+        return predictor, {n: x[0].tolist() for n, x in predictor.training_rows(
+            ["ab"], ["c"]).items()}, predictor._prompts(["ab"])
+
+    _, causal, prompt = rows("lm")
+    assert causal == {"decoder_input_tokens": [0, 100, 101, 102, 0, 0],
+                      "decoder_target_tokens": [100, 101, 102, 0, 0, 0],
+                      "decoder_loss_weights": [0, 0, 1, 0, 0, 0]}
+    assert prompt["decoder_prompt_tokens"][0].tolist() == [0, 100, 101, 0]
+    assert prompt["decoder_prompt_lengths"][0] == 3
+    predictor, prefix, prompt = rows("prefix_lm")
+    assert prefix == {"decoder_prefix": [1, 1, 1, 1, 0, 0],
+                      "decoder_input_tokens": [0, 100, 101, 1, 102, 1],
+                      "decoder_target_tokens": [100, 101, 1, 102, 1, 0],
+                      "decoder_loss_weights": [0, 0, 0, 1, 1, 0]}
+    assert prompt["decoder_prefix"][0].tolist() == [1, 1, 1, 1]
+    predictor.training_rows(["abcd"], ["cdef"])
+    assert (predictor.num_cut_inputs, predictor.num_cut_targets) == (1, 1)
+
+
+def test_a_session_learns_predicts_and_evaluates(run):
+    from tasks import metrics
+    session = interactive.start(configs.replace(run[0], "objective.z_loss", 0.0))
+    losses = session.train([("x", "y")], 30)
+    assert losses[-1] < losses[0] / 2 and int(session.state["step"]) == 30
+    found = session.evaluate([("x", "y")], [metrics.accuracy])
+    assert found["score"] == session.score(["x"], ["y"])[0] and "accuracy" in found
+    assert len(session.predict_many(["x"], method="beam", num_samples=2, max_length=4)[0].texts) == 2
+    with pytest.raises(UserError, match="inputs must be strings, not int"):
+        session.predict([3])
+    with pytest.raises(UserError, match="no examples"):
+        session.train([], 1)
+
+
+def test_inspection_shows_tokens_and_text(run):
+    config = dataclasses.replace(run[0].data, inputs_length=10, targets_length=2)
+    text = inspect_task.describe(config, config.validation, "validation", "seq2seq", 2, 50)
+    assert "encoder_input_tokens   int32 [2, 10]" in text and "exact_match, squad" in text
+    assert "1 x padding" not in text and "6 x padding" in text
+    assert "targets  mean 2.0, longest 2; 0 of 12 longer" in text
+    # the ids and the text of the same tokens stand in one line
+    line = next(l for l in text.splitlines() if "'" in l and "+" in l)
+    ids = [int(i) for i in line.split("'")[0].split()[1:]]
+    assert bytes(i - 3 for i in ids if i > 1).decode() in line
+
+
+def test_the_command_reads_standard_input(run, tmp_path):
+    output = tmp_path / "out.jsonl"
+    result = subprocess.run(
+        [sys.executable, "-m", "t5x_lite.infer", f"--workdir={run[1]}", "--input=-",
+         "--format=text", f"--output={output}", "--decode.method=beam", "--decode.max_length=3",
+         "--on_error=skip", "--decode.num_samples=2"],
+        input=b"1+1\n\n2+2\n", capture_output=True, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300)
+    assert result.returncode == 0, result.stderr.decode()
+    assert [r["line"] for r in written(output)] == [1, 3]
+    assert all(len(r["predictions"]) == 2 for r in written(output))
+    assert b"line 2 is empty" in result.stdout and b"2 lines in" in result.stdout
