@@ -140,12 +140,25 @@ class LanguageModel(nnx.Module):
 
 
 def take_rows(cache: dict, rows: jax.Array) -> dict:
-    """The cache with its batch rows reordered or repeated: int32 [B'] indices into B."""
+    """The cache with its batch rows reordered or repeated: int32 [B'] indices into B.
+
+    Rows never move between inputs (see decoding.py), so where the batch is sharded every
+    copy is local; a global gather would collect the whole cache on each device.
+    """
     def take(path, leaf):
         axis = 1 if path.startswith("layers/") else 0
-        names = (None, "act_batch", "act_kv_heads") if axis else ("act_batch",)
-        names = names + (None,) * (leaf.ndim - len(names))
-        return leaf.at[(slice(None),) * axis + (rows,)].get(out_sharding=sharding.spec(*names))
+        lead = (slice(None),) * axis
+        spec = jax.typeof(leaf).sharding.spec
+        names = spec[axis] if len(spec) > axis else None
+        if not names:
+            return leaf.at[(*lead, rows)].get(
+                out_sharding=spec if sharding.mesh_sizes() else None)
+
+        def local(x, r):
+            return x[(*lead, r - jax.lax.axis_index(names) * x.shape[axis])]
+        by_row = jax.sharding.PartitionSpec(names)
+        return jax.shard_map(local, in_specs=(spec, by_row), out_specs=spec, check_vma=False)(
+            leaf, jax.sharding.reshard(rows, by_row))
     return tree.map_with_path(take, cache)
 
 
