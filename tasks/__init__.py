@@ -16,6 +16,10 @@ Your own tasks live in any importable module, named in `data.task_modules`.
     closed_book_qa    Natural Questions, WebQuestions, TriviaQA without a context
     glue              GLUE, SuperGLUE, Winograd schemas, and their mixtures
     t5_benchmarks     SQuAD, XQuAD, CNN/DailyMail, XSum, SciTLDR, WMT with T5's prefixes
+    rank_classification   multiple choice by log-probability: PIQA, HellaSwag, ARC, MMLU …
+    lm_evaluation     WikiText-103, PG-19, the Pile, LAMBADA
+    prompts           k-shot prompts, P3's templates, FLAN's mixtures, for your own tasks
+    published_mixtures    sampling proportions of Gopher, GPT-3 and MT-NLG
     seq2seq_files     your own JSONL and TSV examples, SCAN, BIG-bench
     salient_spans     dates and names hidden one by one, in Wikipedia or in your own text
 
@@ -25,7 +29,8 @@ This package imports TensorFlow; t5x_lite imports it only inside functions.
 import importlib
 
 _MODULES = ("tasks.python_text", "tasks.c4", "tasks.closed_book_qa", "tasks.salient_spans",
-            "tasks.seq2seq_files", "tasks.glue", "tasks.t5_benchmarks")
+            "tasks.seq2seq_files", "tasks.glue", "tasks.t5_benchmarks",
+            "tasks.rank_classification", "tasks.lm_evaluation")
 
 
 def register_all(extra_modules=()) -> None:

@@ -49,17 +49,19 @@ class RecordSource(DocumentSource):
     """The records of some files, by split.
 
     name: of the cache's folder. files: {split: paths}, or a function that finds them late.
-    read: a path -> its records. The cache is made anew when a file or `read`'s name changes.
+    read: a path -> its records. version: of what it finds. The cache is made anew when a file,
+    `read`'s name or the version changes.
     """
 
     def __init__(self, name: str, files: Mapping[str, Sequence[str]] | Callable[[], Mapping],
-                 read: Callable[[str], Iterable[Record]], splits: Iterable[str] = ()):
+                 read: Callable[[str], Iterable[Record]], splits: Iterable[str] = (),
+                 version: str = ""):
         found = files if callable(files) else lambda: files
 
         def key() -> str:
             stats = [(split, os.path.abspath(p), os.path.getsize(p), os.stat(p).st_mtime_ns)
                      for split, paths in sorted(found().items()) for p in paths]
-            what = repr((stats, getattr(read, "__qualname__", "")))
+            what = repr((stats, getattr(read, "__qualname__", ""), version))
             return f"{name}-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
 
         def documents() -> Iterator[tuple[str, str]]:

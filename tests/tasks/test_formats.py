@@ -78,6 +78,20 @@ CASES = {
     "squad_context_free": (SQUAD, [("squad trivia question: Who won ? ", "Ada ( 1815 ) ")]),
     "cnn_dailymail": (NEWS, [("summarize: Long.", "Short.")]),
     "xsum": (NEWS, [("summarize: Long.", "Short.")]),
+    "hellaswag": ({"context": "He", "endings": ["sits.", "is é."], "label": 1},
+                  [("He", "sits."), ("He", "is é.")]),
+    "winogrande": ({"sentence": "Ann saw _ cry.", "option1": "Bob", "option2": "Eve", "label": 0},
+                   [("", "Ann saw Bob cry."), ("", "Ann saw Eve cry.")]),
+    "arc_easy": ({"question": "Why?", "answerKey": 1, "choices": {
+        "text": ["a", "b"], "label": [0, 1]}},
+        [("Question: Why?\nAnswer:", "a"), ("Question: Why?\nAnswer:", "b")]),
+    "openbookqa": ({"question": {"stem": "S", **{f"choice_{c}": c for c in "ABCD"}},
+                    "answerKey": 2}, [("S", c) for c in "ABCD"]),
+    "race_high": ({"article": "T", "questions": ["Q1", "Q2"], "answers": ["B", "A"],
+                   "options": [["a", "b"], ["c", "d"]]},
+                  [(f"Article: T\n\nQ: {q}\n\nA:", c) for q, cs in (("Q1", "ab"), ("Q2", "cd"))
+                   for c in cs]),
+    "lambada": ({"passage": "he closed the\nold door\n"}, [("he closed the\nold", "door")]),
     "wmt14_ende": (WORDS, [("translate English to German: Good.", "Gut.")]),
     "wmt14_enfr": (WORDS, [("translate English to French: Good.", "Bon.")]),
     "wmt16_enro": (WORDS, [("translate English to Romanian: Good.", "Bun.")]),
@@ -85,10 +99,12 @@ CASES = {
 SAME = {   # task: another whose format it has
     "natural_questions_open_test": "natural_questions_open",
     "web_questions_open_test": "web_questions_open", "trivia_qa_open_test": "trivia_qa_open",
+    "arc_challenge": "arc_easy", "race_middle": "race_high",
     "wmt15_enfr": "wmt14_enfr", "wmt_t2t_ende": "wmt14_ende",
     **{f"xquad_{code}": "squad" for code in "ar de el en es hi ro ru th tr vi zh".split()},
 }
-FROM_FILES = {"scan_simple", "scitldr"}   # real files, below
+FROM_FILES = {"scan_simple", "scitldr", "piqa", "mmlu", "siqa", "truthfulqa", "fever", "multifc",
+              "raft", "wikitext103", "pile", "pg19"}   # below, and in test_prompts.py
 OTHERS = {   # tested by name further down or beside
     "natural_questions_open_randanswer", "web_questions_open_randanswer",
     "span_corrupted_wikipedia", "open_domain_qa", "open_domain_qa_test", "glue_proportional",

@@ -1,0 +1,68 @@
+"""Sampling proportions that published language models were trained with.
+
+    weights("massive_text", {"web": "my_web_task", …})      -> data.train's "task=share,…"
+    print(epochs("gpt3", tokens=300e9))                     how often each part is seen
+
+MassiveText is Gopher's (Rae et al. 2021, arXiv:2112.11446, table 2), "pile_mt_nlg" the Pile and
+Common Crawl as in MT-NLG (Smith et al. 2022, arXiv:2201.11990, table 2), "gpt3" Brown et al. 2020
+(arXiv:2005.14165, table 2.2, whose shares sum to 101).
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from t5x_lite.errors import UserError, nearest
+
+
+class Part(NamedTuple):
+    """One corpus of a mixture."""
+    tokens: float   # billions, in the paper's own tokens
+    share: float    # per cent of the training tokens
+
+
+MIXTURES: dict[str, dict[str, Part]] = {
+    "massive_text": {
+        "web": Part(506, 48), "books": Part(560, 27), "c4": Part(182, 10), "news": Part(676, 10),
+        "github": Part(422, 3), "wikipedia": Part(4, 2)},
+    "gpt3": {
+        "common_crawl": Part(410, 60), "webtext2": Part(19, 22), "books1": Part(12, 8),
+        "books2": Part(55, 8), "wikipedia": Part(3, 3)},
+    "pile_mt_nlg": {
+        "books3": Part(25.7, 14.3), "openwebtext2": Part(14.8, 19.3),
+        "stack_exchange": Part(11.6, 5.7), "pubmed_abstracts": Part(4.4, 2.9),
+        "wikipedia": Part(4.2, 4.8), "gutenberg": Part(2.7, 0.9), "bookcorpus2": Part(1.5, 1.0),
+        "nih_exporter": Part(0.3, 0.2), "arxiv": Part(20.8, 1.4), "github": Part(24.3, 1.6),
+        "pile_cc": Part(49.8, 9.4), "cc_2020_50": Part(68.7, 13.0), "cc_2021_04": Part(82.6, 15.7),
+        "realnews": Part(21.9, 9.0), "cc_stories": Part(5.3, 0.9)},
+}
+
+
+def _mixture(name: str) -> dict[str, Part]:
+    if name not in MIXTURES:
+        raise UserError(f"no published mixture is called {name!r};{nearest(name, MIXTURES)} "
+                        f"Known: {', '.join(MIXTURES)}")
+    return MIXTURES[name]
+
+
+def weights(name: str, tasks: Mapping[str, str]) -> str:
+    """The value of data.train that mixes your tasks in a paper's proportions.
+
+    tasks: {part of the mixture: your task}; parts may be missing, the rest keep their ratios.
+    """
+    parts = _mixture(name)
+    for part in tasks:
+        if part not in parts:
+            raise UserError(f"{name} has no part {part!r};{nearest(part, parts)} "
+                            f"Known: {', '.join(parts)}")
+    return ",".join(f"{task}={parts[part].share}" for part, task in tasks.items())
+
+
+def epochs(name: str, tokens: float) -> str:
+    """A table: tokens, share and epochs of each part when `tokens` tokens are trained on."""
+    parts = _mixture(name)
+    total = sum(part.share for part in parts.values())
+    lines = [f"{'part':<18}{'tokens':>9}{'share':>9}{'epochs':>9}"]
+    for label, part in parts.items():
+        seen = tokens * part.share / total / (part.tokens * 1e9)
+        lines.append(f"{label:<18}{part.tokens:>8g}B{100 * part.share / total:>8.1f}%{seen:>9.2f}")
+    return "\n".join(lines)

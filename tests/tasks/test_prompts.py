@@ -1,0 +1,165 @@
+"""Multiple choice, language-model text, k-shot prompts, P3 templates, published mixtures."""
+
+import json
+
+import pytest
+
+from t5x_lite import data_tasks
+from t5x_lite.data import DataConfig
+from t5x_lite.errors import UserError
+from tests.helpers import shared_data
+from tests.tasks.test_formats import (  # noqa: F401  fixtures
+    CASES, batches, files, made, registered)
+
+
+def test_the_right_choice_is_marked_and_measured(registered):
+    examples = made(registered.get("hellaswag"), CASES["hellaswag"][0])
+    assert [(e["question"], e["is_correct"], e["length"]) for e in examples] == [
+        (0, False, 5), (0, True, 6)]   # "é" is two bytes
+    assert [e["is_correct"] for e in made(registered.get("race_high"), CASES["race_high"][0])] == [
+        False, True, True, False]
+    assert [e["question"] for e in made(registered.get("race_high"), CASES["race_high"][0])] == [
+        0, 0, 1, 1]
+    task = registered.get("hellaswag")
+    targets = [task.postprocess_fn("", example=e, is_target=True) for e in examples]
+    [metric] = task.score_metric_fns
+    assert metric(targets, [-1.0, -1.1]) == {"accuracy": 0, "accuracy_by_length": 100}
+
+
+def test_piqa_records(registered, files):
+    source = registered.get("piqa").source
+    assert source.num_input_examples("validation") == 1_838
+    labels = shared_data("finetune/piqa.valid-labels.lst").read_text().split()
+    goals = [json.loads(line) for line in shared_data(
+        "finetune/piqa.valid.jsonl").read_text().splitlines()]
+    right = {(r["goal"], r[f"sol{int(l) + 1}"]) for r, l in zip(goals, labels)}
+    examples = registered.get("piqa").preprocessors[0](
+        source.get_dataset("validation", shuffle=False)).take(10)
+    for e in examples.as_numpy_iterator():
+        goal = e["inputs"].decode().removeprefix("Question: ").removesuffix("\nAnswer:")
+        assert ((goal, e["targets"].decode()) in right) == e["is_correct"]
+
+
+@pytest.mark.parametrize("name", ["mmlu", "siqa", "truthfulqa", "fever", "multifc", "raft"])
+def test_choices_from_files(registered, monkeypatch, tmp_path, name):
+    monkeypatch.setenv("T5X_LITE_FILES", str(tmp_path))
+    path = tmp_path / f"{name}.jsonl"
+    path.write_text('{"question": "q", "choices": ["a", "b", "c"], "label": 2}\n')
+    task = registered.get(name)
+    dataset = task.preprocessors[0](task.source.get_dataset("validation", shuffle=False))
+    assert [e["is_correct"] for e in dataset.as_numpy_iterator()] == [False, False, True]
+
+
+@pytest.mark.parametrize("line, message", [
+    ('{"question": "q", "choices": ["a"], "label": 1}', 'line 1 has "label" 1; it must number'),
+    ('{"question": "q", "choices": [], "label": 0}', 'line 1 must hold a string "question"'),
+])
+def test_bad_questions_are_named(tmp_path, line, message):
+    from tasks import rank_classification
+    (tmp_path / "q.jsonl").write_text(line)
+    with pytest.raises(UserError, match=message):
+        list(rank_classification.read_questions(str(tmp_path / "q.jsonl")))
+
+
+def test_wikitext_and_pile_text(registered, monkeypatch, tmp_path):
+    from tasks import lm_evaluation
+    pages = list(lm_evaluation.wikitext_pages(str(shared_data("corpora/wikitext-2.valid.txt"))))
+    assert len(pages) > 50 and all(page.startswith("= ") for page, in pages)
+    (tmp_path / "pile.val.jsonl").write_text('{"text": "one two"}\n{"text": "three"}\n')
+    monkeypatch.setenv("T5X_LITE_FILES", str(tmp_path))
+    for name in ("pile", "pg19", "wikitext103"):
+        assert list(registered.get(name).output_features) == ["targets"]
+    documents = registered.get("pile").source.get_dataset("validation", shuffle=False)
+    assert sorted(d["text"] for d in documents.as_numpy_iterator()) == [b"one two", b"three"]
+
+
+def test_k_shot_prompts_are_held_out_and_fixed(registered, files):
+    from tasks import prompts
+    task = prompts.few_shot("data_test_scan_2shot", "scan_simple", shots=2, seed=1)
+    solved = prompts.demonstrations(registered.get("scan_simple"), 2, seed=1)
+    assert solved == prompts.demonstrations(registered.get("scan_simple"), 2, seed=1)
+    assert solved != prompts.demonstrations(registered.get("scan_simple"), 2, seed=2)
+    assert task.splits == ("validation",)
+    dataset = task.preprocessors[0](task.source.get_dataset("validation", shuffle=False)).take(3)
+    prompt = "".join(f"{i}\n{t}\n\n" for i, t in solved)
+    for e in dataset.as_numpy_iterator():
+        inputs = e["inputs"].decode()
+        assert inputs.startswith(prompt) and inputs.endswith("\n") and "\n\n" not in inputs[
+            len(prompt):]
+    zero = prompts.few_shot("data_test_scan_0shot", "scan_simple", shots=0)
+    found = zero.preprocessors[0](zero.source.get_dataset("validation", shuffle=False)).take(1)
+    assert b"\n" not in next(found.as_numpy_iterator())["inputs"]
+
+
+def test_p3_templates_by_hand():
+    from tasks import prompts
+    boolq = {t.name: t for t in prompts.read_templates(
+        str(shared_data("templates/p3_super_glue_boolq.yaml")))}
+    record = {"passage": "It rains.", "question": "is it wet", "label": 1}
+    assert prompts.render(boolq["GPT-3 Style"], record) == (
+        "It rains. \nQuestion: is it wet\nAnswer:", ["Yes"])
+    assert prompts.render(boolq["after_reading"], record)[1] == ["True"]
+    assert prompts.render(boolq["GPT-3 Style"], {**record, "label": -1}) is None
+
+
+def test_p3_templates_of_every_file_render_real_records(tmp_path):
+    from tasks import prompts
+    nq = json.loads(shared_data("cbqa/nq_open/NQ-open.dev.jsonl").read_text().splitlines()[0])
+    article = json.loads(shared_data("finetune/xquad.en.json").read_text())["data"][0]
+    paragraph = article["paragraphs"][0]
+    question = paragraph["qas"][0]
+    squad = {"context": paragraph["context"], "question": question["question"],
+             "title": "Panthers", "answers": {"text": [a["text"] for a in question["answers"]]}}
+    records = {"nq_open": nq, "web_questions": {**nq, "answers": nq["answer"]}, "squad": squad,
+               "super_glue_rte": {"premise": "p", "hypothesis": "h", "label": 0},
+               "super_glue_boolq": {"passage": "p", "question": "q", "label": 0}}
+    for name, record in records.items():
+        templates = prompts.read_templates(str(shared_data(f"templates/p3_{name}.yaml")))
+        assert len(templates) >= 5
+        for template in templates:
+            inputs, targets = prompts.render(template, record)
+            assert inputs and all(targets) and "{{" not in inputs + targets[0], template.name
+
+
+def test_a_task_for_each_template_and_their_mixture(registered, tmp_path):
+    import seqio
+    from tasks import prompts, records
+    path = tmp_path / "nq.jsonl"
+    path.write_text(json.dumps({"question": "who ran", "answer": ["Ann", "Eve"]}) + "\n")
+    read = lambda p: (record for _, record in records.json_lines(p))
+    names = prompts.register_templates(
+        "data_test_p3_nq", str(shared_data("templates/p3_nq_open.yaml")),
+        {"validation": [str(path)]}, read, original_only=True)
+    assert "data_test_p3_nq_question_answer" in names
+    rates = data_tasks._subtasks(seqio.MixtureRegistry.get("data_test_p3_nq"))
+    assert list(rates.values()) == pytest.approx([1 / len(names)] * len(names))
+    config = DataConfig(vocabulary="byt5", inputs_length=64, targets_length=8)
+    [(inputs, target), *_] = batches("data_test_p3_nq_question_answer", config=config)
+    assert inputs == "Question : who ran\nAnswer :" or inputs == "Question : who ran\n\nAnswer :"
+    assert target in ("Ann", "Eve")
+
+
+def test_rates_of_many_tasks():
+    from tasks import prompts
+    assert prompts.capped_rates({"a": 10, "b": 5_000}, 3_000) == [("a", 10.0), ("b", 3_000.0)]
+    assert prompts.p3_rates({"a": 10, "b": 600_000}, {"a": 5, "b": 10}) == {"a": 10, "b": 50_000}
+
+
+def test_published_mixtures():
+    from tasks import published_mixtures
+    for name, parts in published_mixtures.MIXTURES.items():
+        assert sum(p.share for p in parts.values()) == pytest.approx(100, abs=1.5), name
+    # GPT-3: 300 billion tokens see Common Crawl 0.44 times (and, its table says, WebText2 2.9)
+    table = published_mixtures.epochs("gpt3", 300e9)
+    epochs = {line.split()[0]: float(line.split()[-1]) for line in table.splitlines()[1:]}
+    assert epochs["common_crawl"] == pytest.approx(0.44, abs=0.015)
+    assert epochs["webtext2"] == pytest.approx(3.4, abs=0.6)
+    table = published_mixtures.epochs("pile_mt_nlg", 270e9)
+    epochs = {line.split()[0]: float(line.split()[-1]) for line in table.splitlines()[1:]}
+    assert epochs["books3"] == pytest.approx(1.5, abs=0.05)
+    assert epochs["openwebtext2"] == pytest.approx(3.6, abs=0.1)
+    assert published_mixtures.weights("gpt3", {"wikipedia": "wiki", "books1": "b"}) == "wiki=3,b=8"
+    with pytest.raises(UserError, match="did you mean 'books1'"):
+        published_mixtures.weights("gpt3", {"book1": "b"})
+    with pytest.raises(UserError, match="did you mean 'gpt3'"):
+        published_mixtures.epochs("gpt", 1)
