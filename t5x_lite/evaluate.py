@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,17 @@ class Evaluator:
             if task.predict_metric_fns or task.score_metric_fns:
                 found[name] = task, list(itertools.islice(
                     examples, config.eval.num_batches * size or None))
+                self._say_cut_targets(name, found[name][1])
         return found
+
+    def _say_cut_targets(self, name: str, examples: Sequence[Mapping]) -> None:
+        limit = self._experiment.config.data.targets_length
+        texts = [e["targets_pretokenized"].decode() for e in examples
+                 if isinstance(e.get("targets_pretokenized"), bytes)]
+        cut = sum(len(self._vocabulary.encode(text)) >= limit for text in texts)   # EOS has a place
+        if cut:
+            report.say(f"{name}: {cut} of {len(texts)} targets are longer than "
+                       f"data.targets_length={limit} and are cut")
 
     @property
     def has_data(self) -> bool:

@@ -81,6 +81,14 @@ def test_evaluation_runs_the_tasks_metrics_in_the_loop(run, session):
     assert {"metric/em", "metric/f1", "loss"} <= values.keys()
 
 
+def test_targets_that_do_not_fit_are_counted(run, capsys):
+    config = configs.replace(run[0], "data.targets_length", 1)
+    experiment = build(config)
+    with experiment.activate():
+        Evaluator(experiment)
+    assert "12 of 12 targets are longer than data.targets_length=1" in capsys.readouterr().out
+
+
 def test_evaluation_without_metrics(run):
     config = configs.replace(run[0], "eval.metrics", False)
     experiment = build(config)

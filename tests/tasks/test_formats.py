@@ -135,9 +135,10 @@ def files(monkeypatch):
 
 
 def made(task, record) -> list[dict]:
-    """What the task's format makes of one record."""
+    """What the task's format makes of one record, as a pipeline whose place can be saved."""
     import tensorflow as tf
     dataset = task.preprocessors[0](tf.data.Dataset.from_tensors(record))
+    data_tasks.tensorflow_side().check_saveable(dataset, task.name)
     return list(dataset.as_numpy_iterator())
 
 
@@ -191,6 +192,7 @@ def test_sampled_answers_differ_over_epochs_and_come_from_the_list(registered):
     import seqio
     with seqio.utils.map_seed_manager(1):
         dataset = task.preprocessors[0](tf.data.Dataset.from_tensors(record).repeat(30))
+    data_tasks.tensorflow_side().check_saveable(dataset, task.name)
     found = [t for _, t in texts(dataset.as_numpy_iterator())]
     assert set(found) == {"a", "b", "c"}
 
