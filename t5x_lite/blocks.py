@@ -355,7 +355,8 @@ class Stack(nnx.Module):
         layers = (b.self_attention for s in self.config.segments for b in s.blocks)
         if any(kernels.by_chunks(a.implementation, masking) for a in layers):
             return bias
-        return bias(masking.q_positions, masking.k_positions)
+        # Kept whole: fused into every layer's softmax it was made anew there, twice.
+        return jax.lax.optimization_barrier(bias(masking.q_positions, masking.k_positions))
 
     def _dropout(self, x, key, site):
         key = None if key is None else key.fold_in(site)
