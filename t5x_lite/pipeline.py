@@ -273,7 +273,7 @@ def _to_stages(x: jax.Array, plan: Plan) -> jax.Array:
         return new
 
     spec = jax.typeof(x).sharding.spec
-    return jax.shard_map(move, in_specs=spec, out_specs=spec)(x)
+    return sharding.manual(move, (spec,), spec)(x)
 
 
 @functools.lru_cache

@@ -60,7 +60,7 @@ def on_stages(fn: Callable, in_axes: Any) -> Callable:
     """fn for every stage at once; in it the `stage` axis does not exist."""
     def mapped(*args):
         with sharding.inside("stage"):
-            return jax.vmap(fn, in_axes, spmd_axis_name="stage")(*args)
+            return jax.vmap(fn, in_axes)(*args)
     return mapped
 
 
@@ -69,8 +69,8 @@ def shift(tree: Any, by: int) -> Any:
     def move(x):
         stages, spec = x.shape[0], jax.typeof(x).sharding.spec
         pairs = [(i, (i + by) % stages) for i in range(stages)]
-        return jax.shard_map(lambda part: jax.lax.ppermute(part, "stage", pairs),
-                             in_specs=spec, out_specs=spec)(x)
+        return sharding.manual(lambda part: jax.lax.ppermute(part, "stage", pairs),
+                               (spec,), spec)(x)
     return jax.tree.map(move, tree)
 
 
@@ -179,7 +179,7 @@ def one_f_one_b(stage_fn: StageFn, plan: Plan, weights: Any, rows: tuple[jax.Arr
                                  _join(rows, rows_f, rows_o), *cotangents[:2])
         return grads, None
 
-    run.defvjp(lambda d, o: (call(d, o), (d, o)), backward)
+    run.defvjp(lambda d, o: (call(d, o), (d, o)), sharding.as_here(backward))
     return run(differentiable, others)
 
 
@@ -200,19 +200,21 @@ def backward_1f1b(stage_fn: StageFn, plan: Plan, weights: Any, rows: tuple[jax.A
         row = _select(stage == 0, feed, arrived)
         return row, (stage_fn(weights, row, 0)[0], row[1])
 
-    def backward(stage, t, weights_f, weights_o, row, y_bar, arrived, outputs_bar, drain):
+    def cotangents(stage, t, y_bar, arrived, outputs_bar):
         item = t - 2 * last + stage
         active = (item >= 0) & (item < plan.microbatches)
-        row_f, row_o = _partition(row)
         # arrived: cotangents of (y, side); at the last stage y's comes from outside.
         arrived = _select(stage == last, [y_bar, *map(jnp.zeros_like, arrived[1:])], arrived)
-        y_bar, *side_bar = _select(active, arrived, list(map(jnp.zeros_like, arrived)))
-        outputs_bar = jax.tree.map(lambda o: jnp.where(active, o, jnp.zeros_like(o)), outputs_bar)
-        _, pull = jax.vjp(lambda w, r: stage_fn(_join(weights, w, weights_o), _join(row, r, row_o),
-                                                0), weights_f, row_f)
-        weights_bar, (x_bar, *side_added) = pull((y_bar, outputs_bar))
-        rows_bar = [x_bar, *map(jnp.add, side_bar, side_added)]
-        return weights_bar, rows_bar, _select(stage == 0, rows_bar, drain), active
+        both = _select(active, (arrived, outputs_bar),
+                       jax.tree.map(jnp.zeros_like, (arrived, outputs_bar)))
+        return *both, active
+
+    def backward(row, y_bar, outputs_bar):
+        row_f, row_o = _partition(row)
+        run = on_stages(lambda w_f, r_f, w_o, r_o: stage_fn(
+            _join(weights, w_f, w_o), _join(row, r_f, r_o), 0), 0)
+        _, pull = jax.vjp(lambda w, r: run(w, r, weights_o, row_o), weights_f, row_f)
+        return pull((y_bar, outputs_bar))
 
     def tick(carry, t, *, forwards, backwards):
         arrived, feed, arrived_bar, feed_bar, drain, done, total, ring, idle = carry
@@ -223,9 +225,13 @@ def backward_1f1b(stage_fn: StageFn, plan: Plan, weights: Any, rows: tuple[jax.A
             idle = idle + ((t < ids) | (t - ids >= plan.microbatches))
         held, ring = _hold(ring, row, t, stages)
         if backwards:
-            added, bar, drain, active = on_stages(backward, (0, None, *[0] * 7))(
-                ids, t, weights_f, weights_o, held, feed_bar, arrived_bar, outputs_bar, drain)
-            total, arrived_bar = jax.tree.map(jnp.add, total, added), shift(bar, -1)
+            (y_bar_now, *side_bar), outputs_bar_now, active = on_stages(
+                cotangents, (0, None, 0, 0, 0))(ids, t, feed_bar, arrived_bar, outputs_bar)
+            added, (x_bar, *side_added) = backward(held, y_bar_now, outputs_bar_now)
+            rows_bar = [x_bar, *map(jnp.add, side_bar, side_added)]
+            drain = on_stages(lambda s, new, old: _select(s == 0, new, old), 0)(
+                ids, rows_bar, drain)
+            total, arrived_bar = jax.tree.map(jnp.add, total, added), shift(rows_bar, -1)
             idle = idle + ~active
         feed_bar = shift(load(feed_bar, y_bar, t, stages - 2, plan), -1)
         drain = shift(drain, -1)
@@ -288,8 +294,8 @@ def _hold(ring: Any, row: Any, t: jax.Array, stages: int) -> tuple[Any, Any]:
     def one(ring, row):
         spec = jax.typeof(row).sharding.spec
         ring_spec = PartitionSpec("stage", None, *spec[1:])
-        return jax.shard_map(exchange, in_specs=(ring_spec, spec, PartitionSpec()),
-                             out_specs=(spec, ring_spec))(ring, row, t)
+        return sharding.manual(exchange, (ring_spec, spec, PartitionSpec()),
+                               (spec, ring_spec))(ring, row, t)
 
     leaves, treedef = jax.tree.flatten(row)
     pairs = [one(a, b) for a, b in zip(jax.tree.leaves(ring), leaves, strict=True)]

@@ -20,7 +20,8 @@ import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -232,9 +233,37 @@ def using(rules: Rules):
         _rules.reset(token)
 
 
+_mapped: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("mapped", default=())
+
+
+@contextlib.contextmanager
 def inside(axis: str):
-    """For tracing a function that is mapped over `axis`: its arrays have no such axis."""
-    return using(active_rules().without(axis))
+    """For tracing a function under jax.vmap over a dim that lies on mesh axis `axis` (pipeline
+    stages, slices): its arrays have no such dim, and no rule may name the axis.
+
+    Differentiate the mapped function, do not map the differentiated one: see `manual`.
+    """
+    token = _mapped.set((*_mapped.get(), axis))
+    try:
+        with using(active_rules().without(axis)):
+            yield
+    finally:
+        _mapped.reset(token)
+
+
+def as_here(fn: Callable) -> Callable:
+    """fn with the rules of this moment, whenever it is traced: JAX traces the backward pass of
+    a custom_vjp after everything else, outside of what its call was inside of."""
+    rules, mapped = _rules.get(), _mapped.get()
+
+    def wrapped(*args):
+        token = _mapped.set(mapped)
+        try:
+            with using(rules):
+                return fn(*args)
+        finally:
+            _mapped.reset(token)
+    return wrapped
 
 
 def active_rules() -> Rules:
@@ -304,6 +333,48 @@ def _whole(whole: jax.Array, part: jax.Array, spec: PartitionSpec) -> jax.Array:
 
 _whole.defvjp(lambda whole, part, spec: (whole, None),
               lambda spec, _, g: (None, jax.sharding.reshard(g, spec)))
+
+
+def manual(fn: Callable, in_specs: tuple, out_specs: Any, check_vma: bool = True) -> Callable:
+    """jax.shard_map over all mesh axes, also for what `inside` maps over some of them.
+
+    JAX 0.10 cannot map a shard_map over a dim that is split over an Explicit axis (its batching
+    rules put that axis into the manual region). So the mapping is spelt out: the dim becomes
+    one of the shard_map's own, of which each device has one entry. The rule that does so has
+    no transpose, hence what `inside` asks for.
+
+    Args:
+        fn: of the devices' parts; all its arrays must be arguments.
+        in_specs, out_specs: PartitionSpecs, one an argument or a tree of them; out_specs a
+            tree like the result.
+        check_vma: see jax.shard_map.
+    """
+    return _manual(fn, in_specs, out_specs, check_vma, _mapped.get())
+
+
+def _manual(fn, in_specs, out_specs, check_vma, mapped):
+    call = jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
+    if not mapped:
+        return call
+    is_spec = lambda node: isinstance(node, PartitionSpec)
+    call = jax.custom_batching.custom_vmap(call)
+
+    @call.def_vmap
+    def rule(size, batched, *args):
+        specs = jax.tree.map(lambda spec, arg: jax.tree.map(lambda _: spec, arg), in_specs, args,
+                             is_leaf=is_spec)
+        specs = jax.tree.map(lambda b, spec: PartitionSpec(mapped[-1], *spec) if b else spec,
+                             tuple(batched), specs)
+
+        def one(*parts):
+            parts = jax.tree.map(lambda b, x: x[0] if b else x, tuple(batched), parts)
+            return jax.tree.map(lambda y: y[None], fn(*parts))
+
+        outs = jax.tree.map(lambda spec: PartitionSpec(mapped[-1], *spec), out_specs,
+                            is_leaf=is_spec)
+        result = _manual(one, specs, outs, check_vma, mapped[:-1])(*args)
+        return result, jax.tree.map(lambda _: True, result)
+    return call
 
 
 def einsum(equation: str, *operands: jax.Array, out: Axes, **kwargs) -> jax.Array:

@@ -83,14 +83,13 @@ def gradients(model: Model, objective: ObjectiveConfig, params: Mapping, batch: 
                                       parts * slices)
         return value * scale, sums
 
-    slice_gradients = jax.grad(part_loss, has_aux=True)
+    def slices_loss(copies, part):
+        with sharding.inside("slice"):
+            values, sums = jax.vmap(part_loss)(copies, _by_slice(part, slices))
+        return jnp.sum(values), sums
 
     def part_gradients(part):
-        if slices == 1:
-            return slice_gradients(trained, part)
-        with sharding.inside("slice"):
-            return jax.vmap(slice_gradients, spmd_axis_name="slice")(
-                copies, _by_slice(part, slices))
+        return jax.grad(part_loss if slices == 1 else slices_loss, has_aux=True)(copies, part)
 
     def over_slices(totals):
         return totals if slices == 1 else jax.tree.map(lambda x: jnp.sum(x, axis=0), totals)

@@ -19,6 +19,7 @@ from t5x_lite import tree
 from t5x_lite.errors import UserError
 from t5x_lite.layers.attention import AttentionConfig
 from t5x_lite.layers.mlp import MLPConfig
+from t5x_lite.layers.moe import MoEConfig
 from t5x_lite.models import (
     BlockConfig, ModelConfig, PositionConfig, SegmentConfig, StackConfig)
 from t5x_lite.objectives import ObjectiveConfig
@@ -44,10 +45,18 @@ def _stack(causal: bool, cross: bool, position: str, dropout: float = 0.1, kv_he
                        position=PositionConfig(position), **kwargs)
 
 
+def _switch(stack: StackConfig) -> StackConfig:
+    """Every other layer a mixture of experts (Fedus et al. 2021)."""
+    dense = stack.segments[0].blocks[0]
+    sparse = dataclasses.replace(dense, moe=MoEConfig(num_experts=4, mlp=MLPConfig(mlp_dim=32)))
+    return dataclasses.replace(stack, segments=(SegmentConfig((dense, sparse), LAYERS // 2),))
+
+
 MODELS = {
     "seq2seq": (tiny.seq2seq().model.architecture, "seq2seq",
                 _stack(False, False, "t5_bias"), _stack(True, True, "t5_bias")),
     "lm": ("decoder_only", "lm", None, _stack(True, False, "rotary", kv_heads=2)),
+    "moe": ("decoder_only", "lm", None, _switch(_stack(True, False, "rotary"))),
     "mlm": ("encoder_only", "mlm", _stack(False, False, "learned", residual="post"), None),
 }
 
@@ -74,7 +83,7 @@ def batch(name: str) -> dict:
         inputs = features["encoder_input_tokens"]
         return {"encoder_input_tokens": inputs, "decoder_target_tokens": inputs,
                 "decoder_loss_weights": (inputs % 3 == 2).astype(np.float32)}
-    if name == "lm":
+    if name in ("lm", "moe"):
         return {k: v for k, v in features.items() if not k.startswith("encoder")}
     return features
 
@@ -115,6 +124,8 @@ COMBINATIONS = [
                  {"pipeline": CIRCULAR, "zero": 3, "scan": False}),
     pytest.param("lm", {"slice": 2, "stage": 2, "fsdp": 2},
                  {"pipeline": GPIPE, "zero": 3, "remat": "dots"}),
+    pytest.param("moe", {"stage": 2, "expert": 2, "tensor": 2},
+                 {"pipeline": ONE_F_ONE_B, "accumulation": 2}),
     # the rest
     pytest.param("seq2seq", {"data": 8}, {"zero": 1}, marks=SLOW),
     pytest.param("seq2seq", {"fsdp": 8}, {"zero": 1, "accumulation": 2}, marks=SLOW),
@@ -138,6 +149,11 @@ COMBINATIONS = [
                  {"pipeline": ONE_F_ONE_B, "remat": "full", "zero": 1}, marks=SLOW),
     pytest.param("lm", {"slice": 2, "data": 2, "fsdp": 2}, {"zero": 1, "accumulation": 4},
                  marks=SLOW),
+    pytest.param("moe", {"data": 2, "expert": 4}, {"zero": 1, "remat": "full"}, marks=SLOW),
+    pytest.param("moe", {"fsdp": 2, "expert": 2, "tensor": 2}, {"zero": 2, "accumulation": 2},
+                 marks=SLOW),
+    pytest.param("moe", {"stage": 2, "expert": 2, "fsdp": 2}, {"pipeline": GPIPE}, marks=SLOW),
+    pytest.param("moe", {"slice": 2, "expert": 2, "fsdp": 2}, {"accumulation": 2}, marks=SLOW),
     pytest.param("mlm", {"fsdp": 2, "tensor": 4}, {"zero": 1, "sequence_parallel": True},
                  marks=SLOW),
     pytest.param("mlm", {"stage": 4, "tensor": 2}, {"pipeline": GPIPE, "remat": "full"},
@@ -151,7 +167,7 @@ COMBINATIONS = [
 def test_a_step_equals_that_of_one_device(name, mesh, options):
     sums, moment, params = one_step(run_config(name, mesh=mesh, **options), name, jax.devices())
     want_sums, want_moment, want_params = reference(name)
-    for metric in ("loss", "z_loss", "accuracy", "grad_norm"):
+    for metric in ("loss", "z_loss", "accuracy", "grad_norm", *(("aux_loss",) * (name == "moe"))):
         np.testing.assert_allclose(sums[metric][0] / sums[metric][1],
                                    want_sums[metric][0] / want_sums[metric][1], rtol=1e-5)
     tiny.assert_close(moment, want_moment)

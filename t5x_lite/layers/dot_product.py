@@ -147,8 +147,11 @@ def chunked(q: jax.Array, k: jax.Array, v: jax.Array, terms: Terms, masking: Mas
     relative = terms.relative
     queries = (rows,) if relative is None else (rows, relative.query)
     terms = dataclasses.replace(terms, relative=None)
-    y = _chunked(plan, _pad(queries, plan.q_chunk), *_pad((k, v), plan.k_chunk), terms,
-                 None if relative is None else relative.keys, _pad_masking(masking, plan))
+    run = jax.custom_vjp(lambda *args: _forward(plan, *args)[0])
+    run.defvjp(functools.partial(_forward, plan),
+               sharding.as_here(functools.partial(_backward, plan)))
+    y = run(_pad(queries, plan.q_chunk), *_pad((k, v), plan.k_chunk), terms,
+            None if relative is None else relative.keys, _pad_masking(masking, plan))
     return sharding.shard(y[:, :, :length], "act_batch", "act_heads", "act_length", None)
 
 
@@ -220,11 +223,6 @@ def _chunk_logits(plan: Plan, queries, k, terms: Terms, relative_keys, masking: 
     if plan.keys % plan.k_chunk:
         x = jnp.where(masking.k_positions[:, None, None, :] < plan.keys, x, -jnp.inf)
     return x
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(plan, queries, k, v, terms, relative_keys, masking):
-    return _forward(plan, queries, k, v, terms, relative_keys, masking)[0]
 
 
 def _forward(plan, queries, k, v, terms, relative_keys, masking):
@@ -303,6 +301,3 @@ def _backward(plan, residuals, dy):
     found = jax.tree.map(lambda d, x: d.astype(x.dtype), (d_queries, *d_kv, *d_shared),
                          (queries, k, v, terms, relative_keys))
     return *found, None
-
-
-_chunked.defvjp(_forward, _backward)

@@ -137,7 +137,7 @@ def _per_device(kernel: Callable, q, k, v, masking: Masking) -> jax.Array:
         return kernel(q, k, v, masking)
     args = (q, k, v, masking)
     specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, args)
-    return jax.shard_map(kernel, in_specs=specs, out_specs=specs[0], check_vma=False)(*args)
+    return sharding.manual(kernel, specs, specs[0], check_vma=False)(*args)
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, masking: Masking, *, softcap: float = 0.0,

@@ -293,7 +293,7 @@ class MoE(nnx.Module):
         if sharding.mesh_sizes():
             # Explicit meshes do not reshard what enters a shard_map.
             arrays = {name: jax.sharding.reshard(a, specs[name]) for name, a in arrays.items()}
-            y, aux = jax.shard_map(
+            y, aux = sharding.manual(
                 local, in_specs=(specs,),
                 out_specs=(specs["x"], PartitionSpec()))(arrays)
             y = sharding.shard(y, "act_batch", "act_length", "act_embed")
