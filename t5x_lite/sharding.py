@@ -272,8 +272,10 @@ def active_rules() -> Rules:
 
 
 def mesh_sizes() -> dict[str, int]:
-    """{mesh axis: size} of the active mesh, {} without one."""
-    return dict(jax.sharding.get_abstract_mesh().shape)
+    """{mesh axis: size} of the active mesh; {} without one, and on a device's own part of the
+    arrays (inside a shard_map over all axes), where the helpers below are the plain calls."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {} if mesh.are_all_axes_manual else dict(mesh.shape)
 
 
 def spec(*axes: str | None) -> PartitionSpec | None:

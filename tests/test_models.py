@@ -242,6 +242,30 @@ def test_mesh_of_eight_equals_one_device(name, sizes):
         assert grad.sharding.is_equivalent_to(shardings[path], grad.ndim), path
 
 
+@pytest.mark.parametrize("name,kind,sizes", [
+    ("encoder_decoder", "t5_bias", {"sequence": 2, "fsdp": 2, "tensor": 2}),
+    ("decoder_only", "transformer_xl", {"sequence": 2, "data": 4}),
+    ("decoder_only", "transformer_xl", {"data": 4, "tensor": 2})], ids=str)
+def test_attention_by_chunks_over_a_mesh_equals_plain(name, kind, sizes):
+    """Chunks of 3 of 8 and 12 tokens, their biases made where they are needed."""
+    make = {"encoder_decoder": encoder_decoder, "decoder_only": decoder_only}[name]
+    plain, chunked = (make(position=PositionConfig(kind), attention=AttentionConfig(
+        4, 8, implementation=implementation, chunk=3)) for implementation in ("plain", "chunked"))
+    params = jit(Model(plain).init)(jax.random.key(0))
+    batch = make_batch(plain)
+    loss, grads = value_and_grad(plain, params, batch)
+    rules, model = sharding.Rules(), Model(plain)
+    mesh = sharding.make_mesh(sharding.MeshConfig(**{"data": 1, **sizes}))
+    params = tree.map_with_path(lambda p, x: jax.device_put(x, sharding.named_sharding(
+        mesh, rules, model.table[p].logical_axes)), params)
+    batch = {k: jax.device_put(x, sharding.named_sharding(
+        mesh, rules, ("act_batch", "act_length"))) for k, x in batch.items()}
+    with sharding.activate(mesh, rules):
+        found = value_and_grad(chunked, params, batch)
+    close(found[0], loss)
+    close(found[1], grads)
+
+
 def test_kv_heads_that_do_not_split_are_refused():
     info = Model(decoder_only(kv_heads=2)).table["decoder/segment_0/block_0/self_attention/key/kernel"]
     with pytest.raises(UserError, match=r"2 kv_heads cannot be split 4 ways.*act_kv_heads"):
@@ -291,11 +315,17 @@ def decoded_logits(model, params, batch, prompts):
     return logits
 
 
+WINDOWED, FANCY = AttentionConfig(4, 8, window=3, use_bias=True), AttentionConfig(
+    4, 8, num_kv_heads=1, qk_norm=True, logit_softcap=3.0)
 CACHED = {
     "encoder_decoder": encoder_decoder(),
-    "grouped_rotary": decoder_only(kv_heads=2),
-    "learned": decoder_only(position=PositionConfig("learned", max_length=16)),
-    "window": decoder_only(attention=AttentionConfig(4, 8, window=3)),
+    "grouped_rotary_parallel": decoder_only(kv_heads=2, residual="parallel"),
+    "learned_with_alternating_window": decoder_only(
+        position=PositionConfig("learned", max_length=16, offset=2), residual="post",
+        segments=(SegmentConfig((BlockConfig(WINDOWED), BlockConfig(FANCY)), 1),)),
+    "alibi_multi_query": decoder_only(position=PositionConfig("alibi"), attention=FANCY,
+                                      residual="sandwich"),
+    "transformer_xl": decoder_only(position=PositionConfig("transformer_xl")),
     "per_layer_bias": with_stacks(encoder_decoder(), position=PositionConfig(per_layer=True)),
 }
 

@@ -132,7 +132,7 @@ def chunked(q: jax.Array, k: jax.Array, v: jax.Array, terms: Terms, masking: Mas
     The softmax is accumulated online over chunks of keys (Milakov & Gimelshein 2018; Rabe &
     Staats 2021) and its statistics are kept, so that the backward pass makes each chunk's
     logits again (FlashAttention, Dao et al. 2022). Chunks that the causal mask or the window
-    hides altogether are skipped. Positions must be the rows' indices, from 0.
+    hides altogether are skipped. Positions must be indices of the row, the keys' from 0.
 
     Args:
         terms: a bias must be a function of positions.
@@ -143,9 +143,12 @@ def chunked(q: jax.Array, k: jax.Array, v: jax.Array, terms: Terms, masking: Mas
     length, keys = q.shape[2], k.shape[2]
     plan = Plan(min(chunk, length), min(chunk, keys), keys, masking.causal, masking.window,
                 masking.k_prefix is not None)
-    rows = sharding.shard(q, "act_batch", "act_heads", None, None)
     relative = terms.relative
-    queries = (rows,) if relative is None else (rows, relative.query)
+    queries = tuple(sharding.shard(x, "act_batch", "act_heads", None, None)
+                    for x in ((q,) if relative is None else (q, relative.query)))
+    if masking.q_segments is not None:
+        masking = dataclasses.replace(
+            masking, q_segments=sharding.shard(masking.q_segments, "act_batch", None))
     terms = dataclasses.replace(terms, relative=None)
     run = jax.custom_vjp(lambda *args: _forward(plan, *args)[0])
     run.defvjp(functools.partial(_forward, plan),
@@ -166,10 +169,14 @@ class Plan:
     window: int
     prefix: bool
 
-    def visible(self, i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The first and one past the last chunk of keys that chunk i of the queries may see."""
+    def visible(self, q_positions: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The first and one past the last chunk of keys that chunk i of the queries may see.
+
+        Keys count from 0; under context parallelism a device's queries may begin later.
+        """
         low, high = 0, -(-self.keys // self.k_chunk)
-        first, last = i * self.q_chunk, (i + 1) * self.q_chunk - 1
+        first = q_positions[0, 0] + i * self.q_chunk
+        last = first + self.q_chunk - 1
         if self.window and not self.prefix:
             low = jnp.maximum(first - self.window + 1, 0) // self.k_chunk
             high = jnp.minimum(high, (last + self.window - 1) // self.k_chunk + 1)
@@ -243,7 +250,7 @@ def _forward(plan, queries, k, v, terms, relative_keys, masking):
         flat = mine[0][..., 0].astype(jnp.float32)
         start = (jnp.full_like(flat, -jnp.inf), jnp.zeros_like(flat),
                  jnp.zeros_like(mine[0], jnp.float32))
-        top, total, y = jax.lax.fori_loop(*plan.visible(i), over_keys, start)
+        top, total, y = jax.lax.fori_loop(*plan.visible(masking.q_positions, i), over_keys, start)
         return None, ((y / total[..., None]).astype(v.dtype), top, total)
 
     chunks = queries[0].shape[2] // plan.q_chunk
@@ -291,7 +298,7 @@ def _backward(plan, residuals, dy):
             return d_mine, d_kv, d_shared
 
         d_mine, *carry = jax.lax.fori_loop(
-            *plan.visible(i), over_keys, (floats(mine), *carry))
+            *plan.visible(masking.q_positions, i), over_keys, (floats(mine), *carry))
         return tuple(carry), d_mine
 
     start = (floats((k, v)), floats((terms, relative_keys)))

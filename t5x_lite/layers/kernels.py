@@ -12,6 +12,7 @@ All agree with `plain` up to rounding, wherever a query sees any key at all.
 Shape letters: B batch, L query length, S key length, N query heads, K key/value heads, H head dim.
 """
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
@@ -51,8 +52,10 @@ def obstacle(name: str, backend: str, q: jax.Array, k: jax.Array, bias: bool, te
         return ""
     if bias:
         return "it takes no bias on the logits"
-    if sharding.mesh_sizes().get("stage", 1) > 1:
-        return "it cannot be mapped over pipeline stages"
+    sizes = sharding.mesh_sizes()
+    for axis, what in (("stage", "pipeline stages"), ("sequence", "a split length")):
+        if sizes.get(axis, 1) > 1:
+            return f"it does not run over {what} (mesh.{axis}={sizes[axis]})"
     length, keys, head_dim = q.shape[2], k.shape[2], q.shape[3]
     if name == "cudnn":
         if backend != "gpu":
@@ -123,19 +126,25 @@ def attend(name: str, q: jax.Array, k: jax.Array, v: jax.Array, terms: Terms, ma
     if name == "plain":
         return dot_product.plain(q, k, v, terms, masking)
     if name == "chunked":
-        return dot_product.chunked(q, k, v, terms, masking, chunk=chunk)
+        run = functools.partial(dot_product.chunked, chunk=chunk)
+        sizes = sharding.mesh_sizes()
+        if sizes.get("sequence", 1) > 1 and sizes.get("stage", 1) == 1:
+            return _per_device(run, q, k, v, terms, masking)
+        return run(q, k, v, terms, masking)
     kernel = {"cudnn": cudnn, "splash": splash}[name]
-    q, k, v = (sharding.shard(x, "act_batch", heads, None, None)
-               for x, heads in ((q, "act_heads"), (k, "act_kv_heads"), (v, "act_kv_heads")))
-    y = _per_device(functools.partial(kernel, softcap=terms.softcap), q, k, v, masking)
-    return sharding.shard(y, "act_batch", "act_heads", "act_length", None)
+    return _per_device(
+        lambda q, k, v, terms, masking: kernel(q, k, v, masking, softcap=terms.softcap),
+        q, k, v, terms, masking)
 
 
-def _per_device(kernel: Callable, q, k, v, masking: Masking) -> jax.Array:
-    """The kernel on each device's own rows and heads; attention needs nothing of the others'."""
+def _per_device(kernel: Callable, q, k, v, terms: Terms, masking: Masking) -> jax.Array:
+    """The kernel on each device's own rows, heads and queries, over all of their keys."""
     if not sharding.mesh_sizes():
-        return kernel(q, k, v, masking)
-    args = (q, k, v, masking)
+        return kernel(q, k, v, terms, masking)
+    rows = "act_batch" if masking.q_positions.shape[0] > 1 else None
+    masking = dataclasses.replace(
+        masking, q_positions=sharding.shard(masking.q_positions, rows, "act_length"))
+    args = (q, k, v, terms, masking)
     specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, args)
     return sharding.manual(kernel, specs, specs[0], check_vma=False)(*args)
 
