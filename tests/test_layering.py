@@ -21,7 +21,8 @@ LAYERS = (
     ("state", "steps", "checkpoint_format", "checkpoint"),
     ("config", "build"),
     ("processes", "cli", "report", "predictor", "evaluate", "train", "eval", "infer",
-     "inspect_task", "plan", "convert_main", "experiment", "interactive", "scaling"),
+     "inspect_task", "rehearse", "plan", "convert_main", "experiment", "interactive",
+     "scaling"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
