@@ -27,6 +27,7 @@ from t5x_lite.layers.norm import Norm, NormConfig
 from t5x_lite.layers.position import (
     LearnedPositions, PositionBias, PositionConfig, make_bias, sinusoids)
 from t5x_lite.pipeline import PipelineConfig, run_layers
+from t5x_lite.remat import tag
 
 
 RESIDUAL_AXES = ("act_batch", "act_norm_length", "act_embed")   # of x_BLD between sub-layers
@@ -238,6 +239,7 @@ class Block(nnx.Module):
         def with_dropout(name):
             def run(h):
                 y, out = runs[name](h)
+                y = tag(y, "mlp_output" if name == "mlp" else "attention_output")
                 return dropout(y, self.stack.dropout_rate, keys[name], *RESIDUAL_AXES,
                                broadcast_dims=(1,)), out
             return run

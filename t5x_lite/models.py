@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from t5x_lite import sharding, tree
+from t5x_lite import remat, sharding, tree
 from t5x_lite.blocks import (  # the configs of a model stand together under this name
     RESIDUALS, BlockConfig, SegmentConfig, Stack, StackConfig, add_aux)
 from t5x_lite.errors import UserError, nearest
@@ -356,6 +356,7 @@ def validate(config: ModelConfig) -> None:
             continue
         _one_of(f"model.{name}.residual", stack.residual, RESIDUALS)
         _one_of(f"model.{name}.norm.kind", stack.norm.kind, norm.KINDS)
+        remat.parse(stack.remat, f"model.{name}.remat")
         position.validate(stack.position, f"model.{name}.position")
         crosses = name == "decoder" and config.encoder is not None
         for i, segment in enumerate(stack.segments):

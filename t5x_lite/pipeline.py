@@ -41,10 +41,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from t5x_lite import sharding
+from t5x_lite import remat, sharding
 from t5x_lite.errors import UserError, nearest
 from t5x_lite.pipeline_schedules import Plan, fill_drain, one_f_one_b
-from t5x_lite.remat import remat
 
 SCHEDULES = ("gpipe", "circular", "1f1b")
 
@@ -121,7 +120,8 @@ def run_layers(layer_fn: Callable, stacked: Any, x: jax.Array, xs: Any, inputs: 
         a stage's layers, averaged over micro-batches and stacked over stages; and
         {metric: (sum, count)} of the pipeline: pipeline_bubble, the share of idle stage-ticks.
     """
-    fn = remat(layer_fn, remat_policy, in_scan=scan)
+    fn = remat.remat(lambda x, *rest: layer_fn(remat.tag(x, "layer_input"), *rest), remat_policy,
+                     in_scan=scan)
     stages = sharding.mesh_sizes().get("stage", 1)
     if stages == 1:
         x, outputs = _in_turn(fn, stacked, x, xs, inputs, repeats, scan)

@@ -74,7 +74,14 @@ def gradients(model: Model, objective: ObjectiveConfig, params: Mapping, batch: 
             *model.table[p].logical_axes)) for p, x in trained.items()}
     normalizer = objectives.weight_sum(batch)
 
-    def part_loss(trained, part):
+    def copy(x):
+        return jax.lax.broadcast(x, (slices,), out_sharding=PartitionSpec(
+            "slice", *jax.typeof(x).sharding.spec))
+
+    if slices > 1:   # each slice's own: what is shared would have its gradients summed at once
+        flat, trained = jax.tree.map(copy, (flat, trained))
+
+    def part_loss(trained, flat, part):
         if born_split:
             trained = {p: sharding.WholeWeight(flat[p], x) for p, x in trained.items()}
         module = model.bind(tree.unflatten({**flat, **trained}))
@@ -83,19 +90,18 @@ def gradients(model: Model, objective: ObjectiveConfig, params: Mapping, batch: 
                                       parts * slices)
         return value * scale, sums
 
-    def slices_loss(copies, part):
+    def slices_loss(trained, flat, part):
         with sharding.inside("slice"):
-            values, sums = jax.vmap(part_loss)(copies, _by_slice(part, slices))
+            values, sums = jax.vmap(part_loss)(trained, flat, _by_slice(part, slices))
         return jnp.sum(values), sums
 
     def part_gradients(part):
-        return jax.grad(part_loss if slices == 1 else slices_loss, has_aux=True)(copies, part)
+        loss = part_loss if slices == 1 else slices_loss
+        return jax.grad(loss, has_aux=True)(trained, flat, part)
 
     def over_slices(totals):
         return totals if slices == 1 else jax.tree.map(lambda x: jnp.sum(x, axis=0), totals)
 
-    copies = jax.tree.map(lambda x: jax.lax.broadcast(x, (slices,), out_sharding=PartitionSpec(
-        "slice", *jax.typeof(x).sharding.spec)), trained) if slices > 1 else trained
     rows = sharding.shard(jnp.arange(next(iter(batch.values())).shape[0]), "act_batch")
     batch = {**batch, _ROWS: rows}
     if parts == 1:

@@ -119,9 +119,11 @@ COMBINATIONS = [
                  {"zero": 2, "accumulation": 4, "remat": "dots"}),
     pytest.param("lm", {"sequence": 2, "fsdp": 2, "tensor": 2},
                  {"zero": 3, "remat": "full", "sequence_parallel": True, "accumulation": 2}),
-    pytest.param("seq2seq", {"slice": 2, "fsdp": 2, "tensor": 2}, {"zero": 2, "accumulation": 2}),
+    pytest.param("seq2seq", {"slice": 2, "fsdp": 2, "tensor": 2},
+                 {"zero": 2, "accumulation": 2, "remat": "recompute:mlp_hidden,query"}),
     pytest.param("mlm", {"stage": 2, "data": 2, "tensor": 2},
-                 {"pipeline": CIRCULAR, "zero": 3, "scan": False}),
+                 {"pipeline": CIRCULAR, "zero": 3, "scan": False,
+                  "remat": "save:context;offload:mlp_hidden"}),
     pytest.param("lm", {"slice": 2, "stage": 2, "fsdp": 2},
                  {"pipeline": GPIPE, "zero": 3, "remat": "dots"}),
     pytest.param("moe", {"stage": 2, "expert": 2, "tensor": 2},
@@ -188,6 +190,7 @@ def test_the_combinations_are_many_and_different():
     ({"mesh": {"stage": 2, "fsdp": 4}, "pipeline": PipelineConfig("gpipe", 16)},
      "16 rows cannot be split"),
     ({"mesh": {"data": 1, "tensor": 8}}, "cannot be split 8 ways"),
+    ({"mesh": {"data": 8}, "remat": "save:mpl_hidden"}, "model.decoder.remat.*'mlp_hidden'"),
 ])
 def test_impossible_runs_are_refused_before_compiling(changes, message):
     if message is None:

@@ -19,6 +19,7 @@ from t5x_lite.layers.linear import Dense, InitConfig, RowKey, dropout, kernel_st
 from t5x_lite.layers.masks import Masking
 from t5x_lite.layers.norm import Norm, NormConfig
 from t5x_lite.layers.position import PositionBias, PositionConfig, rotate, sinusoids
+from t5x_lite.remat import tag
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +127,8 @@ class Attention(nnx.Module):
         if positions is not None and self.position.kind == "rotary":
             k = rotate(k, positions, self.position)
         # Under context parallelism every query needs all keys: gather their length here.
-        return tuple(sharding.shard(a, "act_batch", "act_kv_heads", "act_keys", None)
-                     for a in (k, v))
+        k, v = (sharding.shard(a, "act_batch", "act_kv_heads", "act_keys", None) for a in (k, v))
+        return tag(k, "key"), tag(v, "value")
 
     def _queries(self, x: jax.Array, masking: Masking, turn: bool
                  ) -> tuple[jax.Array, Relative | None]:
@@ -146,13 +147,13 @@ class Attention(nnx.Module):
             r = self.relative_key(table, (None, "act_heads"))
             r = sharding.reshape(r, (2 * keys, config.num_heads, config.head_dim),
                                  None, "act_heads", None).transpose(1, 0, 2)
-            return content, Relative(position, r)
+            return tag(content, "query"), Relative(tag(position, "query"), r)
         q = self._split_heads(flat_query, config.num_heads, "act_heads")
         if config.qk_norm:
             q = self.query_norm(q)
         if self.position.kind == "rotary" and turn:
             q = rotate(q, masking.q_positions, self.position)
-        return q * scale, None
+        return tag(q * scale, "query"), None
 
     def __call__(self, x: jax.Array, kv: tuple[jax.Array, jax.Array] | None, masking: Masking,
                  bias: PositionBias | jax.Array | None, *, cache: dict | None = None,
@@ -192,6 +193,7 @@ class Attention(nnx.Module):
                            config.chunk)
         y = y.transpose(0, 2, 1, 3)
         y = sharding.reshape(y, (*y.shape[:2], config.num_heads * config.head_dim), *flat)
+        y = tag(y, "context")
         return self.out(y, ("act_batch", "act_norm_length", "act_embed")), cache
 
 

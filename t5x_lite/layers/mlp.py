@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from t5x_lite.layers.linear import Dense, InitConfig, RowKey, dropout, kernel_std
+from t5x_lite.remat import tag
 
 ACTIVATIONS = {
     "relu": jax.nn.relu,
@@ -61,5 +62,6 @@ class MLP(nnx.Module):
             h = activation(self.wi_0(x, hidden)) * self.wi_1(x, hidden)
         else:
             h = activation(self.wi(x, hidden))
+        h = tag(h, "mlp_hidden")
         h = dropout(h, self.config.dropout_rate, key, *hidden, broadcast_dims=(1,))
         return self.wo(h, ("act_batch", "act_norm_length", "act_embed")), {}
