@@ -159,8 +159,8 @@ class Rules:
                 raise UserError(
                     f"{path}: {unit} {name} cannot be split {ways} ways over mesh axes "
                     f"{self.mesh_axes(name)}; choose mesh sizes whose product divides {unit}, or "
-                    f"replicate it with --config.sharding.{name}='()'"
-                    + (" and --config.sharding.act_kv_heads='()'." if name == "kv_heads" else "."))
+                    f"replicate it with --config.sharding.rules.{name}='()'"
+                    + (" and the same for act_kv_heads." if name == "kv_heads" else "."))
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
