@@ -46,8 +46,9 @@ setuptools.setup(
         "tpu": ["jax[tpu]"] + _DATA,
         "cuda": ["jax[cuda12]", "nvidia-ml-py"] + _DATA,
         # torch and transformers are what the models' numbers are compared with.
-        "test": ["pytest", "pytest-xdist", "torch", "transformers", "safetensors",
-                 "nbclient", "nbformat", "ipykernel"],
+        # importlib_resources: TFDS builds data sets with it without asking for it.
+        "test": ["pytest", "pytest-xdist", "importlib_resources", "torch", "transformers",
+                 "safetensors", "nbclient", "nbformat", "ipykernel"],
         "plan": ["libtpu"],
         "convert": ["safetensors"],
     },

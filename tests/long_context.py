@@ -6,7 +6,7 @@ prints a line of JSON. A process of its own, because a peak is a process's.
 """
 
 import json
-import resource
+import pathlib
 import sys
 
 import jax
@@ -44,7 +44,10 @@ def measure(implementation: str, length: int) -> dict:
 
 
 def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss, which a process inherits from the one that started it.
+    (line,) = (x for x in pathlib.Path("/proc/self/status").read_text().splitlines()
+               if x.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

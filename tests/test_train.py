@@ -143,9 +143,13 @@ def finish(process, status=0):
     return out, err
 
 
-def test_killed_ten_times_and_restarted_ends_with_the_same_bits(text_file, tmp_path):
+def test_killed_ten_times_and_restarted_ends_with_the_same_bits(text_file, tmp_path,
+                                                                monkeypatch):
     """SIGKILL at random moments between the first step of a life and its end."""
     steps = "--config.train.num_steps=60"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))   # 12 equal programs
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
     reference = start(text_file, tmp_path / "whole", steps)
     out, err = finish(reference)
     # Nothing but our own lines: no third-party log spray.

@@ -83,8 +83,7 @@ def logits(q: jax.Array, k: jax.Array, terms: Terms, masking: Masking) -> jax.Ar
             bias = bias(masking.q_positions, masking.k_positions)
         x = x + bias.astype(jnp.float32)
     mask = allowed(masking)
-    # Added, not selected: the gradient then needs no mask, for masked probabilities are 0.
-    return x if mask is None else x + jnp.where(mask, 0.0, MASKED)
+    return x if mask is None else jnp.where(mask, x, MASKED)
 
 
 def relative_logits(relative: Relative, masking: Masking) -> jax.Array:
