@@ -200,7 +200,7 @@ def reference(name):
 
 
 @pytest.mark.parametrize("changes", [
-    {"remat": "dots"}, {"scan": False, "remat": "save:nothing_has_this_name"}], ids=str)
+    {"remat": "dots"}, {"scan": False, "remat": "save:mlp_hidden"}], ids=str)
 def test_scan_and_remat_change_nothing(changes):
     config, params, batch, loss, grads = reference("encoder_decoder")
     found = value_and_grad(with_stacks(config, **changes), params, batch)
