@@ -24,10 +24,6 @@ encoder's side and targets_length on the decoder's. Padding is 0, with weight 0.
     decoder_segment_ids, decoder_positions          choices: the number of each choice from 1
     decoder_prefix                                  prefix_lm: 1 where attention looks both ways
     {side}_segment_ids, {side}_positions            with packing: ids from 1, positions from 0
-    encoder_segment_ids                             also where id 0 is text (GPT-2's "!")
-
-Before its first target a decoder reads 0, or a decoder-only one the start token of its
-tokenizer.json.
 
 Reading ahead happens in tf.data's own threads and is part of the saved place: a state
 corresponds to the batches handed out, whatever was prepared beyond them.
@@ -48,8 +44,8 @@ from jax.experimental import multihost_utils
 
 from t5x_lite import data_tasks
 from t5x_lite.data_tasks import (  # noqa: F401  what else callers of this module need
-    DataConfig, bytes_of_tokens, check_vocabulary, eval_examples, mixing_rates, pieces_of,
-    pieces_of_folder, start_id, text_of, train_mixture, uses_sentinels,
+    DataConfig, bytes_of_tokens, check_vocabulary, describe_training, eval_examples, mixing_rates,
+    pieces_of, pieces_of_folder, start_id, text_of, train_mixture, uses_sentinels,
     validation_tasks, vocabulary_of, zero_is_text)
 from t5x_lite.errors import UserError
 

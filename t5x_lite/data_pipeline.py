@@ -257,8 +257,11 @@ def trimmed(example: dict, lengths: dict[str, int]) -> dict:
 
 
 def _preprocessed(task: seqio.Task, split: str, lengths: dict[str, int], seed: int, shard: int,
-                  num_shards: int, training: bool) -> tf.data.Dataset:
-    """Examples of one shard with every field that the task's preprocessors keep."""
+                  num_shards: int, training: bool, records: int | None = None) -> tf.data.Dataset:
+    """Examples of one shard with every field that the task's preprocessors keep.
+
+    records: how many the source gives at most; None: all.
+    """
     source = task.source
     info = seqio.ShardInfo(shard, num_shards)
     shard_seed = seed_of(seed, task.name, shard)
@@ -268,6 +271,8 @@ def _preprocessed(task: seqio.Task, split: str, lengths: dict[str, int], seed: i
     else:
         dataset = source.get_dataset(split=split, shuffle=training, seed=seed_of(seed, task.name))
         dataset = dataset.shard(num_shards, shard)
+    if records is not None:
+        dataset = dataset.take(records)
     dataset = task.preprocess_precache(dataset, seed=shard_seed)
     if training:   # before the random preprocessors, so that every epoch draws anew
         dataset = dataset.repeat()
@@ -280,6 +285,12 @@ def examples(task: seqio.Task, split: str, lengths: dict[str, int]) -> Iterator[
     dataset = _preprocessed(task, split, lengths, EVAL_SEED, 0, 1, False)
     for example in dataset.as_numpy_iterator():
         yield {**example, **trimmed(example, lengths)}
+
+
+def first_examples(task: seqio.Task, split: str, lengths: dict[str, int], records: int
+                   ) -> tf.data.Dataset:
+    """What the preprocessors make of the first so many records, uncut, with all fields."""
+    return _preprocessed(task, split, lengths, EVAL_SEED, 0, 1, False, records)
 
 
 def rows_dataset(mixture: Sequence[Weighted], split: str, converter: Converter,

@@ -219,6 +219,51 @@ def _size(entry: tuple[str, str, str], provider) -> float:
     return sum(examples)
 
 
+_MEASURED = 200   # records of a task whose lengths are looked at when a run starts
+_LONG = 1 << 16   # tokens: no example is cut
+
+
+def describe_training(config: DataConfig, objective: str, num_rows: int) -> list[str]:
+    """A line a task, of at most twenty: its share; of a text-to-text task also how often `num_rows`
+    rows see its examples (with packing, at least so often) and, where of the first 200 inputs or
+    targets are cut or empty, another that counts them. Nothing else is read.
+    """
+    mixture = train_mixture(config, objective)
+    lines = []
+    for task, share in mixture[:20]:
+        lines.append(f"{task.name} {share:.1%}")
+        counts = list(_cut(task, config, objective))
+        if counts:   # of others, such as span corruption, a row is no example
+            count = task.num_input_examples("train")
+            if count:
+                lines[-1] += f", {num_rows * share / count:.3g} epochs of {count:,} examples"
+            lines += filter(None, counts)
+    more = len(mixture) - 20
+    return lines + ([f"… {more} more tasks"] if more > 0 else [])
+
+
+def _cut(task: "seqio.Task", config: DataConfig, objective: str) -> Iterator[str]:
+    """A line a feature, "" where nothing is cut or empty; none unless the task is text-to-text."""
+    pipeline = tensorflow_side()
+    limits = pipeline.converter_of(objective).task_lengths(
+        task, config.inputs_length, config.targets_length)
+    features = sorted(limits.keys() & task.output_features.keys())
+    dataset = pipeline.first_examples(task, "train", dict.fromkeys(limits, _LONG), _MEASURED)
+    if "targets_pretokenized" not in dataset.element_spec:
+        return   # it fills whatever lengths it is given
+    examples = list(dataset.as_numpy_iterator())
+    for name in features:
+        sizes = [len(e[name]) for e in examples]
+        rooms = [limits[name]] * len(examples)
+        if name == "targets" and "row" in limits:   # what the inputs leave of a row
+            rooms = [limits["row"] - min(len(e["inputs"]), limits["inputs"]) for e in examples]
+        cut = sum(size > room for size, room in zip(sizes, rooms))
+        empty = sum(size <= 1 for size in sizes)   # EOS alone
+        counts = [f"{cut} are longer than {min(rooms)} tokens and cut"] if cut else []
+        counts += [f"{empty} are empty"] if empty and name == "targets" else []
+        yield f"  of the first {len(sizes)} {name}, {' and '.join(counts)}" if counts else ""
+
+
 def validation_tasks(config: DataConfig) -> tuple[str, ...]:
     """Names to hand to eval_batches, a mixture taken apart into its tasks."""
     if config.validation_files:

@@ -90,6 +90,12 @@ def run(config: RunConfig, workdir: str | pathlib.Path) -> dict[str, dict[str, f
         if iterator_states is not None:
             train_data.restore(iterator_states)
         report.say(report.header(experiment))
+        if report.is_main():
+            rows = schedules.sequences_before(config.train.batch_ramp,
+                                              config.train.global_batch_size,
+                                              config.train.num_steps)
+            for line in data.describe_training(config.data, config.objective.name, rows):
+                report.say(f"data        {line}")
         _write_description(experiment, workdir)
         with experiment.activate(), _Stop() as stop:
             return _loop(experiment, workdir, checkpointer, train_data, state, stop)

@@ -24,6 +24,7 @@ Your own tasks live in any importable module, named in `data.task_modules`.
     choice_files      the files of those that TFDS has not
     lm_evaluation     WikiText-103, PG-19, the Pile, LAMBADA
     flan              instructions with options for ten data sets, and their mixture
+    p3                P3's mixture of what is at hand (not registered unless asked for)
     prompts           k-shot prompts, P3's templates, FLAN's mixtures, for your own tasks
     published_mixtures    sampling proportions of Gopher, GPT-3 and MT-NLG
     seq2seq_files     your own JSONL and TSV examples, SCAN, BIG-bench

@@ -1,0 +1,32 @@
+"""Fine-tuning on real SQuAD records through TFDS, offline: a T5 on XQuAD, scored as SQuAD is."""
+
+import dataclasses
+
+from t5x_lite import data_tasks, train
+from t5x_lite.data import DataConfig
+from t5x_lite.sharding import MeshConfig
+from tests import tiny_config
+
+
+def test_a_t5_is_fine_tuned_on_xquad(offline_tfds, tmp_path, capsys):
+    data_tasks.tensorflow_side()
+    from tasks import metrics, t5_benchmarks, text_to_text
+    text_to_text.register(
+        "data_test_xquad", text_to_text.TfdsSource("xquad/en:3.0.0", {
+            "train": "test[:90%]", "validation": "test[90%:]"}), t5_benchmarks.squad,
+        metric_fns=[metrics.squad], postprocess_fn=text_to_text.answers)
+    base = tiny_config.run("")
+    config = dataclasses.replace(
+        base, model=dataclasses.replace(base.model, vocab_size=32128), mesh=MeshConfig(data=8),
+        data=DataConfig(train="data_test_xquad", validation="data_test_xquad", inputs_length=48,
+                        targets_length=6, num_shards=2, shuffle_buffer=8),
+        train=dataclasses.replace(base.train, num_steps=4),
+        eval=dataclasses.replace(base.eval, every=4, num_batches=1, decode=dataclasses.replace(
+            base.eval.decode, max_length=4)))
+    [values] = train.run(config, tmp_path).values()
+    assert {"metric/em", "metric/f1"} <= values.keys() and values["loss"] > 0
+    out = capsys.readouterr().out
+    # 1,190 questions of which nine tenths train: 32 rows of 1,071.
+    assert "data_test_xquad 100.0%, 0.0299 epochs of 1,071 examples" in out
+    assert "of the first 200 inputs, " in out and "are longer than 48 tokens and cut" in out
+    assert "of the first 200 targets, " in out
