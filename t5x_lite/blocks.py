@@ -30,6 +30,10 @@ from t5x_lite.pipeline import PipelineConfig, run_layers
 from t5x_lite.remat import tag
 
 
+# The metric of a mixture's load (routing.load_metrics), and where its values by layer are kept
+# while layers are added up.
+LOAD_ENTROPY = "moe/load_entropy"
+_LAYERS = "moe/load_entropy by layer"
 RESIDUAL_AXES = ("act_batch", "act_norm_length", "act_embed")   # of x_BLD between sub-layers
 
 
@@ -263,6 +267,7 @@ class Segment(nnx.Module):
     def __init__(self, key: jax.Array, embed_dim: int, config: SegmentConfig, stack: StackConfig,
                  init: InitConfig, dtype: jnp.dtype):
         self.names = tuple(f"block_{i}" for i in range(len(config.blocks)))
+        self.num_layers = stack.num_layers
         keys = jax.random.split(key, len(config.blocks))
         for name, block, k in zip(self.names, config.blocks, keys, strict=True):
             setattr(self, name, Block(k, embed_dim, block, stack, init, dtype))
@@ -275,7 +280,7 @@ class Segment(nnx.Module):
             x, (block_cache, aux) = getattr(self, name)(
                 x, inputs, layer_key, None if cache is None else cache[name])
             caches[name] = block_cache
-            total = add_aux(total, aux)
+            total = add_aux(total, _at_layer(aux, layer + i, self.num_layers))
         return x, (None if cache is None else caches, total)
 
 
@@ -285,11 +290,32 @@ def add_aux(a: Mapping, b: Mapping) -> dict:
             else a.get(name, b.get(name)) for name in {**a, **b}}
 
 
+def _at_layer(aux: Mapping, layer: jax.Array, num_layers: int) -> dict:
+    """aux and the load's entropy of this layer, as vectors [num_layers] that are 0 elsewhere:
+    however layers are run (scanned, in a pipeline), their auxiliary values are added."""
+    if LOAD_ENTROPY not in aux:
+        return aux
+    here = jnp.arange(num_layers) == layer
+    return {**aux, _LAYERS: jax.tree.map(lambda a: jnp.where(here, a, 0.0), aux[LOAD_ENTROPY])}
+
+
+def _by_layer(aux: Mapping, config: StackConfig, side: str) -> dict:
+    """aux with those vectors as a metric for each mixture, "moe/load_entropy/encoder_3"."""
+    aux = dict(aux)
+    if _LAYERS in aux:
+        sums, counts = aux.pop(_LAYERS)
+        blocks = [b for s in config.segments for _ in range(s.repeats) for b in s.blocks]
+        aux |= {f"{LOAD_ENTROPY}/{side}_{i}": (sums[i], counts[i])
+                for i, block in enumerate(blocks) if block.moe is not None}
+    return aux
+
+
 class Stack(nnx.Module):
     """Segments one after another, between the embeddings and the final norm."""
 
     def __init__(self, key: jax.Array, embed_dim: int, config: StackConfig, init: InitConfig,
-                 dtype: jnp.dtype):
+                 dtype: jnp.dtype, side: str):
+        """side: "encoder" or "decoder", for the names of metrics."""
         keys = jax.random.split(key, len(config.segments) + 4)
         self.names = tuple(f"segment_{i}" for i in range(len(config.segments)))
         for name, segment, k in zip(self.names, config.segments, keys[4:], strict=True):
@@ -308,6 +334,7 @@ class Stack(nnx.Module):
             self.final_norm = Norm(keys[3], embed_dim, config.norm, dtype)
         self.config = config
         self.dtype = dtype
+        self.side = side
 
     def __call__(self, x: jax.Array, masking: Masking, positions: jax.Array, *,
                  encoded: jax.Array | None = None, cross_masking: Masking | None = None,
@@ -351,7 +378,7 @@ class Stack(nnx.Module):
             x = self.final_norm(x)
         x = self._dropout(x, key, config.num_layers + 1)
         x = sharding.shard(x, "act_batch", "act_length", "act_embed")
-        return x, None if cache is None else caches, total
+        return x, None if cache is None else caches, _by_layer(total, config, self.side)
 
     def _bias(self, masking: Masking) -> PositionBias | jax.Array | None:
         """The bias that the layers share: made once, or where some layer goes by chunks, a

@@ -70,7 +70,7 @@ class LanguageModel(nnx.Module):
             stack = getattr(config, name)
             if stack is not None:
                 setattr(self, name, Stack(k, config.embed_dim, stack, stack.init or config.init,
-                                          dtype))
+                                          dtype, name))
         if not config.tie_logits:
             std = config.init.logits_std or kernel_std(config.init, config.embed_dim,
                                                        config.vocab_size)

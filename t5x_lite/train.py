@@ -26,6 +26,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from t5x_lite import data, init_from, metrics, report, schedules
+from t5x_lite.blocks import LOAD_ENTROPY
 from t5x_lite.build import Experiment, build, param_report
 from t5x_lite.checkpoint import Checkpointer, restore_or_init
 from t5x_lite.config import RunConfig, to_json
@@ -177,7 +178,7 @@ class _Log:
             dtype=experiment.policy.matmul_dtype, num_processes=jax.process_count(), before=used)
         self._usage_step = first
         self._fresh = True
-        self._warned = False
+        self._warned: set[str] = set()
 
     def _rows_seen(self, step: int) -> int:
         train = self._experiment.config.train
@@ -229,12 +230,17 @@ class _Log:
         self.progress.update(step, loss, log)
 
     def _warn_of_collapse(self, step: int, means: Mapping[str, float]) -> None:
-        entropy = means.get("moe/load_entropy", 1.0)
-        if entropy < COLLAPSED and not self._warned:
-            self._warned = True
-            report.say(f"warning: at step {step} few experts get nearly all tokens (load entropy "
-                       f"{entropy:.2f} of 1, {means['moe/dead_experts']:.0%} idle); raise "
-                       f"moe.balance_weight or moe.jitter, or lower the learning rate")
+        """Once for every layer whose experts have collapsed."""
+        layers = {name.removeprefix(f"{LOAD_ENTROPY}/").replace("_", " layer "): mean
+                  for name, mean in means.items() if name.startswith(f"{LOAD_ENTROPY}/")}
+        fresh = {layer: mean for layer, mean in layers.items()
+                 if mean < COLLAPSED and layer not in self._warned}
+        if fresh:
+            self._warned |= fresh.keys()
+            listed = ", ".join(f"{layer} {mean:.2f}" for layer, mean in fresh.items())
+            report.say(f"warning: at step {step} few experts get nearly all tokens (load entropy, "
+                       f"1 where even: {listed}); raise moe.balance_weight or moe.jitter, or lower "
+                       f"the learning rate")
 
     def close(self) -> None:
         """Reads what is left and ends the progress line."""

@@ -11,6 +11,7 @@ from t5x_lite import build as build_lib
 from t5x_lite import metrics, train, tree
 from t5x_lite.errors import UserError
 from t5x_lite.layers.moe import MoEConfig
+from t5x_lite.models import Model, SegmentConfig
 from t5x_lite.sharding import MeshConfig
 from tests import tiny, tiny_config
 
@@ -51,25 +52,48 @@ def test_refused_before_anything_is_compiled(moe, mesh, accumulation, message):
 # --- shown ------------------------------------------------------------------------------------------
 
 def test_collapsed_experts_are_warned_of_and_every_step_is_measured(tmp_path, capsys):
-    """A router of zeros sends every token to the first expert."""
+    """A router of zeros sends every token to the first expert; the other stack's does not."""
     text = tiny_config.write_text(tmp_path / "words.txt")
     run = sparse(tiny_config.run(text), dataclasses.replace(MOE, router_std=0.0), ("encoder",))
+    run = sparse(run, dataclasses.replace(MOE, router="hash"), ("decoder",))
     run = dataclasses.replace(run, train=dataclasses.replace(run.train, num_steps=2),
                               mesh=MeshConfig(data=8))
     train.run(run, tmp_path / "run")
     shown = capsys.readouterr().out
-    assert shown.count("warning: at step 1 few experts get nearly all tokens (load entropy "
-                       "0.00 of 1, 75% idle)") == 1
+    assert shown.count("few experts get nearly all tokens") == 1
+    assert ("warning: at step 1 few experts get nearly all tokens (load entropy, 1 where even: "
+            "encoder layer 1 0.00); raise moe.balance_weight") in shown
     lines = [line for line in metrics.read_metrics(tmp_path / "run" / "metrics.jsonl")
              if "train/loss" in line]
     assert [line["step"] for line in lines] == [1, 2]
-    assert lines[0]["train/moe/load_max_over_mean"] == 4.0
+    by_layer = [lines[0][f"train/moe/load_entropy/{name}"] for name in ("encoder_1", "decoder_1")]
+    assert by_layer[0] == 0.0 and by_layer[1] > 0.7
+    assert lines[0]["train/moe/load_entropy"] == pytest.approx(sum(by_layer) / 2)
     assert lines[0]["train/moe/router_confidence"] == 0.25
     assert lines[0]["train/aux_loss"] == pytest.approx(0.01)   # balance_weight * E * 1 * 1/E
     for line in lines:
         assert {name.removeprefix("train/moe/") for name in line if "/moe/" in name} == {
             "dead_experts", "dropped_fraction", "load_balancing_loss", "load_entropy",
-            "load_max_over_mean", "router_confidence", "router_z_loss"}
+            "load_entropy/decoder_1", "load_entropy/encoder_1", "load_max_over_mean",
+            "router_confidence", "router_z_loss"}
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_the_load_of_each_layer_is_told_apart(scan):
+    """Of four mixtures in a row, the router of layer 2 sends every token to the first expert."""
+    run = tiny.seq2seq(scan=scan)
+    mixture = dataclasses.replace(run.model.encoder.segments[0].blocks[0], moe=MOE)
+    encoder = dataclasses.replace(run.model.encoder, segments=(SegmentConfig((mixture,), 4),))
+    model = Model(dataclasses.replace(run.model, encoder=encoder))
+    params = tree.flatten(tiny.params(dataclasses.replace(run, model=model.config)))
+    (router,) = (path for path in params if "/router/" in path)
+    params[router] = params[router] * np.asarray([50.0, 50.0, 0.0, 50.0])[:, None, None]
+    _, aux = jax.jit(lambda params: model.bind(params)(tiny.batch()))(tree.unflatten(params))
+    loads = [float(aux[f"moe/load_entropy/encoder_{i}"][0]) for i in range(4)]
+    assert loads[2] == 0.0 and min(loads[:2] + loads[3:]) > 0.5
+    assert {float(aux[f"moe/load_entropy/encoder_{i}"][1]) for i in range(4)} == {1.0}
+    assert float(aux["moe/load_entropy"][0]) == pytest.approx(sum(loads))
+    assert sum(name.startswith("moe/load_entropy/") for name in aux) == 4
 
 
 # --- fine-tuned -------------------------------------------------------------------------------------

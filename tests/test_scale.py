@@ -180,6 +180,11 @@ def test_a_step_equals_that_of_one_device(name, mesh, options):
     for metric in ("loss", "z_loss", "accuracy", "grad_norm", *(("aux_loss",) * (name == "moe"))):
         np.testing.assert_allclose(sums[metric][0] / sums[metric][1],
                                    want_sums[metric][0] / want_sums[metric][1], rtol=1e-5)
+    by_layer = {metric for metric in want_sums if metric.startswith("moe/load_entropy/")}
+    assert by_layer == {metric for metric in sums if metric.startswith("moe/load_entropy/")}
+    if by_layer:   # of micro-batches, so not equal to those of the whole batch
+        np.testing.assert_allclose(sum(sums[metric][0] for metric in by_layer),
+                                   sums["moe/load_entropy"][0], rtol=1e-5)
     tiny.assert_close(moment, want_moment)
     tiny.assert_close(params, want_params)
     assert ("pipeline_bubble" in sums) == (mesh.get("stage", 1) > 1)

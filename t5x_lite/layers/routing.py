@@ -348,7 +348,7 @@ def load_metrics(load_E: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
     entropy = -jnp.sum(share_E * jnp.log(jnp.where(share_E > 0, share_E, 1.0)))
     return {
         "load_max_over_mean": (jnp.max(share_E) * num_experts, one),
-        "load_entropy": (entropy / jnp.log(max(num_experts, 2)), one),
+        "load_entropy": (entropy / jnp.log(num_experts) if num_experts > 1 else one, one),
         "dead_experts": (jnp.mean(load_E == 0.0, dtype=jnp.float32), one),
     }
 

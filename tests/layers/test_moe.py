@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from t5x_lite import sharding
+from t5x_lite.cost import hlo
 from t5x_lite.errors import UserError
 from t5x_lite.layers import dispatch, routing
 from t5x_lite.layers.linear import InitConfig, RowKey
@@ -312,7 +313,7 @@ def test_blocked_rows_equal_ragged_dot(sizes):
 TRAINED = dataclasses.replace(
     TOP_2, second_policy="random", jitter=0.1, shared_experts=1, capacity_factor=1.0,
     mlp=dataclasses.replace(MLP_CONFIG, dropout_rate=0.3, use_bias=True))
-BOTH = (TRAINED, dataclasses.replace(TRAINED, dropless=True))
+BOTH = (TRAINED, dataclasses.replace(TRAINED, dropless=True, expert_groups=2))
 
 
 def both_ways(graphdefs, params, x, key):
@@ -368,6 +369,21 @@ def test_eight_devices_compute_what_one_does(one_device, mesh):
     expert_ways = mesh.shape["expert"]
     for gradient in jax.tree.leaves(found[0]["experts"]):
         assert gradient.sharding.shard_shape(gradient.shape)[0] == E // expert_ways
+
+
+@pytest.mark.parametrize("dropless", [False, True])
+def test_tokens_stay_on_their_slice(dropless):
+    """Every slice has all experts, and of two groups of them a token uses one."""
+    config = dataclasses.replace(TOP_2, expert_groups=2, dropless=dropless)
+    graphdef, params = layer(config)
+    mesh = sharding.make_mesh(sharding.MeshConfig(slice=2, data=1, expert=2, fsdp=2))
+    with sharding.activate(mesh, sharding.Rules()):
+        x = sharding.shard(inputs(), "act_batch", "act_length", "act_embed")
+        run = jax.jit(jax.grad(lambda x: jnp.sum(nnx.merge(graphdef, params)(x)[0])))
+        text = run.lower(x).compile().as_text()
+    layout = hlo.MeshLayout(mesh.devices.shape, mesh.axis_names)
+    assert {c.axes for c in hlo.find_collectives(text, layout) if "all-to-all" in c.kind} == {
+        ("expert",)}
 
 
 # --- bad input ------------------------------------------------------------------------------------

@@ -181,6 +181,31 @@ def test_limited_groups_keep_the_groups_of_the_best_experts():
     np.testing.assert_allclose(route.gate[0, 0], [0.3, 0.25, 0.15], rtol=1e-6)
 
 
+@pytest.mark.parametrize("num_groups,most", [(4, 1), (4, 2), (2, 1), (8, 3), (3, 2)])
+def test_limited_groups_equal_a_search_token_by_token(num_groups, most):
+    experts = 24
+    logits = np.random.default_rng(0).normal(size=(2, 40, experts)).astype(np.float32)
+    per_group = experts // num_groups
+    k = min(3, most * per_group)
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    routes = {
+        "top_k": routing.top_k(jnp.asarray(logits), k, None, expert_groups=(num_groups, most)),
+        "top_2": routing.top_2(jnp.asarray(logits), None, expert_groups=(num_groups, most)),
+        "switch": routing.switch(jnp.asarray(logits), None, expert_groups=(num_groups, most))}
+    for name, route in routes.items():
+        index, gate = np.asarray(route.expert_index), np.asarray(route.gate)
+        choices = index.shape[-1]
+        assert np.asarray(route.kept).all()
+        for g, t in np.ndindex(2, 40):
+            groups = sorted(range(num_groups), reverse=True, key=lambda i: max(
+                p[g, t, i * per_group:(i + 1) * per_group]))[:most]
+            allowed = [e for i in groups for e in range(i * per_group, (i + 1) * per_group)]
+            best = sorted(allowed, key=lambda e: -p[g, t, e])[:choices]
+            assert index[g, t].tolist() == best
+            shares = p[g, t, best] / (1.0 if name == "switch" else p[g, t, best].sum())
+            np.testing.assert_allclose(gate[g, t], shares, rtol=1e-5)
+
+
 def test_load_balancing_loss_by_hand():
     # Fractions 3/4, 1/4, 0; mean probabilities 2/4, 1.55/4, 0.45/4.
     p = routing.probabilities(logits_of(TABLE))
