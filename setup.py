@@ -8,6 +8,7 @@ platform extra adds its JAX and the data pipeline (seqio, which brings TensorFlo
     pip install -c constraints.txt ".[cuda]"         on an NVIDIA GPU machine
     pip install -c constraints.txt ".[cpu,plan]"     rehearse a TPU run without a TPU
     pip install -c constraints.txt ".[cpu,convert]"  exchange checkpoints with Hugging Face
+    pip install ".[cpu,beam]"                        tokenise tasks ahead, see tasks/cached.py
 
 constraints.txt holds the versions that the tests pass with.
 """
@@ -52,5 +53,8 @@ setuptools.setup(
                  "peft", "safetensors", "nbclient", "nbformat", "ipykernel"],
         "plan": ["libtpu"],
         "convert": ["safetensors"],
+        # seqio_cache_tasks. Beam wants protobuf<7, and sentencepiece 0.2.3 a newer one: an
+        # environment of its own, see tasks/cached.py.
+        "beam": ["apache-beam[tfrecord]>=2.77", "sentencepiece<0.2.3"],
     },
 )

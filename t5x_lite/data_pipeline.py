@@ -456,7 +456,8 @@ def description(task: seqio.Task) -> list[str]:
     for step in task.preprocessors:
         settings = {n: v for n, v in getattr(step, "keywords", {}).items()
                     if isinstance(v, (bool, int, float, str))}
-        found.append(getattr(getattr(step, "func", step), "__name__", "") + str(settings or ""))
+        name = getattr(getattr(step, "func", step), "__name__", type(step).__name__)
+        found.append(name + str(settings or ""))
     return found
 
 

@@ -46,6 +46,8 @@ class DataConfig:
     denoising: str = ""
     noise_density: float = 0.0          # share of the tokens that it hides …
     mean_span_length: float = 0.0       # … in spans of so many; 0: its own figure
+    # Folders that seqio_cache_tasks wrote: tasks are read from there, tokenised (tasks/cached.py).
+    cached_tasks: str = ""
     task_modules: str = ""              # your Python modules that register seqio tasks
     # "": the task's own. Else python, byt5, t5, or the path of a SentencePiece .model file or of
     # a tokenizer.json (tasks/tokenizer_json.py).
@@ -339,7 +341,7 @@ def vocabulary_of(config: DataConfig) -> "seqio.Vocabulary":
 
 def _adapted(task: "seqio.Task", config: DataConfig, objective: str, field: str) -> "seqio.Task":
     """The task with the run's vocabulary; UserError where it is made for another objective."""
-    from tasks import denoising, tokenized
+    from tasks import cached, denoising, tokenized
     name = denoising.of(task)
     if name:
         denoising.check_objective(name, objective, f"{field}={task.name!r}")
@@ -347,6 +349,9 @@ def _adapted(task: "seqio.Task", config: DataConfig, objective: str, field: str)
             raise UserError(f"data.denoising={config.denoising!r} is for text files, and {field}="
                             f"{task.name!r} is a task of {name}; take a task made for it, such as "
                             f"{task.name.replace(name, config.denoising)}")
+    if config.cached_tasks:
+        task = cached.read_from(task, config.cached_tasks,
+                                vocabulary_of(config) if config.vocabulary else None)
     features = dict(task.output_features)
     if config.vocabulary:
         vocabulary = vocabulary_of(config)

@@ -9,6 +9,7 @@ Your own tasks live in any importable module, named in `data.task_modules`.
     vocabularies      names of vocabularies: a shipped one, bytes, T5's, any SentencePiece file
     tokenizer_json    … and Hugging Face's tokenizer.json
     tokenized         … whose Python runs ahead of tf.data
+    cached            tasks that seqio and Beam tokenised ahead (data.cached_tasks)
     document_cache    text gathered ahead of tf.data, kept as TFRecord files
     python_text       docs and source code of the running Python: real text without a download
     text_files        text, JSONL and gzip files given on the command line

@@ -41,11 +41,11 @@ class PreparedTfdsDataSource(seqio.TfdsDataSource):
 
 def _register() -> None:
     source = PreparedTfdsDataSource("c4/en:3.0.1", ("train", "validation"))
-    denoising.register("c4", source, "t5")
+    denoising.register("c4", source, "t5", cached=True)
     feature = seqio.Feature(vocabularies.load("byt5"), add_eos=True)
     seqio.TaskRegistry.add(
         "c4_span_corruption_byt5", source=source,
-        preprocessors=denoising.steps("span_corruption", mean_span_length=20.0),
+        preprocessors=denoising.steps("span_corruption", cached=True, mean_span_length=20.0),
         output_features={"inputs": feature, "targets": feature})
 
 

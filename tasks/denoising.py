@@ -303,23 +303,32 @@ DEFAULTS = {"lm": "causal_lm", "prefix_lm": "prefix_lm", "seq2seq": "span_corrup
             "mlm": "bert"}   # of an objective
 
 
-def steps(name: str, **settings: float) -> list[Callable]:
-    """The preprocessors from {"text"} on. Raises UserError for a setting that it does not take."""
+def steps(name: str, cached: bool = False, **settings: float) -> list[Callable]:
+    """The preprocessors from {"text"} on. Raises UserError for a setting that it does not take.
+
+    cached: whether the tokens may be gathered ahead (tasks/cached.py); it changes what is drawn.
+    """
     denoiser = DENOISERS[name]
     for setting in settings:
         if setting not in denoiser.settings:
             takers = [n for n, d in DENOISERS.items() if setting in d.settings]
             raise UserError(f"data.{setting}={settings[setting]} is no setting of data.denoising="
                             f"{name!r}; {', '.join(takers)} take it")
-    return [preprocessors.tokenize, functools.partial(denoiser.preprocessor, **settings)]
+    return [preprocessors.tokenize, *([seqio.CacheDatasetPlaceholder()] if cached else []),
+            functools.partial(denoiser.preprocessor, **settings)]
 
 
-def register(prefix: str, source: seqio.DataSource, vocabulary: str) -> None:
-    """Adds the task PREFIX_NAME over documents {"text"} for every denoiser."""
+def register(prefix: str, source: seqio.DataSource, vocabulary: str, cached: bool = False) -> None:
+    """Adds the task PREFIX_NAME over documents {"text"} for every denoiser.
+
+    cached: see `steps`.
+    """
     feature = seqio.Feature(vocabularies.load(vocabulary), add_eos=True)
     for name, denoiser in DENOISERS.items():
-        seqio.TaskRegistry.add(f"{prefix}_{name}", source=source, preprocessors=steps(name),
-                               output_features={f: feature for f in denoiser.features})
+        seqio.TaskRegistry.add(
+            f"{prefix}_{name}", source=source,
+            preprocessors=steps(name, cached),
+            output_features={f: feature for f in denoiser.features})
 
 
 def of(task: seqio.Task) -> str | None:

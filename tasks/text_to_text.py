@@ -58,8 +58,12 @@ def features(vocabulary: str = "t5") -> dict[str, seqio.Feature]:
 
 
 def preprocessors(format_fn: Format) -> list:
-    """The format, tokens beside the texts (…_pretokenized), EOS after trimming."""
-    return [format_fn, seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim]
+    """The format, tokens beside the texts (…_pretokenized), EOS after trimming.
+
+    What stands before the placeholder can be cached (tasks/cached.py).
+    """
+    return [format_fn, seqio.preprocessors.tokenize, seqio.CacheDatasetPlaceholder(),
+            seqio.preprocessors.append_eos_after_trim]
 
 
 def register(name: str, source: seqio.DataSource, format_fn: Format, *,
