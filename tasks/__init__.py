@@ -27,7 +27,7 @@ Your own tasks live in any importable module, named in `data.task_modules`.
     flan              instructions with options for ten data sets, and their mixture
     p3                P3's mixture of what is at hand (not registered unless asked for)
     prompts           k-shot prompts, P3's templates, FLAN's mixtures, for your own tasks
-    published_mixtures    sampling proportions of Gopher, GPT-3 and MT-NLG
+    published_mixtures    sampling proportions of Gopher, Chinchilla, GPT-3 and MT-NLG
     seq2seq_files     your own JSONL and TSV examples, SCAN, BIG-bench
     salient_spans     dates and names hidden one by one, in Wikipedia or in your own text
 

@@ -3,9 +3,20 @@
     weights("massive_text", {"web": "my_web_task", …})      -> data.train's "task=share,…"
     print(epochs("gpt3", tokens=300e9))                     how often each part is seen
 
-MassiveText is Gopher's (Rae et al. 2021, arXiv:2112.11446, table 2), "pile_mt_nlg" the Pile and
-Common Crawl as in MT-NLG (Smith et al. 2022, arXiv:2201.11990, table 2), "gpt3" Brown et al. 2020
-(arXiv:2005.14165, table 2.2, whose shares sum to 101).
+    massive_text             Gopher (Rae et al. 2021, arXiv:2112.11446, table 2)
+    massive_text_chinchilla  Chinchilla (Hoffmann et al. 2022, arXiv:2203.15556, table A1)
+    gpt3                     Brown et al. 2020 (arXiv:2005.14165, table 2.2; its shares sum to 101)
+    pile_mt_nlg              the Pile and Common Crawl in MT-NLG (Smith et al. 2022,
+                             arXiv:2201.11990, table 2)
+
+Epochs follow from the rounded tokens and shares: GPT-3's own column has 2.9 for WebText2 and 3.4
+for Wikipedia, where these give 3.4 and 3.0.
+
+Checked, besides memory: gpt3 and both shares of MassiveText against transcriptions of tables 2.2
+and A1 (which repeats Gopher's shares); Gopher's tokens give A1's epochs within rounding, but for
+Wikipedia's (3.5, not 3.4). MT-NLG's shares are those of DATA_BLEND in the scripts of
+https://github.com/deepspeedai/Megatron-DeepSpeed; its tokens stand in table 20 of Kosmos-1
+(arXiv:2302.14045), but for Stack Exchange, PubMed, arXiv and GitHub, which are unchecked.
 """
 
 from collections.abc import Mapping
@@ -24,6 +35,9 @@ MIXTURES: dict[str, dict[str, Part]] = {
     "massive_text": {
         "web": Part(506, 48), "books": Part(560, 27), "c4": Part(182, 10), "news": Part(676, 10),
         "github": Part(422, 3), "wikipedia": Part(4, 2)},
+    "massive_text_chinchilla": {
+        "web": Part(506, 45), "books": Part(560, 30), "c4": Part(182, 10), "news": Part(676, 10),
+        "github": Part(422, 4), "wikipedia": Part(4, 1)},
     "gpt3": {
         "common_crawl": Part(410, 60), "webtext2": Part(19, 22), "books1": Part(12, 8),
         "books2": Part(55, 8), "wikipedia": Part(3, 3)},

@@ -53,6 +53,9 @@ CASES = {
                    {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}, True),
     "t5_silu": Case("T5ForConditionalGeneration", "T5Config",
                     {**_T5, "feed_forward_proj": "gated-silu"}, True),
+    "byt5": Case("T5ForConditionalGeneration", "T5Config", {
+        **_T5, "vocab_size": 384, "num_layers": 6, "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False, "tokenizer_class": "ByT5Tokenizer"}, True),
     "mt5": Case("MT5ForConditionalGeneration", "MT5Config", _T5, True),
     "umt5": Case("UMT5ForConditionalGeneration", "UMT5Config", _T5),
     "umt5_untied": Case("UMT5ForConditionalGeneration", "UMT5Config", _T5, True),
@@ -89,7 +92,7 @@ def make(case: Case, seed: int = 0):
     config._attn_implementation = "eager"
     model = getattr(transformers, case.model_class)(config).eval()
     if case.untied:
-        model.lm_head.weight = torch.nn.Parameter(torch.empty(VOCAB, config.d_model))
+        model.lm_head.weight = torch.nn.Parameter(torch.empty(config.vocab_size, config.d_model))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -111,11 +114,12 @@ def batch(case: Case, seed: int = 0) -> dict[str, np.ndarray]:
     """A batch by our names; inputs end in padding, and padded targets carry no weight."""
     rng = np.random.default_rng(seed)
     rows, source, target = 3, 11, 9
-    targets = rng.integers(2, VOCAB, (rows, target))
+    vocab = case.fields["vocab_size"]
+    targets = rng.integers(2, vocab, (rows, target))
     weights = np.ones((rows, target), np.float32)
     weights[1, 6:] = 0.0
     result = {"decoder_target_tokens": targets, "decoder_loss_weights": weights}
-    inputs = rng.integers(2, VOCAB, (rows, source))
+    inputs = rng.integers(2, vocab, (rows, source))
     inputs[2, 8:] = 0
     if case.model_class == "BertForMaskedLM":
         inputs = inputs[:, :target]

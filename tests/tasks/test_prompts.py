@@ -210,13 +210,17 @@ def test_published_mixtures():
     from tasks import published_mixtures
     for name, parts in published_mixtures.MIXTURES.items():
         assert sum(p.share for p in parts.values()) == pytest.approx(100, abs=1.5), name
+    def epochs_of(name, tokens):
+        lines = published_mixtures.epochs(name, tokens).splitlines()[1:]
+        return {line.split()[0]: float(line.split()[-1]) for line in lines}
     # GPT-3: 300 billion tokens see Common Crawl 0.44 times (and, its table says, WebText2 2.9)
-    table = published_mixtures.epochs("gpt3", 300e9)
-    epochs = {line.split()[0]: float(line.split()[-1]) for line in table.splitlines()[1:]}
+    epochs = epochs_of("gpt3", 300e9)
     assert epochs["common_crawl"] == pytest.approx(0.44, abs=0.015)
     assert epochs["webtext2"] == pytest.approx(3.4, abs=0.6)
-    table = published_mixtures.epochs("pile_mt_nlg", 270e9)
-    epochs = {line.split()[0]: float(line.split()[-1]) for line in table.splitlines()[1:]}
+    assert epochs_of("massive_text_chinchilla", 1.4e12) == pytest.approx(   # its own column
+        {"web": 1.24, "books": 0.75, "c4": 0.77, "news": 0.21, "github": 0.13, "wikipedia": 3.5},
+        abs=0.011)
+    epochs = epochs_of("pile_mt_nlg", 270e9)
     assert epochs["books3"] == pytest.approx(1.5, abs=0.05)
     assert epochs["openwebtext2"] == pytest.approx(3.6, abs=0.1)
     assert published_mixtures.weights("gpt3", {"wikipedia": "wiki", "books1": "b"}) == "wiki=3,b=8"
