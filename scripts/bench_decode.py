@@ -10,26 +10,17 @@ and the ratio flatters us: `taskset -c 0 python scripts/bench_decode.py …` com
 one core. Needs torch and transformers.
 """
 
+import cpu_environment  # noqa: F401  first of all: it may start the script again
+
 import os
 import pathlib
 import statistics
-import sys
 import tempfile
 import time
 
-# Read by libc and XLA as the process starts; see bench_step.py.
-CPU_ENVIRONMENT = {
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-    "XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
-}
-if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu" and "GLIBC_TUNABLES" not in os.environ:
-    for name, value in CPU_ENVIRONMENT.items():
-        os.environ[name] = f"{os.environ.get(name, '')} {value}".strip()
-    os.execv(sys.executable, [sys.executable, *sys.argv])
+from absl import flags
 
-from absl import flags  # noqa: E402
-
-from t5x_lite import cli  # noqa: E402
+from t5x_lite import cli
 
 _CONFIG = cli.define_config()
 _BATCH = flags.DEFINE_integer("batch", 32, "Sequences decoded at once.")

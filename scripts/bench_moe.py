@@ -1,6 +1,6 @@
 """Times a mixture of experts against the dense MLP of equal FLOPs per token, forward and backward.
 
-    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python scripts/bench_moe.py --experts=8,32,128
+    python scripts/bench_moe.py --experts=8,32,128
 
 Every token uses one expert (Switch), so the dense MLP with the same mlp_dim multiplies as much.
 Printed are ratios to it: of elapsed time, and of CPU time, which other programs on the machine
@@ -11,11 +11,13 @@ disturb less. All are timed in turn, so that what slows one slows all, and the b
     capacity 1.25  Switch's training buffers: a quarter more rows than the dense MLP computes
 """
 
+import cpu_environment  # noqa: F401  first of all: it may start the script again
+
 import argparse
 import dataclasses
 import time
 
-from t5x_lite import cli  # noqa: F401  first of all: it sets what JAX reads on import
+from t5x_lite import cli  # noqa: F401  before JAX: it sets what that reads on import
 
 import jax
 import jax.numpy as jnp

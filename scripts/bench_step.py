@@ -9,21 +9,11 @@ before the first step: import, initialisation and compilation. `--scan` keeps th
 scan; by default the layers are unrolled, which XLA's CPU backend runs faster.
 """
 
-import os
-import sys
+import cpu_environment  # noqa: F401  first of all: it may start the script again
+
 import time
 
 START = time.perf_counter()
-# Read by libc and XLA as the process starts (DESIGN: page faults of XLA's arena, and the
-# library kernels for single products), so the script starts itself again with them.
-CPU_ENVIRONMENT = {
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-    "XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
-}
-if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu" and "GLIBC_TUNABLES" not in os.environ:
-    for name, value in CPU_ENVIRONMENT.items():
-        os.environ[name] = f"{os.environ.get(name, '')} {value}".strip()
-    os.execv(sys.executable, [sys.executable, *sys.argv])
 
 from absl import flags  # noqa: E402
 

@@ -1,0 +1,19 @@
+"""What XLA's CPU backend runs fastest with; the benchmarks import this before anything else.
+
+libc and XLA read these variables as the process starts (DESIGN: huge pages for XLA's arena, the
+library's kernels for single products; the Makefile sets the same), so on the CPU the script
+starts itself again with them.
+"""
+
+import os
+import sys
+
+VARIABLES = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
+}
+
+if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu" and "GLIBC_TUNABLES" not in os.environ:
+    for name, value in VARIABLES.items():
+        os.environ[name] = f"{os.environ.get(name, '')} {value}".strip()
+    os.execv(sys.executable, [sys.executable, *sys.argv])
