@@ -64,18 +64,23 @@ def validate(config: AttentionConfig, where: str) -> None:
 
 
 def write_cache(cache: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
-    """cache_BKSH with new_BKLH at positions_B … positions_B + L - 1 of each row.
+    """cache_BKSH with new_BKLH at positions_B … positions_B + L - 1 of each row; all must fit.
 
-    Rows stand at different positions, so each slot of the cache picks its source: a gather
-    and a select, which every sharding of batch and heads leaves local.
+    Rows stand at different positions. Each writes its own L slots, in place where the caller
+    has no other use for the cache: selecting among all slots read and wrote the whole of it
+    twice for every token.
     """
-    slots = jnp.arange(cache.shape[2])
-    source = slots[None, :] - positions[:, None]                                   # [B, S]
-    inside = (source >= 0) & (source < new.shape[2])
-    if new.shape[2] > 1:
-        index = jnp.clip(source, 0, new.shape[2] - 1)[:, None, :, None]
-        new = jnp.take_along_axis(new, index, axis=2)
-    return jnp.where(inside[:, None, :, None], new.astype(cache.dtype), cache)
+    def write(cache, new, positions):
+        return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (0, at, 0)))(
+            cache, new, positions)
+
+    new = new.astype(cache.dtype)
+    if not sharding.mesh_sizes():
+        return write(cache, new, positions)
+    spec = jax.typeof(cache).sharding.spec
+    by_row = jax.sharding.PartitionSpec(spec[0])
+    return sharding.manual(write, (spec, spec, by_row), spec, check_vma=False)(
+        cache, jax.sharding.reshard(new, spec), jax.sharding.reshard(positions, by_row))
 
 
 class Attention(nnx.Module):
