@@ -250,9 +250,10 @@ def _cut(task: "seqio.Task", config: DataConfig, objective: str) -> Iterator[str
     limits = pipeline.converter_of(objective).task_lengths(
         task, config.inputs_length, config.targets_length)
     features = sorted(limits.keys() & task.output_features.keys())
+    given = pipeline.first_examples(task, "train", limits, _MEASURED)
+    if "targets_pretokenized" not in given.element_spec:
+        return   # it fills whatever lengths it is given, and may refuse longer ones
     dataset = pipeline.first_examples(task, "train", dict.fromkeys(limits, _LONG), _MEASURED)
-    if "targets_pretokenized" not in dataset.element_spec:
-        return   # it fills whatever lengths it is given
     examples = list(dataset.as_numpy_iterator())
     for name in features:
         sizes = [len(e[name]) for e in examples]
