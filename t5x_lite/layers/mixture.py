@@ -198,7 +198,7 @@ class _Experts:
             choice_EC = there(choice_EC) if self.shared else choice_EC
 
         def dense(x_ECD, name):
-            y = jnp.einsum("ECD,EDF->ECF", x_ECD, self.weights[f"{name}.kernel"])
+            y = dispatch.product(x_ECD, self.weights[f"{name}.kernel"])
             bias_EF = self.weights.get(f"{name}.bias")
             return y if bias_EF is None else y + bias_EF[:, None]
 

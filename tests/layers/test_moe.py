@@ -281,7 +281,7 @@ def test_packed_buffers_hold_the_last_block():
         assert rows - 1 + most <= length and length % 128 == 0
 
 
-@pytest.mark.parametrize("sizes", [[0, 700, 1, 0, 65, 130, 64, 0], [0, 3, 0, 70, 0, 0, 57, 5]])
+@pytest.mark.parametrize("sizes", [[0, 1100, 1, 0, 65, 130, 64, 0], [0, 3, 0, 70, 0, 0, 57, 5]])
 def test_blocked_rows_equal_ragged_dot(sizes):
     """The CPU's blocks of rows against jax.lax.ragged_dot, runs of all lengths, with gradients."""
     sizes = jnp.asarray(sizes, jnp.int32)
