@@ -32,7 +32,7 @@ class DataConfig:
 
     # What to train on: names of seqio tasks or mixtures, each with its share of the examples,
     # "a=1,b=3"; without shares, in proportion to their numbers of examples.
-    # The path of a .jsonl or .tsv file of examples is a task too (tasks/seq2seq_files.py).
+    # The path of a .jsonl, .json or .tsv file of examples is a task too (tasks/seq2seq_files.py).
     train: str = ""
     # Tasks or mixtures whose "validation" split is evaluated, each task on its own.
     validation: str = ""
@@ -140,9 +140,10 @@ def _find(name: str, field: str, config: DataConfig):
             return seq2seq_files.task(name, field)
     if name not in registered:
         hint = nearest(name, registered)   # all the names fill a screen
-        known = "" if hint else f" Known: {', '.join(sorted(registered))}."
-        raise UserError(f"{field}: no task or mixture is called {name!r};{hint}{known} Your "
-                        "own are found when data.task_modules names the module that registers them")
+        known = "" if hint else f". Known: {', '.join(sorted(registered))}"
+        raise UserError(f"{field}: no task or mixture is called {name!r};{hint} P3's are found with "
+                        "data.task_modules=tasks.p3, your own when it names the module that "
+                        f"registers them{known}")
     return registered[name]
 
 
@@ -282,7 +283,11 @@ def validation_task(config: DataConfig, name: str, objective: str) -> "seqio.Tas
     """The task of a name that validation_tasks gives, or of any registered task."""
     if name == "validation_files":
         return _text_task(config, "validation", objective)
-    return _adapted(_find(name, "data.validation", config), config, objective, "data.validation")
+    found = _find(name, "data.validation", config)
+    parts = [task.name for task in _subtasks(found)]
+    if parts != [found.name]:
+        raise UserError(f"{found.name!r} is a mixture; name one of its tasks: {', '.join(parts)}")
+    return _adapted(found, config, objective, "data.validation")
 
 
 def eval_examples(config: DataConfig, task: str, *, objective: str, split: str = "validation"

@@ -109,7 +109,7 @@ def read_lines(lines: Iterable[bytes], kind: str, *, on_error: str, needs_target
             except UnicodeDecodeError as error:
                 raise UserError("is not UTF-8") from error
             inputs, targets = parse(line, kind)
-            if needs_targets and not targets:
+            if needs_targets and not (targets and targets[0].strip()):
                 raise UserError("has no targets to score")
         except UserError as error:
             message = f"{name}, line {number} {error}"

@@ -9,7 +9,6 @@ of https://github.com/bigscience-workshop/promptsource. `register` takes a data 
 """
 
 import functools
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -44,12 +43,7 @@ def _squad(path: str) -> Iterator[dict]:
 
 
 def _web_questions(path: str) -> Iterator[dict]:
-    with open(path, encoding="utf-8") as file:
-        for record in json.load(file):
-            # (list (description "Jazmyn Bieber") (description Jaxon))
-            parts = record["targetValue"].split("(description ")[1:]
-            answers = [part.rstrip(") ").strip('"') for part in parts]
-            yield {"question": record["utterance"], "answers": answers, "url": record["url"]}
+    return (record for _, record in records.json_list(path))
 
 
 DATASETS = {

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import tensorflow as tf
@@ -122,8 +123,36 @@ def example_of(record: Mapping, where: str) -> tuple[str, list[str]]:
     return inputs, targets
 
 
+def json_list(path: str) -> Iterator[tuple[int, dict]]:
+    """(place, object) of a .json file that holds a list, places from 1; WebQuestions' objects
+    ("utterance", "targetValue") become {"question", "answers"}.
+
+    Raises UserError where it is no list of objects.
+    """
+    with open(path, encoding="utf-8") as file:
+        try:
+            content = json.load(file)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is not JSON (line {error.lineno}: {error.msg})") from error
+    if not isinstance(content, list) or not all(isinstance(r, dict) for r in content):
+        raise UserError(f"{path} is not a list of objects; a .jsonl file has one a line")
+    for number, record in enumerate(content, 1):
+        if {"utterance", "targetValue"} <= record.keys():
+            # (list (description "Jazmyn Bieber") (description Jaxon))
+            found = [_DESCRIPTION.fullmatch(part).groups()
+                     for part in record["targetValue"].split("(description ")[1:]]
+            answers = [quoted or plain for quoted, plain in found]
+            record = {"question": record["utterance"], "answers": answers,
+                      "url": record.get("url", "")}
+        yield number, record
+
+
+_DESCRIPTION = re.compile(r'"(.*)"[) ]*|(.*?)[) ]*')
+
+
 def read_examples(path: str) -> Iterator[Record]:
-    """(inputs, [answers]) of a .jsonl file, or of a .tsv: inputs, target[, more answers]."""
+    """(inputs, [answers]) of a .jsonl file, of a .json list, or of a .tsv: inputs, target[, more
+    answers]."""
     if path.endswith(".tsv"):
         with open(path, encoding="utf-8", newline="") as lines:
             rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
@@ -133,6 +162,7 @@ def read_examples(path: str) -> Iterator[Record]:
                     if len(row) < 2:
                         raise UserError(f"{where} has no tab between inputs and targets")
                     yield example_of({"inputs": row[0], "targets": row[1:]}, where)
-    else:
-        for number, record in json_lines(path):
-            yield example_of(record, f"{path}, line {number}")
+        return
+    read, place = (json_list, "object") if path.endswith(".json") else (json_lines, "line")
+    for number, record in read(path):
+        yield example_of(record, f"{path}, {place} {number}")

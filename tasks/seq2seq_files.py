@@ -1,12 +1,13 @@
 """Examples from files: a user's own JSONL or TSV, SCAN, and BIG-bench's JSON.
 
-    data.train=train.jsonl          any .jsonl or .tsv path stands for a task: inputs, targets
+    data.train=train.jsonl          any .jsonl, .json or .tsv path is a task: inputs, targets
     data.train=all.jsonl[:80%]      … or a part of its lines, in order; [80%:] is the rest
     scan_simple                     SCAN's simple split (Lake & Baroni 2018, arXiv:1711.00350)
     bigbench_NAME                   BIG-bench or BIG-Bench Hard, one of BIG_BENCH, by its JSON
 
 A .jsonl line is {"inputs": …, "targets": …} or {"question": …, "answer": […]}; a .tsv line
-inputs, a tab, the target, and further allowed answers behind more tabs.
+inputs, a tab, the target, and further allowed answers behind more tabs. A .json file is a list of
+such objects, or of WebQuestions' own (its published files).
 """
 
 import functools
@@ -37,13 +38,13 @@ def _format(dataset: tf.data.Dataset) -> tf.data.Dataset:
     return first_answer(records.unpack(("inputs", "answers"), lists=("answers",))(dataset))
 
 
-_PATH = re.compile(r"(.*\.(?:jsonl|tsv))(?:\[(\d*)%?:(\d*)%?\])?")
+_PATH = re.compile(r"(.*\.(?:jsonl|json|tsv))(?:\[(\d*)%?:(\d*)%?\])?")
 _TASKS: dict[str, seqio.Task] = {}   # by path, and by name: what validation lists them under
 
 
 def is_path(name: str) -> bool:
-    """Whether `task` takes the name: a .jsonl or .tsv path, with or without a slice behind it,
-    or the name of a task that it made."""
+    """Whether `task` takes the name: a .jsonl, .json or .tsv path, with or without a slice behind
+    it, or the name of a task that it made."""
     return name in _TASKS or bool(_PATH.fullmatch(name))
 
 
@@ -54,7 +55,7 @@ def _part(path: str, start: int, stop: int) -> Iterator[records.Record]:
 
 
 def task(path: str, field: str = "data.train") -> seqio.Task:
-    """The task of a .jsonl or .tsv file (or glob), whose splits are all the whole file or slice.
+    """The task of a .jsonl, .json or .tsv file (or glob); its splits are all the whole file or slice.
 
     Its name is the path with ":" for "/" and whatever else seqio allows in no name. Scored by
     exact match of the raw text, and by SQuAD's exact match and F1.

@@ -13,7 +13,7 @@ import tensorflow as tf
 from tasks import metrics, records, text_to_text
 from tasks.text_to_text import Format, TfdsSource, each
 
-XQUAD_LANGUAGES = ("ar", "de", "el", "en", "es", "hi", "ro", "ru", "th", "tr", "vi", "zh")
+XQUAD_LANGUAGES = ("ar", "de", "el", "en", "es", "hi", "ru", "th", "tr", "vi", "zh")
 _LANGUAGES = {"de": "German", "en": "English", "fr": "French", "ro": "Romanian"}
 _SPLITS = ("train", "validation", "test")
 

@@ -37,7 +37,7 @@ class TfdsSource(seqio.TfdsDataSource):
         if not self._prepared:
             try:
                 self._tfds_dataset.builder.download_and_prepare()
-            except (OSError, AssertionError, ImportError, ValueError,
+            except (OSError, AssertionError, ImportError, ValueError, tf.errors.OpError,
                     tfds.core.DatasetNotFoundError) as error:
                 raise UserError(
                     f"the TFDS data set {self._tfds_dataset.name} is not prepared and could not "

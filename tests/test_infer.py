@@ -174,6 +174,7 @@ def test_a_task_gives_the_same_as_its_file(run, files, tmp_path):
     ("{", "jsonl", "is not JSON"), ("[]", "jsonl", "is not an object but a list"),
     ('{"a": 1}', "jsonl", 'has no string "inputs"'), ("", "text", "is empty"),
     ("\tb", "tsv", "has no inputs before the tab"), ("a", "tsv", "has no targets to score"),
+    ('{"inputs": "a", "targets": ""}', "jsonl", "has no targets to score"),
     ('{"inputs": "a", "targets": 3}', "jsonl", 'has "targets" that are neither'),
     (b"\xff", "text", "is not UTF-8"),
 ])

@@ -19,7 +19,7 @@ Command: python -m t5x_lite.experiment --config=configs/experiments/closed_book_
 Other text and questions by name=value pairs behind the colon, commas between:
 
     passages    text files, or a task that makes inputs and targets of text
-    questions   a task, or a .jsonl or .tsv file; a file's slice as in qa.jsonl[:50%]
+    questions   a task, or a .jsonl, .json or .tsv file; a slice as in qa.jsonl[:50%]
     held_out    the same, to score on (default: the questions' own validation split)
     document    what a document of the passages is: line, paragraph or file
     vocabulary  python, byt5, t5 or a file (default: the shipped facts')

@@ -101,7 +101,7 @@ SAME = {   # task: another whose format it has
     "web_questions_open_test": "web_questions_open", "trivia_qa_open_test": "trivia_qa_open",
     "arc_challenge": "arc_easy", "race_middle": "race_high",
     "wmt15_enfr": "wmt14_enfr", "wmt_t2t_ende": "wmt14_ende",
-    **{f"xquad_{code}": "squad" for code in "ar de el en es hi ro ru th tr vi zh".split()},
+    **{f"xquad_{code}": "squad" for code in "ar de el en es hi ru th tr vi zh".split()},
 }
 FROM_FILES = {"scan_simple", "scitldr", "piqa", "mmlu", "siqa", "truthfulqa", "fever", "multifc",
               "raft", "wikitext103", "pile", "pg19"}   # below, and in test_prompts.py
@@ -241,11 +241,17 @@ def test_natural_questions_through_tfds(registered, offline_tfds):
         assert by_question[squeeze(question)] == squeeze(answer)
 
 
-def test_web_questions_records(registered):
-    import re
-    record = json.loads(shared_data("cbqa/web_questions/webquestions.train").read_text())[0]
-    answers = [a.strip('"') for a in re.findall(r'description "?([^")]+"?)', record["targetValue"])]
-    example = {"question": record["utterance"], "answers": answers}
+def test_web_questions_records(registered, tmp_path):
+    from tasks import records
+    path = tmp_path / "webquestions.json"
+    path.symlink_to(shared_data("cbqa/web_questions/webquestions.train"))
+    content = {q: answers for q, answers in records.read_examples(str(path))}
+    assert len(content) == 3778
+    assert content["what character did natalie portman play in star wars?"] == ["Padmé Amidala"]
+    assert '"Hope" is the thing with feathers' in sum(content.values(), [])
+    assert "In Living Color (Season 4)" in sum(content.values(), [])
+    question, answers = next(iter(content.items()))
+    example = {"question": question, "answers": answers}
     assert texts(made(registered.get("web_questions_open"), example)) == [
         ("wq question: what is the name of justin bieber brother?", "Jazmyn Bieber")]
 
@@ -309,6 +315,11 @@ def test_a_jsonl_or_tsv_path_is_a_task(tmp_path):
     assert find("b.tsv") == [("up", "down")]
     assert find("a.jsonl[:50%]") == [("2 + 2", "4")]
     assert find("a.jsonl[50%:]") == [("why", "x")]
+    (tmp_path / "c.json").write_text('[{"inputs": "2 + 2", "targets": "4"}]')
+    assert find("c.json") == [("2 + 2", "4")]
+    (tmp_path / "d.json").write_text('{"examples": []}')
+    with pytest.raises(UserError, match="d.json is not a list of objects"):
+        find("d.json")
     held_out = DataConfig(validation=str(tmp_path / "a.jsonl[50%:]"), vocabulary="byt5")
     (name,) = data_tasks.validation_tasks(held_out)
     assert [e["targets_pretokenized"] for e in data_tasks.eval_examples(
@@ -330,6 +341,12 @@ def test_bad_lines_are_named(tmp_path, line, message):
     path.write_text('{"inputs": "a", "targets": "b"}\n' + line + "\n")
     with pytest.raises(UserError, match=message):
         batches(str(path), config=DataConfig(vocabulary="byt5"))
+
+
+def test_a_mixture_is_not_read_as_a_task(registered):
+    with pytest.raises(UserError, match="'open_domain_qa' is a mixture; name one of its tasks: "
+                                        "natural_questions_open, trivia_qa_open"):
+        data_tasks.eval_examples(DataConfig(), "open_domain_qa", objective="seq2seq")
 
 
 def test_instructions_go_through_their_templates_with_the_options(registered):
