@@ -156,13 +156,17 @@ class LanguageModel(nnx.Module):
             logits = logits + params["bias"]
         return softcap * jnp.tanh(logits / softcap) if softcap else logits
 
-    def decode(self, tokens: jax.Array, cache: dict) -> tuple[jax.Array, dict]:
+    def decode(self, tokens: jax.Array, cache: dict, head: Mapping[str, jax.Array] | None = None
+               ) -> tuple[jax.Array, dict]:
         """The next tokens_BL of each row -> (float32 logits_BLV, cache).
 
         Each row continues at cache["position"]; see decoding.py for the protocol.
+
+        Args:
+            head: `head_params`, made outside of a loop over tokens.
         """
         x, cache = self._decode(self.embed(tokens), tokens, cache)
-        return self.head(self.head_params(), x), cache
+        return self.head(self.head_params() if head is None else head, x), cache
 
     def _decode(self, x: jax.Array, tokens: jax.Array, cache: dict) -> tuple[jax.Array, dict]:
         """The same from embedded tokens x_BLD to hidden states."""

@@ -204,6 +204,13 @@ def make_decode_step(model: Model, config: DecodeConfig
             if name in batch:
                 read[name] = batch[name]
         cache = module.init_cache(read, slots)
-        return decoding.decode(module.decode, take_rows, cache, prompt, lengths, config,
+        # Made once, and kept with each token's weights in a row: so few rows of x multiply them
+        # a third faster on CPU than across the rows of the kernel.
+        head = module.head_params()
+        turned = jax.lax.optimization_barrier(head["kernel"].T)
+
+        def decode_fn(tokens, cache):
+            return module.decode(tokens, cache, {**head, "kernel": turned.T})
+        return decoding.decode(decode_fn, take_rows, cache, prompt, lengths, config,
                                batch.get("row_ids"))
     return decode_step
