@@ -23,6 +23,7 @@ SWITCH = MoEConfig(num_experts=E, mlp=MLP_CONFIG)
 TOP_2 = dataclasses.replace(SWITCH, router="top_2", z_weight=1e-3)
 LENGTHS = np.asarray([12, 7, 12, 1, 9, 12, 12, 5])
 MASK = np.arange(L) < LENGTHS[:, None]
+TOKENS = np.arange(B * L).reshape(B, L) * 7 % 50
 
 
 def layer(config, **kwargs):
@@ -148,6 +149,50 @@ def test_equal_to_dense_one_hot_dispatch(router):
     assert_close(found_value, value)
     assert_close(grads, expected)
     assert float(aux["moe/dropped_fraction"][0]) > 0
+
+
+ROOM = {"capacity_factor": 1.0, "eval_capacity_factor": 1.0}   # 3 tokens an expert: some drop
+
+
+@pytest.mark.parametrize("options,route,train", [
+    (ROOM | {"prioritized": True}, lambda l: routing.switch(l, 3, MASK, prioritized=True), False),
+    (ROOM | {"mask_padding": False}, lambda l: routing.switch(l, 3), False),
+    (ROOM | {"router_bias": True}, lambda l: routing.switch(l, 3, MASK), False),
+    ({"capacity_factor": 2.0, "eval_capacity_factor": 1.0},
+     lambda l: routing.switch(l, 6, MASK), True),
+    (ROOM | {"router": "top_k", "top_k": 3, "renormalize": False},
+     lambda l: routing.top_k(l, 3, 3, MASK, renormalize=False), False),
+    (ROOM | {"router": "top_2", "renormalize": False, "balance_choices": "first"},
+     lambda l: routing.top_2(l, 3, MASK, renormalize=False), False),
+    (ROOM | {"router": "top_2", "expert_groups": 2},
+     lambda l: routing.top_2(l, 3, MASK, expert_groups=(2, 1)), False),
+    ({"router": "top_2", "second_policy": "none", "eval_second_policy": "threshold",
+      "second_threshold": 0.2},
+     lambda l: routing.top_2(l, 6, MASK, second_policy="threshold", second_threshold=0.2), False),
+    ({"router": "top_2", "second_policy": "none", "capacity_factor": 2.0},
+     lambda l: routing.top_2(l, 6, MASK, second_policy="none"), True),
+    (ROOM | {"router": "hash", "hash_seed": 3},
+     lambda _: routing.hash_experts(TOKENS, E, 3, MASK, seed=3), False),
+], ids=lambda value: "-".join(value) if isinstance(value, dict) else "")
+def test_options_reach_the_router_and_the_losses(options, route, train):
+    config = dataclasses.replace(SWITCH, balance_weight=0.1, z_weight=0.01, **options)
+    graphdef, params = layer(config)
+    x, key = inputs(), RowKey.of(jax.random.key(0), B) if train else None
+    y, aux = apply(graphdef, params)(x, key, mask=MASK, tokens=TOKENS)
+    logits = loss = None
+    if config.router != "hash":
+        logits = x @ params["router"]["kernel"][...] + (
+            params["router"]["bias"][...] if config.router_bias else 0.0)
+    choice = route(logits)
+    combine = routing.dense_masks(choice, E, L)[1].sum(-1)
+    np.testing.assert_allclose(
+        y, jnp.einsum("EBLD,BLE->BLD", dense_experts(params, x), combine), atol=2e-5)
+    if logits is not None:
+        counted = MASK if config.mask_padding else np.ones_like(MASK)
+        picked = choice.expert_index[..., :1 if config.balance_choices == "first" else None]
+        loss = (0.1 * routing.load_balancing_loss(jax.nn.softmax(logits), picked, counted)[0]
+                + 0.01 * routing.router_z_loss(logits, counted)[0]) / B
+    np.testing.assert_allclose(aux["aux_loss"][0], loss or 0.0, rtol=1e-5)
 
 
 def test_dropped_tokens_give_nothing_or_themselves():
