@@ -272,14 +272,14 @@ def unigram_entropy(batches: Sequence[Mapping]) -> float:
     beat to have learned anything from context.
     """
     targets, weights = (
-        np.concatenate([_whole(batch[name]).ravel() for batch in batches])
+        np.concatenate([whole(batch[name]).ravel() for batch in batches])
         for name in ("decoder_target_tokens", "decoder_loss_weights"))
     counts = np.bincount(targets, weights)
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())
 
 
-def _whole(array) -> np.ndarray:
+def whole(array: jax.Array | np.ndarray) -> np.ndarray:
     """All of a global array, also where other processes hold parts of it."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -117,7 +117,7 @@ class Evaluator:
             task = list(self._batches)[i % len(self._batches)]
             batch = self._batches[task][0]
             place = (i + 1) * batch["decoder_target_tokens"].shape[0] // (count + 1)
-            rows.append({name: np.asarray(x[place]) for name, x in batch.items()})
+            rows.append({name: data.whole(x)[place] for name, x in batch.items()})
         if config.objective.name == "mlm":
             return self._named(params, rows)
         pairs = [_example(row) for row in rows]
@@ -140,7 +140,7 @@ class Evaluator:
             return jnp.argmax(module.head(module.head_params(), module(batch, None)[0]), axis=-1)
 
         sharding = self._experiment.batch_sharding
-        found = np.asarray(jax.jit(most_likely)(params, {
+        found = data.whole(jax.jit(most_likely)(params, {
             name: jax.device_put(x, sharding) for name, x in batch.items()}))
         texts = []
         for i, row in enumerate(rows):

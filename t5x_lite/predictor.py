@@ -21,9 +21,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from t5x_lite import data_tasks, losses, sharding, steps
+from t5x_lite import data, data_tasks, losses, sharding, steps
 from t5x_lite.build import Experiment
 from t5x_lite.decoding import DecodeConfig
 from t5x_lite.errors import UserError
@@ -88,7 +87,7 @@ class Predictor:
             batch = self._prompts([inputs[i] for i in rows])
             batch["row_ids"] = _fill(ids[rows], self.batch_size)
             decoded = self._decode_step(params, {n: self._place(x) for n, x in batch.items()})
-            tokens_BNL, scores_BN, lengths_BN = map(self._fetch, decoded)
+            tokens_BNL, scores_BN, lengths_BN = map(data.whole, decoded)
             for i in range(len(rows)):
                 tokens = tuple(tuple(map(int, ids[:n]))
                                for ids, n in zip(tokens_BNL[i], lengths_BN[i], strict=True))
@@ -102,7 +101,7 @@ class Predictor:
         for rows in self._batches(len(inputs)):
             batch = self.training_rows([inputs[i] for i in rows], [targets[i] for i in rows])
             scores = self._score_step(params, {n: self._place(x) for n, x in batch.items()})
-            found += [float(s) for s in self._fetch(scores)[:len(rows)]]
+            found += [float(s) for s in data.whole(scores)[:len(rows)]]
         return found
 
     def training_rows(self, inputs: Sequence[Text], targets: Sequence[Text]
@@ -195,12 +194,6 @@ class Predictor:
         where = sharding.named_sharding(experiment.mesh, experiment.rules,
                                         ("act_batch", "act_length")[:array.ndim])
         return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
-
-    @staticmethod
-    def _fetch(array: jax.Array) -> np.ndarray:
-        if array.is_fully_addressable:
-            return np.asarray(array)
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
     def _text(self, ids: Sequence[int]) -> str:
         ids = list(map(int, ids))

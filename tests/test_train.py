@@ -20,6 +20,7 @@ from t5x_lite import config as configs
 from t5x_lite import eval as eval_main
 from t5x_lite.build import build
 from t5x_lite.errors import UserError
+from t5x_lite.evaluate import Evaluator
 from t5x_lite.sharding import MeshConfig
 from tests import tiny_config
 
@@ -113,6 +114,14 @@ def test_eval_reads_every_checkpoint(whole, capsys):
     assert "bits/byte" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"must be all, last or one of \[4, 6\]"):
         eval_main.steps_to_evaluate(workdir, "5")
+
+
+def test_samples_of_a_batch_that_lies_on_eight_devices(whole):
+    config, _ = whole
+    experiment = build(config)
+    with experiment.activate():
+        found = Evaluator(experiment).samples(experiment.init_state()["params"], 2)
+    assert len(found) == 2 and all(inputs and target for inputs, _, target in found)
 
 
 def test_a_finished_run_started_again_changes_nothing(whole):
