@@ -169,7 +169,8 @@ class Output:
         path, run = self._path, self._path.with_name(self._path.name + ".run")
         last = 0
         if path.exists() and run.exists():
-            _check_same(path, json.loads(run.read_text()), belongs_to)
+            if path.stat().st_size:   # else a run that was refused before its first line
+                _check_same(path, json.loads(run.read_text()), belongs_to)
             last = self._cut_off_partial_line()
         elif path.exists():
             raise UserError(f"--output={path} exists and is not an output of infer; name another "

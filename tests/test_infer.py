@@ -153,6 +153,13 @@ def test_an_output_of_something_else_is_left_alone(run, files, tmp_path):
     assert (tmp_path / "notes.jsonl").read_text() == "mine"
 
 
+def test_a_run_refused_before_its_first_line_leaves_nothing_in_the_way(run, files, tmp_path):
+    output = tmp_path / "out.jsonl"
+    with pytest.raises(UserError, match="no task or mixture is called 'no_task'"):
+        go(run, infer.read_task(run[0], "no_task", "validation"), output, source="no_task")
+    assert go(run, items(files / "a.jsonl")[:3], output, source="a.jsonl") == 3
+
+
 def test_scoring(run, files, tmp_path, session):
     output = tmp_path / "scores.jsonl"
     go(run, items(files / "a.tsv", needs_targets=True), output, mode="score")
