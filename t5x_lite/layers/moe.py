@@ -95,8 +95,14 @@ def validate(config: MoEConfig, where: str, *, causal: bool, length: int = 0,
     one_of("eval_second_policy", tuple(p for p in routing.SECOND_POLICIES if p != "random"))
     one_of("overflow", ("zero", "identity"))
     one_of("balance_choices", ("all", "first"))
-    if experts < 1:
-        raise UserError(f"{where}.num_experts={experts}: must be at least 1.")
+    for field, least in (("num_experts", 1), ("expert_groups", 1), ("max_groups", 1),
+                         ("expert_capacity", 0), ("shared_experts", 0), ("balance_weight", 0),
+                         ("z_weight", 0), ("second_threshold", 0), ("jitter", 0)):
+        if not getattr(config, field) >= least:
+            raise UserError(f"{where}.{field}={getattr(config, field)}: must be at least {least}.")
+    if config.jitter >= 1:
+        raise UserError(f"{where}.jitter={config.jitter}: must be below 1, or the router's inputs "
+                        "change their sign; Switch uses 0.01.")
     if config.router == "top_k" and config.top_k < 1:
         raise UserError(f"{where}.top_k={config.top_k}: must be at least 1.")
     if config.choices > experts:
