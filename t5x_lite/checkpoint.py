@@ -157,15 +157,21 @@ class Checkpointer:
     def __init__(self, workdir: os.PathLike | str, config: CheckpointConfig):
         self.directory = _absolute(workdir) / "checkpoints"
         self._saving: int | None = None
-        for path in sorted(self.directory.glob("*.orbax-checkpoint-tmp*")):
+        half_written = sorted(self.directory.glob("*.orbax-checkpoint-tmp*"))
+        for path in half_written:
             _say(logging.WARNING, "%s is a half-written checkpoint of an interrupted run: "
                  "skipped and removed", path)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep_last, keep_period=config.keep_every,
-            enable_async_checkpointing=config.async_save, cleanup_tmp_directories=True,
+            enable_async_checkpointing=config.async_save, cleanup_tmp_directories=False,
             async_options=ocp.AsyncOptions(timeout_secs=_COMMIT_TIMEOUT_SECONDS),
             save_root_metadata=False)
         try:
+            # Not by Orbax, whose thread may still be at it when another Checkpointer is made.
+            if jax.process_index() == 0:
+                for path in half_written:
+                    path.rmtree()
+            multihost_utils.sync_global_devices("t5x_lite: half-written checkpoints removed")
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:
             raise UserError(f"cannot make {self.directory}: {error}. Choose a --workdir that can "
