@@ -14,6 +14,7 @@ Your own tasks live in any importable module, named in `data.task_modules`.
     python_text       docs and source code of the running Python: real text without a download
     text_files        text, JSONL and gzip files given on the command line
     c4                C4 through TFDS
+    wikipedia         English Wikipedia through TFDS
     text_to_text      what a task with inputs and targets is made of
     records           records read from files by Python, ahead of tf.data
     metrics           metric functions: answers, classes, BLEU, ROUGE, rank classification
@@ -36,7 +37,8 @@ This package imports TensorFlow; t5x_lite imports it only inside functions.
 
 import importlib
 
-_MODULES = ("tasks.python_text", "tasks.c4", "tasks.closed_book_qa", "tasks.facts_qa", "tasks.salient_spans",
+_MODULES = ("tasks.python_text", "tasks.c4", "tasks.wikipedia", "tasks.closed_book_qa",
+            "tasks.facts_qa", "tasks.salient_spans",
             "tasks.seq2seq_files", "tasks.glue", "tasks.t5_benchmarks",
             "tasks.rank_classification", "tasks.lm_evaluation", "tasks.flan")
 

@@ -106,7 +106,7 @@ def json_lines(path: str) -> Iterator[tuple[int, dict]]:
 
 
 def example_of(record: Mapping, where: str) -> tuple[str, list[str]]:
-    """(inputs, answers) of {"inputs", "targets"} or {"question", "answer"}; UserError names `where`.
+    """(inputs, answers) of {"inputs", "targets"} or {"question", "answer"}; errors name `where`.
 
     Targets may be one string or a list of allowed ones; an empty one is refused.
     """

@@ -55,7 +55,7 @@ def _part(path: str, start: int, stop: int) -> Iterator[records.Record]:
 
 
 def task(path: str, field: str = "data.train") -> seqio.Task:
-    """The task of a .jsonl, .json or .tsv file (or glob); its splits are all the whole file or slice.
+    """The task of a .jsonl, .json or .tsv file (or glob); every split is the whole file or slice.
 
     Its name is the path with ":" for "/" and whatever else seqio allows in no name. Scored by
     exact match of the raw text, and by SQuAD's exact match and F1.

@@ -50,8 +50,8 @@ def objective_of(name):
 
 
 def test_no_registered_task_is_forgotten():
-    covered = training_names("python_") + training_names("c4_")
-    assert len(covered) == 28
+    covered = training_names("python_") + training_names("c4_") + training_names("wikipedia_")
+    assert len(covered) == 34
     elsewhere = ("data_test_", "p3")   # made by tests, and by tasks/p3.py on demand
     others = {n for n in training_names("") if not n.startswith(elsewhere)} - set(covered)
     assert others == test_formats.names()
@@ -86,6 +86,29 @@ def test_c4_rows_decode_to_its_pages(offline_tfds):
         start = vocabulary.decode(tokens[:sentinel].tolist())
         known = [part for part in start.split("\u2047") if part.strip()]   # between unknowns
         assert known and all(squeeze(part).replace("unk>", "") in squeeze(pages) for part in known)
+
+
+def test_wikipedia_is_read_article_by_article(offline_tfds, tmp_path):
+    import seqio
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+    titles = [f"{i:05}" for i in range(5004)]
+    articles = {"title": titles, "text": [f"article {t} is short ." for t in titles]}
+    text = tfds.features.Text()
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name="wikipedia", config="20230601.en", version="1.0.0", data_dir=str(tmp_path),
+        features=tfds.features.FeaturesDict({"title": text, "text": text}), disable_shuffling=True,
+        split_datasets={"train": tf.data.Dataset.from_tensor_slices(articles)})
+    seqio.set_tfds_data_dir_override(str(tmp_path))
+    rows = {}
+    for split in ("train", "validation"):
+        _, examples = data_tasks.eval_examples(DataConfig(targets_length=16), split=split,
+                                               task="wikipedia_causal_lm", objective="lm")
+        rows[split] = np.concatenate([e["targets"] for e in examples])   # windows end to end
+    vocabulary = data.vocabulary_of(DataConfig(vocabulary="t5"))
+    text = data.text_of(vocabulary, rows["train"])
+    assert [t for t in titles if t in text] == titles[5000:]
+    assert (rows["validation"] == vocabulary.eos_id).sum() == 5000
 
 
 def test_c4_without_data_names_the_folder(tmp_path, monkeypatch):
