@@ -188,10 +188,14 @@ def take_rows(cache: dict, rows: jax.Array) -> dict:
     """The cache with its batch rows reordered or repeated: int32 [B'] indices into B.
 
     Rows never move between inputs (see decoding.py), so where the batch is sharded every
-    copy is local; a global gather would collect the whole cache on each device.
+    copy is local; a global gather would collect the whole cache on each device. And what an
+    input's rows share, which is all that comes of the encoder, stays once each row has it.
     """
     def take(path, leaf):
         axis = 1 if path.startswith("layers/") else 0
+        shared = "/cross_attention/" in path or path in ("segments", "prefix")
+        if shared and rows.shape[0] == leaf.shape[axis]:
+            return leaf
         lead = (slice(None),) * axis
         spec = jax.typeof(leaf).sharding.spec
         names = spec[axis] if len(spec) > axis else None

@@ -395,21 +395,23 @@ def test_cached_decoding_of_one_row_goes_by_chunks_too():
 
 
 def test_take_rows_moves_whole_rows():
+    """Four inputs, each repeated to two rows that then move within it."""
     config, params, batch, _, _ = reference("encoder_decoder")
     model = Model(config)
     batch = {k: v for k, v in batch.items() if not k.endswith(("ids", "positions"))}
-    rows = jnp.array([2, 0, 0, 1, 5, 5, 7, 6])
+    tokens, inputs = batch["decoder_input_tokens"], jnp.arange(4)
+    rows = jnp.array([1, 0, 2, 2, 5, 5, 6, 7])
 
-    def third_step(params, batch, before, after):
+    def third_step(params, before, after):
         """Logits of the third token when rows move `before` the first or `after` the second."""
         module = model.bind(params)
-        batch = {k: v[before] for k, v in batch.items()}
-        tokens = batch["decoder_input_tokens"]
-        _, cache = module.decode(tokens[:, :2], module.init_cache(batch, 4))
-        return module.decode(tokens[after, 2:3], take_rows(cache, after))[0]
+        cache = module.init_cache({k: v[inputs] for k, v in batch.items()}, 4)
+        cache = take_rows(cache, jnp.repeat(inputs, 2))
+        _, cache = module.decode(tokens[before, :2], cache)
+        return module.decode(tokens[before][after, 2:3], take_rows(cache, after))[0]
 
     step, same = jit(third_step), jnp.arange(8)
-    close(step(params, batch, same, rows), step(params, batch, rows, same))
+    close(step(params, same, rows), step(params, rows, same))
 
 
 # --- what cannot be built -------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from t5x_lite.layers.dot_product import Terms
 from t5x_lite.layers.masks import Masking, allowed
 
 IMPLEMENTATIONS = ("auto", "plain", "chunked", "cudnn", "splash")
+FUSED = ("cudnn", "splash")
 FUSED_FROM = 1024          # keys from which a fused kernel repays its start
 PLAIN_UP_TO = 2048 * 2048  # logits of a head that the plain implementation may hold
 _LANES = 128               # splash works on tiles of this many positions
@@ -50,6 +51,8 @@ def obstacle(name: str, backend: str, q: jax.Array, k: jax.Array, bias: bool, te
         return "rows stand at different positions, as in decoding"
     if name == "chunked":
         return ""
+    if behind_cache(q, k, masking):
+        return "it counts queries and keys from the same token, and a cache has earlier keys"
     if bias:
         return "it takes no bias on the logits"
     if sharding.mesh_sizes().get("sequence", 1) > 1:
@@ -72,6 +75,11 @@ def obstacle(name: str, backend: str, q: jax.Array, k: jax.Array, bias: bool, te
     if length % _LANES or keys % _LANES:
         return f"it needs lengths that divide by {_LANES}, not {length} and {keys}"
     return ""
+
+
+def behind_cache(q: jax.Array, k: jax.Array, masking: Masking) -> bool:
+    """Whether the queries come after keys of a cache, as far as shapes tell."""
+    return masking.causal and q.shape[2] != k.shape[2]
 
 
 def by_chunks(implementation: str, masking: Masking) -> bool:
@@ -100,13 +108,13 @@ def choose(implementation: str, q: jax.Array, k: jax.Array, *, bias: bool, softc
     length, keys = q.shape[2], k.shape[2]
     if why_not("chunked"):
         return "plain"    # one of few tokens after a cache, whatever the config
-    if implementation != "auto":
+    if implementation != "auto" and not (behind_cache(q, k, masking) and implementation in FUSED):
         if reason := why_not(implementation):
             raise UserError(f"attention.implementation={implementation!r}: {reason}. Choose "
                             f"'chunked' (any backend, bias and mask) or 'auto'.")
         chosen = implementation
     else:
-        fused = next((n for n in ("cudnn", "splash") if keys >= FUSED_FROM and not why_not(n)), "")
+        fused = next((n for n in FUSED if keys >= FUSED_FROM and not why_not(n)), "")
         chosen = fused or ("chunked" if by_chunks(implementation, masking) else "plain")
     _log_once(f"attention: {chosen} for {length} queries over {keys} keys"
               f"{' with a bias' if bias else ''} on {backend}")

@@ -180,6 +180,17 @@ def test_rows_at_different_positions_are_plain(monkeypatch):
     assert kernels.choose("splash", q, q, bias=False, softcap=0.0, masking=where) == "plain"
 
 
+@pytest.mark.parametrize("backend,name", [("gpu", "cudnn"), ("tpu", "splash")])
+@pytest.mark.parametrize("implementation", ["auto", "named"])
+def test_one_row_behind_a_cache_takes_no_fused_kernel(monkeypatch, backend, name, implementation):
+    """Their causal masks begin at the first key, where this query sees all."""
+    monkeypatch.setattr(kernels, "platform", lambda: backend)
+    q, k = (jax.ShapeDtypeStruct((1, 8, n, 64), jnp.bfloat16) for n in (128, 4096))
+    where = Masking(jnp.arange(900, 1028)[None], jnp.arange(4096)[None], causal=True)
+    assert kernels.choose(name if implementation == "named" else "auto", q, k, bias=False,
+                          softcap=0.0, masking=where) == "plain"
+
+
 @pytest.mark.parametrize("backend,name,kwargs,message", [
     ("cpu", "cudnn", {}, "needs an NVIDIA GPU, and this is a cpu"),
     ("gpu", "splash", {}, "needs a TPU"),
