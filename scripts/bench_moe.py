@@ -8,13 +8,8 @@ disturb less. All are timed in turn, so that what slows one slows all, and the b
 
     dropless       sorted tokens, one run of rows per expert
     capacity 1.0   buffers of exactly the dense MLP's rows; overflow is dropped
-    capacity 1.25  Switch's training buffers, a fifth of them empty: to the dense MLP over a
+    capacity 1.25  Switch's training buffers, a quarter of them empty: to the dense MLP over a
                    quarter more tokens, which multiplies as much
-
-From 32 experts on a step's buffers are gigabytes, and what malloc gives back to the system after
-each is cleared anew at the next. GLIBC_TUNABLES that keep it (hugetlb=1, mmap_max=0,
-trim_threshold above all that is used, arena_max=1) took capacity 1.25 at 32 experts from 1.6 to
-1.13 times the dense MLP's time.
 """
 
 import cpu_environment  # noqa: F401  first of all: it may start the script again

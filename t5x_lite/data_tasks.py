@@ -141,8 +141,8 @@ def _find(name: str, field: str, config: DataConfig):
     if name not in registered:
         hint = nearest(name, registered)   # all the names fill a screen
         known = "" if hint else f". Known: {', '.join(sorted(registered))}"
-        raise UserError(f"{field}: no task or mixture is called {name!r};{hint} P3's are found "
-                        "with data.task_modules=tasks.p3, your own when it names the module that "
+        raise UserError(f"{field}: no task or mixture is called {name!r};{hint} P3's are found with "
+                        "data.task_modules=tasks.p3, your own when it names the module that "
                         f"registers them{known}")
     return registered[name]
 
@@ -229,40 +229,20 @@ _LONG = 1 << 16   # tokens: no example is cut
 def describe_training(config: DataConfig, objective: str, num_rows: int) -> list[str]:
     """A line a task, of at most twenty: its share; of a text-to-text task also how often `num_rows`
     rows see its examples (with packing, at least so often) and, where of the first 200 inputs or
-    targets are cut or empty, another that counts them. Of running text the epochs are estimated
-    from the first documents, 200 or 100,000 tokens. Nothing else is read.
+    targets are cut or empty, another that counts them. Nothing else is read.
     """
     mixture = train_mixture(config, objective)
     lines = []
     for task, share in mixture[:20]:
         lines.append(f"{task.name} {share:.1%}")
-        cut, count = list(_cut(task, config, objective)), task.num_input_examples("train")
-        if cut and count:
-            lines[-1] += f", {num_rows * share / count:.3g} epochs of {count:,} examples"
-        elif count and (tokens := _tokens_a_document(task)):   # a row is no example
-            row = config.inputs_length if "inputs" in task.output_features else (
-                config.targets_length)
-            lines[-1] += (f", about {num_rows * share * row / tokens / count:.2g} epochs of "
-                          f"{count:,} documents")
-        lines += filter(None, cut)
+        counts = list(_cut(task, config, objective))
+        if counts:   # of others, such as span corruption, a row is no example
+            count = task.num_input_examples("train")
+            if count:
+                lines[-1] += f", {num_rows * share / count:.3g} epochs of {count:,} examples"
+            lines += filter(None, counts)
     more = len(mixture) - 20
     return lines + ([f"… {more} more tasks"] if more > 0 else [])
-
-
-def _tokens_a_document(task: "seqio.Task") -> float:
-    """The mean of the first documents, with EOS; 0 where a task does not begin with documents."""
-    from tasks import preprocessors
-    first = list(task.preprocessors[:1])
-    if [getattr(step, "func", step) for step in first] != [preprocessors.tokenize]:
-        return 0.0
-    documents = tensorflow_side().first_examples(
-        task.replace(preprocessors=first), "train", {}, _MEASURED)
-    sizes: list[int] = []
-    for document in documents.as_numpy_iterator():
-        sizes.append(len(document["targets"]) + 1)
-        if sum(sizes) > 100_000:   # books
-            break
-    return sum(sizes) / len(sizes) if sizes else 0.0
 
 
 def _cut(task: "seqio.Task", config: DataConfig, objective: str) -> Iterator[str]:

@@ -132,30 +132,34 @@ def cross_entropy(logits_BLV: jax.Array, targets_BL: jax.Array, weights_BL: jax.
 
 def chunked_cross_entropy(head_fn: HeadFn, head_params: Any, hidden_BLD: jax.Array,
                           targets_BL: jax.Array, weights_BL: jax.Array, *,
-                          z_loss: float = 0.0, label_smoothing: float = 0.0, chunk: int = 0
+                          z_loss: float = 0.0, label_smoothing: float = 0.0, chunk: int = 0,
+                          gather: Callable[[Any], Any] = lambda params: params
                           ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """`cross_entropy(head_fn(head_params, hidden_BLD), …)` without ever holding all logits.
+    """`cross_entropy(head_fn(gather(head_params), hidden_BLD), …)` without ever holding all logits.
 
     Equal to it in values and gradients (with respect to head_params and hidden_BLD). The
     length is cut, never the batch, so that a sharded batch stays where it is; a sharded
     length is cut within each shard.
 
     Args:
-        head_fn: (head_params, hidden_BCD) -> logits_BCV; applied to positions independently.
-            It must not close over anything that is to be differentiated.
-        head_params: any pytree of arrays, already gathered over FSDP axes (else each chunk
-            gathers them again). Their gradient is summed over chunks in float32 and, across
-            the devices that share the batch, reduced once after the last chunk.
+        head_fn: (gather(head_params), hidden_BCD) -> logits_BCV; applied to positions
+            independently. It must not close over anything that is to be differentiated.
+        head_params: any pytree of arrays, as they are stored.
+        gather: makes of them what head_fn takes, once for all chunks (over FSDP axes, say).
+            The gradient is summed over chunks in float32, across the devices that share the
+            batch reduced once after the last chunk, and taken back through `gather` at once:
+            a whole head's gradient does not live through the layers' backward pass.
         chunk: positions (of each batch row) at a time; 0 chooses, and takes all of them
             where a device's logits are under AUTO_CHUNK_BYTES.
     Raises:
         UserError: a negative chunk.
     """
-    num_chunks = _num_chunks(head_fn, head_params, hidden_BLD, chunk)
+    whole_fn = lambda params, x: head_fn(gather(params), x)
+    num_chunks = _num_chunks(whole_fn, head_params, hidden_BLD, chunk)
     if num_chunks == 1:
-        return cross_entropy(head_fn(head_params, hidden_BLD), targets_BL, weights_BL,
+        return cross_entropy(whole_fn(head_params, hidden_BLD), targets_BL, weights_BL,
                              z_loss=z_loss, label_smoothing=label_smoothing)
-    settings = (head_fn, num_chunks, z_loss, label_smoothing)
+    settings = (head_fn, num_chunks, z_loss, label_smoothing, gather)
     loss_sum, sums = _chunked(settings, head_params, hidden_BLD, targets_BL,
                               jax.lax.stop_gradient(weights_BL))
     return loss_sum, jax.lax.stop_gradient(sums)
@@ -164,8 +168,10 @@ def chunked_cross_entropy(head_fn: HeadFn, head_params: Any, hidden_BLD: jax.Arr
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked(settings, head_params, hidden_BLD, targets_BL, weights_BL):
     """Undifferentiated: the loss alone."""
+    gathered = settings[-1](head_params)
+
     def step(sums, xs):
-        return _add(sums, _chunk_loss(settings, head_params, *xs)[1]), None
+        return _add(sums, _chunk_loss(settings, gathered, *xs)[1]), None
 
     chunks = _split(settings[1], hidden_BLD, targets_BL, weights_BL)
     sums, _ = jax.lax.scan(step, _zero_sums(), chunks)
@@ -176,7 +182,8 @@ def _chunked_forward(settings, head_params, hidden_BLD, targets_BL, weights_BL):
     """The loss, with its gradient as the residual."""
     differentiate = jax.value_and_grad(
         functools.partial(_chunk_loss, settings), argnums=(0, 1), has_aux=True)
-    local = jax.tree.map(lambda w: _reduced_later(w, hidden_BLD), head_params)
+    gathered, scatter = jax.vjp(settings[-1], head_params)
+    local = jax.tree.map(lambda w: _reduced_later(w, hidden_BLD), gathered)
 
     def step(carry, xs):
         sums, d_head = carry
@@ -187,8 +194,10 @@ def _chunked_forward(settings, head_params, hidden_BLD, targets_BL, weights_BL):
     chunks = _split(settings[1], hidden_BLD, targets_BL, weights_BL)
     start = (_zero_sums(), jax.tree.map(_zero_gradient, local))
     (sums, d_head), d_hidden = jax.lax.scan(step, start, chunks)
-    d_head = jax.tree.map(lambda d, w: _place_like(d, w).astype(w.dtype), d_head, head_params)
-    return (sums["loss_sum"], sums), (d_head, _join(d_hidden, hidden_BLD))
+    d_head = jax.tree.map(lambda d, w: _place_like(d, w).astype(w.dtype), d_head, gathered)
+    # The barrier makes the layers' backward pass wait: else XLA reduces the whole gradient last.
+    residuals = jax.lax.optimization_barrier((*scatter(d_head), _join(d_hidden, hidden_BLD)))
+    return (sums["loss_sum"], sums), residuals
 
 
 def _chunked_backward(settings, residuals, cotangents):
@@ -201,7 +210,7 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
 def _chunk_loss(settings, head_params, hidden_BCD, targets_BC, weights_BC):
-    head_fn, _, z_loss, label_smoothing = settings
+    head_fn, _, z_loss, label_smoothing, _ = settings
     return cross_entropy(head_fn(head_params, hidden_BCD), targets_BC, weights_BC,
                          z_loss=z_loss, label_smoothing=label_smoothing)
 

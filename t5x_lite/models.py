@@ -132,17 +132,26 @@ class LanguageModel(nnx.Module):
             x = x + self.token_types(jnp.zeros_like(tokens) if types is None else types)
         return x
 
-    def head_params(self) -> dict[str, jax.Array]:
+    def stored_head(self) -> dict[str, jax.Array]:
+        """What `gather_head` takes, as it is stored: "kernel" [D, V] or, tied, [V, D], and "bias"
+        [V] where there is one."""
+        kernel = self.token_embedding.embedding if self.config.tie_logits else self.logits.kernel
+        bias = {"bias": self.logits.bias[...]} if self.config.logits_bias else {}
+        return {"kernel": kernel[...], **bias}
+
+    def gather_head(self, stored: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """What `head` needs, gathered and cast once for all its chunks: {"kernel": [D, V]}, and
         {"bias": [V]} where there is one."""
-        if self.config.tie_logits:
-            params = {"kernel": self.token_embedding.as_kernel()}
-        else:
-            params = {"kernel": sharding.weight(self.logits.kernel[...], ("embed", "vocab"),
-                                                self.dtype)}
-        if self.config.logits_bias:
-            params["bias"] = self.logits.bias[...].astype(jnp.float32)
+        axes = ("vocab", "embed") if self.config.tie_logits else ("embed", "vocab")
+        kernel = sharding.weight(stored["kernel"], axes, self.dtype)
+        params = {"kernel": kernel.T if self.config.tie_logits else kernel}
+        if "bias" in stored:
+            params["bias"] = stored["bias"].astype(jnp.float32)
         return params
+
+    def head_params(self) -> dict[str, jax.Array]:
+        """What `head` needs."""
+        return self.gather_head(self.stored_head())
 
     def head(self, params: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
         """Hidden states [..., D] -> float32 logits [..., V]."""

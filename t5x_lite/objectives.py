@@ -99,9 +99,10 @@ def loss(module: LanguageModel, batch: Mapping[str, jax.Array], key: jax.Array |
     if config.name == "choices" and _has_choices(batch):
         choices_loss, choices_metrics = _choices(module, hidden, batch, config, divisors)
     loss_sum, sums = losses.chunked_cross_entropy(
-        module.head, module.head_params(), hidden, batch["decoder_target_tokens"],
+        module.head, module.stored_head(), hidden, batch["decoder_target_tokens"],
         batch["decoder_loss_weights"], z_loss=config.z_loss,
-        label_smoothing=config.label_smoothing, chunk=config.logits_chunk)
+        label_smoothing=config.label_smoothing, chunk=config.logits_chunk,
+        gather=module.gather_head)
     total = loss_sum / divisors["weight"] + choices_loss
     if "aux_loss" in aux:
         total = total + aux["aux_loss"][0] / parts

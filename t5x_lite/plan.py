@@ -84,7 +84,7 @@ class Plan:
 
     @property
     def temp_bytes(self) -> int | None:
-        """Temporaries, activations among them."""
+        """Temporaries at the peak, activations among them."""
         return self.compiled and self.compiled.temp_bytes
 
     @property
@@ -326,6 +326,7 @@ def to_json(plan: Plan, trials: Sequence[Trial] = ()) -> dict[str, Any]:
         "host_bytes": plan.host_bytes,
         "activation_bytes": plan.activation_bytes,
         "argument_bytes": plan.argument_bytes, "temp_bytes": plan.temp_bytes,
+        "temp_size_bytes": compiled and compiled.temp_size_bytes,
         "peak_bytes": plan.peak_bytes,
         "model_flops": plan.model_flops,
         "collectives": None if found is None else [dataclasses.asdict(line) for line in found],
@@ -407,7 +408,7 @@ def _memory_table(plan: Plan) -> Table:
         table.add_row("  and in the host's memory", shown(plan.host_bytes))
     table.add_row("batch", shown(plan.arguments["batch"]))
     table.add_row("arguments (the above, as laid out)", shown(plan.argument_bytes))
-    table.add_row("temporaries", shown(plan.temp_bytes))
+    table.add_row("temporaries at the peak", shown(plan.temp_bytes))
     table.add_row("  kept for the backward pass, before fusion", shown(plan.activation_bytes))
     table.add_row("peak", shown(plan.peak_bytes))
     table.add_row("available", shown(plan.topology.hbm_bytes))

@@ -8,8 +8,10 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import jax
+import numpy as np
 import pytest
 
 from t5x_lite import plan as plan_lib
@@ -97,9 +99,9 @@ def test_between_two_slices_only_gradients_travel_once_a_step(accumulation, size
     between = [line for line in plan.collectives if line.network == "dcn"]
     assert {(line.kind, line.axes) for line in between} == {("all-reduce", ("slice",))}
     # Gradients split over fsdp=4 and tensor=2, norms whole: in bf16 as the layers make them, in
-    # float32 once micro-batches were added up.
+    # float32 once micro-batches were added up. The embedding's, this small, may cross unsplit.
     gradients = size * plan.experiment.num_params / 8
-    assert gradients <= sum(line.bytes_per_step for line in between) < 1.2 * gradients
+    assert gradients <= sum(line.bytes_per_step for line in between) < 1.3 * gradients
 
 
 def test_simulated_cpus_need_no_libtpu():
@@ -300,11 +302,12 @@ class Broken:
         return None
 
     abstract_state = None
+    mesh = types.SimpleNamespace(devices=np.array(jax.devices()))
 
     def lower(self, *_):
         return self
 
-    def compile(self):
+    def compile(self, compiler_options=None):
         raise jax.errors.JaxRuntimeError(self.error)
 
     as_text = compile

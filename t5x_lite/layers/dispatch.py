@@ -28,9 +28,11 @@ from jax.sharding import PartitionSpec
 from t5x_lite.layers.routing import ExpertChoice, Routing
 
 # Rows of one matrix product on CPU; a packed buffer uses those up to half its length. Each is
-# compiled; they lie closest around 512, a balanced router's share of 512 tokens an expert.
-BLOCK_ROWS = (64, 128, 192, 256, 320, 384, 448, 480, 496, 512, 528, 544, 576, 640, 768, 896, 1024)
-ROW_MULTIPLE = 128   # packed buffers are a multiple of this long (TPU tiles)
+# compiled; runs just above an even share of a power of two are what balanced routers give.
+BLOCK_ROWS = (64, 128, 192, 256, 320, 384, 512, 576, 640, 768, 1024)
+# Packed buffers are a multiple of this long (TPU tiles), with room for a last block that
+# reaches beyond the last run.
+ROW_MULTIPLE = 128
 
 
 def vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -73,11 +75,9 @@ def capacity_layout(routing: Routing, num_experts: int,
 
 
 def packed_rows(rows: int) -> int:
-    """The length of a packed buffer for up to `rows` rows, and for the most by which a block of
-    the next size above what is left of the last run reaches beyond it."""
-    below = (0, *(size for size in BLOCK_ROWS if size < rows))
-    beyond = max(after - size for size, after in zip(below, BLOCK_ROWS)) - 1
-    return -(-(rows + beyond) // ROW_MULTIPLE) * ROW_MULTIPLE
+    """The length of a packed buffer for up to `rows` rows."""
+    most = next((size for size in BLOCK_ROWS if size >= rows), BLOCK_ROWS[-1])
+    return -(-(rows + most - 1) // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def sorted_layout(routing: Routing, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -26,10 +26,6 @@ class TokenEmbedding(nnx.Module):
         table = self.embedding[...].astype(self.dtype)
         return sharding.lookup(table, ids, ("act_batch", "act_length", "act_embed"))
 
-    def as_kernel(self) -> jax.Array:
-        """The table as a logits kernel_DV (tied embeddings), ready for use."""
-        return sharding.weight(self.embedding[...], ("vocab", "embed"), self.dtype).T
-
 
 class TokenTypes(nnx.Module):
     """A learned vector a token type, added to the embeddings (BERT's segment A or B)."""
