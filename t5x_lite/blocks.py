@@ -409,8 +409,9 @@ class Stack(nnx.Module):
                 cache = {"self_attention": {"key": empty, "value": empty}}
                 if encoded is not None:
                     module = getattr(getattr(self, name), f"block_{i}").cross_attention
-                    _, kv = jax.lax.scan(lambda _, m: (None, m.project_kv(encoded, None)),
-                                         None, module)
+                    _, kv, _ = run_layers(
+                        lambda x, module, xs, inputs: (x, module.project_kv(x, None)), module,
+                        encoded, (), (), repeats=segment.repeats, scan=True, remat_policy="none")
                     cache["cross_attention"] = {"key": kv[0], "value": kv[1]}
                 caches[name][f"block_{i}"] = cache
         return caches

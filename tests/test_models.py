@@ -364,12 +364,13 @@ def test_cached_decoding_equals_teacher_forcing(name):
     close(found, expected)
 
 
-def test_cached_decoding_over_a_mesh():
+@pytest.mark.parametrize("axis", ["data", "stage"])
+def test_cached_decoding_over_a_mesh(axis):
     config, params, batch, _, _ = reference("encoder_decoder")
     model = Model(config)
     batch = {k: v for k, v in batch.items() if not k.endswith(("ids", "positions"))}
     expected = jit(functools.partial(logits_of, model))(params, batch)
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+    mesh = sharding.make_mesh(sharding.MeshConfig(**{"data": 1, axis: 2, "fsdp": 2, "tensor": 2}))
     rules = sharding.Rules()
     params = tree.map_with_path(lambda p, x: jax.device_put(x, sharding.named_sharding(
         mesh, rules, model.table[p].logical_axes)), params)
