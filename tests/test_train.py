@@ -222,3 +222,26 @@ def test_two_processes_train_as_one(whole, text_file, tmp_path):
     train.run(configs.replace(config, "train.num_steps", 7), tmp_path)
     assert sorted(losses(tmp_path))[-1] == 7
     assert jax.process_count() == 1
+
+
+@pytest.mark.slow
+def test_the_quickstart_over_tensor_fsdp_stage_and_two_processes_is_the_one_of_a_device(tmp_path):
+    """2 processes x 4 devices, tensor=2, fsdp=2, stage=2: 30 steps, and samples at the end."""
+    def begin(name, devices, *more):
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu",
+                       "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        return subprocess.Popen(
+            [sys.executable, "-m", "t5x_lite.train", "--config=configs/quickstart.py",
+             f"--workdir={tmp_path / name}", "--config.train.num_steps=30",
+             "--config.train.log_every=1", "--config.eval.every=30", *more],
+            env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    finish(begin("one", 1))
+    mesh = [f"--config.mesh.{axis}" for axis in ("data=1", "tensor=2", "fsdp=2", "stage=2")]
+    coordinator = f"--coordinator_address=127.0.0.1:{free_port()}"
+    for process in [begin("two", 4, coordinator, "--num_processes=2", f"--process_id={i}", *mesh)
+                    for i in range(2)]:
+        finish(process)
+    expected, found = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(expected) >= 29
+    assert found == pytest.approx(expected, rel=1e-5)
