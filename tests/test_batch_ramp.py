@@ -27,6 +27,7 @@ def config(tmp_path_factory):
         checkpoint=dataclasses.replace(run.checkpoint, every=4))
 
 
+@pytest.mark.slow
 def test_a_ramped_run_counts_its_tokens_and_resumes_bit_for_bit(config, tmp_path):
     train.run(config, tmp_path / "whole")
     # 36 tokens a row; 8, 8 and 16 rows before the first full batch.

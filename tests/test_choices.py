@@ -170,6 +170,7 @@ def test_rows_hold_all_choices_the_right_one_first(colours):
     jax.tree.map(np.testing.assert_array_equal, next(again)[0], expected)
 
 
+@pytest.mark.slow
 def test_a_run_on_choices(colours, tmp_path):
     base = tiny_config.run("")
     config = dataclasses.replace(

@@ -131,6 +131,7 @@ def test_files_of_all_formats_give_the_same_predictions(run, files, tmp_path):
     assert outputs[0] == outputs[1]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_writes_the_same_bytes(run, files, tmp_path):
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     decode = DecodeConfig(method="sample", num_samples=2, max_length=4)

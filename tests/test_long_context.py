@@ -6,7 +6,10 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_32k_tokens_train_within_4_gb():
     """T5's relative bias, 2 heads: their logits alone would be 2 x 32768^2 x 4 bytes = 8.6 GB."""
     done = subprocess.run(

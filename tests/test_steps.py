@@ -15,10 +15,11 @@ from tests import tiny
 
 # Every way to make 8 of data, fsdp and tensor (4 heads cannot be split 8 ways), and others.
 MESHES = [
-    {"data": 8}, {"fsdp": 8}, {"data": 4, "fsdp": 2}, {"data": 4, "tensor": 2},
-    {"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "tensor": 4},
-    {"fsdp": 4, "tensor": 2}, {"fsdp": 2, "tensor": 4},
+    {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "tensor": 2}, {"fsdp": 2, "tensor": 4},
     {"data": 4, "expert": 2}, {"slice": 2, "fsdp": 4},
+    *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in (
+        {"data": 8}, {"fsdp": 8}, {"data": 4, "fsdp": 2}, {"data": 4, "tensor": 2},
+        {"data": 2, "fsdp": 4}, {"data": 2, "tensor": 4})),
 ]
 
 

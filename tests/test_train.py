@@ -92,6 +92,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(whole, tmp_path):
     assert losses(tmp_path) == losses(workdir)
 
 
+@pytest.mark.slow
 def test_resumes_on_another_mesh(whole, tmp_path):
     config, workdir = whole
     train.run(configs.replace(config, "train.num_steps", 3), tmp_path)
@@ -154,11 +155,11 @@ def finish(process, status=0):
     return out, err
 
 
-def test_killed_ten_times_and_restarted_ends_with_the_same_bits(text_file, tmp_path,
-                                                                monkeypatch):
+@pytest.mark.parametrize("times", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_and_restarted_ends_with_the_same_bits(text_file, tmp_path, monkeypatch, times):
     """SIGKILL at random moments between the first step of a life and its end."""
     steps = "--config.train.num_steps=60"
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))   # 12 equal programs
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))   # of equal programs
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
     reference = start(text_file, tmp_path / "whole", steps)
@@ -168,7 +169,7 @@ def test_killed_ten_times_and_restarted_ends_with_the_same_bits(text_file, tmp_p
                for line in err.splitlines()), err
     rng = random.Random(0)
     kills = 0
-    while kills < 10:
+    while kills < times:
         process = start(text_file, tmp_path / "killed", steps)
         for line in process.stdout:
             if line.startswith("step "):

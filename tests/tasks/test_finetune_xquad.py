@@ -2,12 +2,15 @@
 
 import dataclasses
 
+import pytest
+
 from t5x_lite import data_tasks, train
 from t5x_lite.data import DataConfig
 from t5x_lite.sharding import MeshConfig
 from tests import tiny_config
 
 
+@pytest.mark.slow
 def test_a_t5_is_fine_tuned_on_xquad(offline_tfds, tmp_path, capsys):
     data_tasks.tensorflow_side()
     from tasks import metrics, t5_benchmarks, text_to_text

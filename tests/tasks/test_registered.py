@@ -57,6 +57,7 @@ def test_no_registered_task_is_forgotten():
     assert others == test_formats.names()
 
 
+@pytest.mark.slow
 def test_python_tasks_are_saved_and_restored():
     names = training_names("python_")
     assert len(names) == 21
