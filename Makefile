@@ -22,7 +22,9 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 # For XLA on the CPU, set before Python starts: huge pages for its arena (3.25 -> 2.70 s a step
 # of T5.1.1-small), matrix products left to the library one by one (3.2 -> 2.86 s). The flag is
 # of this jaxlib: XLA aborts on one that it does not know, so look again when the pin moves.
-CPU_ENVIRONMENT := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 XLA_FLAGS="$$XLA_FLAGS \
+MALLOC := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0
+MALLOC := $(MALLOC):glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1
+CPU_ENVIRONMENT := GLIBC_TUNABLES=$(MALLOC) XLA_FLAGS="$$XLA_FLAGS \
     --xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 
 VENV_PYTHON := $(VENV)/bin/python

@@ -9,7 +9,9 @@ import os
 import sys
 
 VARIABLES = {
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    # Large pages, and none given back to the system between steps.
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:"
+                      "glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1",
     "XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
 }
 
