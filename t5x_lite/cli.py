@@ -144,7 +144,12 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _describe(argv: list[str], error: Exception) -> str:
     overrides = [a for a in argv if a.startswith("--config.")]
+    while error.args and isinstance(error.args[0], Exception):   # a KeyError around another
+        error = error.args[0]
     message = " ".join(str(a) for a in error.args) or type(error).__name__
+    if isinstance(error, (AttributeError, KeyError)):
+        name, _, hint = message.partition("\n")
+        message = f"the config has no field {name}. {hint}".rstrip()
     where = f" (among {' '.join(overrides)})" if overrides else ""
     return f"{message}{where}"
 

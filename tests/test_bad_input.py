@@ -6,8 +6,9 @@ import subprocess
 import jax
 import pytest
 
+from configs import quickstart
 from t5x_lite import build as build_lib
-from t5x_lite import checkpoint, train
+from t5x_lite import checkpoint, cli, train
 from t5x_lite import config as configs
 from t5x_lite.errors import UserError
 from t5x_lite.sharding import MeshConfig
@@ -103,3 +104,15 @@ def test_the_command_line_exits_with_one_screen(tmp_path, override, message):
     assert done.returncode == 2, done.stderr
     assert message in done.stderr and done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 15
+
+
+@pytest.mark.parametrize("field", ["nm_steps", "eval_every"])
+def test_a_mistyped_field_is_named_in_plain_words(field):
+    with pytest.raises(KeyError) as caught:
+        quickstart.get_config().train[field]
+    override = f"--config.train.{field}=3"
+    for error in (caught.value, KeyError(caught.value)):
+        message = cli._describe(["train", override], error)
+        assert message.startswith(f"the config has no field '{field}'.")
+        assert message.endswith(f"(among {override})") and "\\n" not in message
+        assert ("num_steps" in message) == (field == "nm_steps")
