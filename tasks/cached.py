@@ -22,7 +22,7 @@ from seqio import dataset_providers
 
 from t5x_lite.errors import UserError
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger(f"t5x_lite.{__name__}")   # shown by commands, as its own lines are
 
 
 def read_from(task: seqio.Task, folders: str, vocabulary: seqio.Vocabulary | None = None

@@ -26,7 +26,7 @@ _TOKENISERS = (preprocessors.tokenize, seqio.preprocessors.tokenize,
                seqio.preprocessors.tokenize_and_append_eos)
 _VERSION = 1   # raise it whenever records look different
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger(f"t5x_lite.{__name__}")   # shown by commands, as its own lines are
 
 
 def ahead(task: seqio.Task) -> seqio.Task:

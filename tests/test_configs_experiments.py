@@ -82,9 +82,9 @@ def test_scan_is_one_model_and_three_seeds():
 def test_every_precision_policy_trains_the_same_model(tmp_path):
     runs = precision_experiment.get_runs()
     assert [(r.arm, r.seed) for r in runs] == [
-        (name, seed) for seed in (0, 1) for name in precision.POLICIES]
+        (name, seed) for seed in (0, 1, 2) for name in precision.POLICIES]
     assert {r.config.precision for r in runs} == set(precision.POLICIES)
-    assert len({str(configs.replace(r.config, "precision", "")) for r in runs}) == 2   # seeds
+    assert len({str(configs.replace(r.config, "precision", "")) for r in runs}) == 3   # seeds
     for run in runs[:len(precision.POLICIES)]:
         build(configs.replace(run.config, "mesh", MeshConfig(data=8)))
         folder = tmp_path / run.folder

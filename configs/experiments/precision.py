@@ -1,4 +1,4 @@
-"""The same small model under every precision policy, two seeds.
+"""The same small model under every precision policy, three seeds.
 
 Papers: Rae et al. 2021 (arXiv:2112.11446), appendix C2: bfloat16 parameters lose to float32 ones,
 stochastic rounding wins part of it back, a float32 copy in the optimizer state that is rounded
@@ -19,8 +19,8 @@ from t5x_lite import experiment, precision
 from t5x_lite.experiment import Run
 
 SHOWN = ("all/loss", "all/accuracy")
-SEEDS = (0, 1)
-_STEPS = 120
+SEEDS = (0, 1, 2)
+_STEPS = 600
 
 
 def get_runs() -> tuple[Run, ...]:
@@ -32,12 +32,12 @@ def get_runs() -> tuple[Run, ...]:
             for path, value in (
                     ("name", "precision"), ("precision", name), ("model.embed_dim", 128),
                     ("train.seed", seed), ("train.num_steps", _STEPS),
-                    ("train.global_batch_size", 8), ("data.inputs_length", 64),
+                    ("train.global_batch_size", 16), ("data.inputs_length", 64),
                     ("data.targets_length", 24), ("optimizer.name", "adamw"),
                     ("optimizer.clip_norm", 1.0), ("optimizer.schedule.total_steps", _STEPS),
-                    ("optimizer.schedule.base_learning_rate", 3e-3),
-                    ("optimizer.schedule.warmup_steps", 15), ("loss_scale.growth_interval", 50),
-                    ("eval.every", 20), ("eval.num_batches", 8), ("eval.samples", 0),
+                    ("optimizer.schedule.base_learning_rate", 2e-3),
+                    ("optimizer.schedule.warmup_steps", 30), ("loss_scale.growth_interval", 50),
+                    ("eval.every", 100), ("eval.num_batches", 16), ("eval.samples", 0),
                     ("checkpoint.every", _STEPS)):
                 config = configs.replace(config, path, value)
             runs.append(Run(name, seed, config))
