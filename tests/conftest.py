@@ -1,6 +1,5 @@
 """Eight simulated CPU devices for every test; set before JAX is first imported."""
 
-import logging
 import os
 
 import pytest
@@ -19,14 +18,3 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 def text_cache(tmp_path_factory):
     """Gathered text goes to a folder of the session (subprocesses included), not to ~/.cache."""
     os.environ.setdefault("T5X_LITE_CACHE", str(tmp_path_factory.mktemp("text_cache")))
-
-
-@pytest.fixture(autouse=True)
-def loggers():
-    """A command called in the tests' own process quiets its loggers; the next test starts anew."""
-    root, ours = logging.getLogger(), logging.getLogger("t5x_lite")
-    before = root.level, ours.level, ours.propagate, ours.handlers[:]
-    yield
-    root.setLevel(before[0])
-    ours.setLevel(before[1])
-    ours.propagate, ours.handlers[:] = before[2], before[3]
