@@ -189,18 +189,13 @@ class Compiled:
 
 def compile_step(experiment: Experiment) -> Compiled:
     """Compiles the step that train runs, for the devices of the experiment's mesh."""
-    with tempfile.TemporaryDirectory() as folder:
-        return _compile_step(experiment, folder)
-
-
-def _compile_step(experiment: Experiment, folder: str) -> Compiled:
     began = time.perf_counter()
     with experiment.activate():
         lowered = experiment.jit_train_step().lower(
             experiment.abstract_state, experiment.abstract_batch())
         try:
-            with _no_cache():
-                compiled = lowered.compile(compiler_options=_dump_to(experiment, folder))
+            compiled, peak, temp = compile_lowered(
+                lowered, experiment.mesh.devices.flat[0].platform)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -210,35 +205,34 @@ def _compile_step(experiment: Experiment, folder: str) -> Compiled:
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
     collectives, note = _collectives(compiled, experiment)
-    peak, temp = _peak_and_temporaries(memory, folder)
     return Compiled(seconds, True, temp, memory.argument_size_in_bytes,
                     memory.output_size_in_bytes, peak, collectives,
                     memory.host_argument_size_in_bytes, memory.host_temp_size_in_bytes,
                     memory.temp_size_in_bytes, note)
 
 
-def _dump_to(experiment: Experiment, folder: str) -> dict[str, str | bool] | None:
-    """Options with which libtpu writes its report of memory usage, and the program, into a folder."""
-    if experiment.mesh.devices.flat[0].platform != "tpu":
-        return None
-    return {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+def compile_lowered(lowered: jax.stages.Lowered, platform: str
+                    ) -> tuple[jax.stages.Compiled, int, int]:
+    """The program, the bytes of device memory that it is given, and those of its temporaries:
+    beside arguments and results.
 
-
-def _peak_and_temporaries(memory, folder: str) -> tuple[int, int]:
-    """The bytes of device memory that the program is given, and those beside arguments and results.
-
-    libtpu's report of memory usage says the first. Its temp_size_in_bytes is no measure: of a
-    program with donated arguments it may count more than is allocated (896 MiB in a scan that
-    has 640) or less. Where there is no report (the CPU backend) it adds up.
+    libtpu's report of memory usage says what it is given. Its temp_size_in_bytes is no measure:
+    of a program with donated arguments it may count more than is allocated (896 MiB in a scan
+    that has 640) or less. Where there is no report (the CPU backend) it adds up.
     """
-    # Donated arguments are written over, so that results in their place need no room.
-    lasting = (memory.argument_size_in_bytes + memory.output_size_in_bytes
-               - memory.alias_size_in_bytes)
-    for path in pathlib.Path(folder).glob("*memory-usage-report.txt"):
-        found = re.search(r"Memory Space: default.*\nTotal bytes: (\d+)", path.read_text())
-        if found:
-            return int(found.group(1)), int(found.group(1)) - lasting
-    return lasting + memory.temp_size_in_bytes, memory.temp_size_in_bytes
+    with tempfile.TemporaryDirectory() as folder, _no_cache():
+        options = ({"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if platform == "tpu"
+                   else None)
+        compiled = lowered.compile(compiler_options=options)
+        memory = compiled.memory_analysis()
+        # Donated arguments are written over, so that results in their place need no room.
+        lasting = (memory.argument_size_in_bytes + memory.output_size_in_bytes
+                   - memory.alias_size_in_bytes)
+        for path in pathlib.Path(folder).glob("*memory-usage-report.txt"):
+            found = re.search(r"Memory Space: default.*\nTotal bytes: (\d+)", path.read_text())
+            if found:
+                return compiled, int(found.group(1)), int(found.group(1)) - lasting
+    return compiled, lasting + memory.temp_size_in_bytes, memory.temp_size_in_bytes
 
 
 @contextlib.contextmanager
