@@ -5,7 +5,9 @@
 A model with fresh parameters is converted into a temporary folder, which transformers loads.
 Both decode the same random inputs greedily, float32, to the full length, in turns. Prints each
 one's tokens/s (median over the rounds), how many of the tokens are equal, and the ratio; also
-of CPU seconds. On a machine that does other work PyTorch's threads wait for one another, spinning,
+of CPU seconds. Then how long nothing but the products with weights takes either library, one
+after the other: a decoder that did all else in no time would have the ratio named last.
+On a machine that does other work PyTorch's threads wait for one another, spinning,
 and the ratio flatters us: `taskset -c 0 python scripts/bench_decode.py …` compares one core with
 one core. Needs torch and transformers.
 """
@@ -27,6 +29,41 @@ _BATCH = flags.DEFINE_integer("batch", 32, "Sequences decoded at once.")
 _LENGTHS = flags.DEFINE_string("lengths", "128,64", "Input and output tokens.")
 _SCAN = flags.DEFINE_bool("scan", False, "Scan the decoder's layers instead of unrolling them.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Timed runs of each, in turns, after one that is not.")
+
+
+def seconds_of_products(model, rows: int, inputs_length: int, length: int) -> dict[str, float]:
+    """Seconds in each library for the products of a transformers T5 with its weights."""
+    import jax
+    import jax.numpy as jnp
+    import torch
+
+    once, each = [], []     # over all input tokens, and at every output token
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            over_inputs = name.startswith("encoder") or "EncDecAttention.k" in name \
+                or "EncDecAttention.v" in name
+            (once if over_inputs else each).append(module.weight)
+
+    def fastest(fn):
+        seconds = []
+        for _ in range(10):
+            begin = time.perf_counter()
+            fn()
+            seconds.append(time.perf_counter() - begin)
+        return min(seconds[1:])
+
+    totals = dict.fromkeys(("XLA", "PyTorch"), 0.0)
+    products = jax.jit(lambda xs, weights: [xs[w.shape[1]] @ w.T for w in weights])
+    for weights, tokens, times in ((once, rows * inputs_length, 1), (each, rows, length)):
+        xs = {w.shape[1]: torch.full((tokens, w.shape[1]), 0.01) for w in weights}
+        arrays = ({n: jnp.asarray(x.numpy()) for n, x in xs.items()},
+                  [jnp.asarray(w.detach().numpy()) for w in weights])
+        with torch.no_grad():
+            totals["PyTorch"] += times * fastest(
+                lambda xs=xs, weights=weights: [xs[w.shape[1]] @ w.T for w in weights])
+        totals["XLA"] += times * fastest(
+            lambda arrays=arrays: jax.block_until_ready(products(*arrays)))
+    return totals
 
 
 def main() -> None:
@@ -86,6 +123,10 @@ def main() -> None:
     ratio, cpu_ratio = (statistics.median(x["transformers"]) / statistics.median(x["t5x_lite"])
                         for x in (seconds, cpu_seconds))
     print(f"tokens equal  {equal:.1%}\nratio         {ratio:.2f} ({cpu_ratio:.2f} in CPU time)")
+    alone = seconds_of_products(theirs, _BATCH.value, inputs_length, length)
+    shown = ", ".join(f"{seconds:.2f} s in {name}" for name, seconds in alone.items())
+    best = statistics.median(seconds["transformers"]) / min(alone.values())
+    print(f"products      {shown}: with all else free the ratio would be {best:.2f}")
 
 
 if __name__ == "__main__":
