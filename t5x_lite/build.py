@@ -254,11 +254,11 @@ def _check_train(config: RunConfig, mesh: Mesh, rules: Rules) -> None:
 def _check_batch(field: str, size: int, accumulation: int, ways: int) -> None:
     step = ways * accumulation
     if size % step:
-        near = max(step, size // step * step)
+        near = [str(n * step) for n in (size // step, size // step + 1) if n]
         raise UserError(
             f"{field}={size} must be a multiple of {step}: "
             f"{accumulation} micro-batches (train.accumulation) x {ways} ways that the mesh "
-            f"splits a batch; {near} or {(size // step + 1) * step} would do.")
+            f"splits a batch; {' or '.join(near)} would do.")
 
 
 def _check_parallel(config: RunConfig, mesh: Mesh, rules: Rules) -> None:

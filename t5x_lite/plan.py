@@ -29,6 +29,7 @@ from t5x_lite.cost import energy, flops, hlo, tables
 from t5x_lite.cost import roofline as roofline_lib
 from t5x_lite.cost.roofline import Roofline
 from t5x_lite.errors import UserError
+from t5x_lite.layers import kernels
 from t5x_lite.rehearse import Compiled, Topology
 from t5x_lite.sharding import MeshConfig
 
@@ -139,6 +140,8 @@ def make_plan(config: RunConfig, topology: Topology,
     if not topology.compiler:
         notes.append("GPUs have no compiler that works without one: temporaries and communication "
                      "are unknown, and the bound leaves them out")
+        if lacks := kernels.cudnn_lacks():
+            notes.append(f"activations are counted without cuDNN's attention ({lacks})")
     elif hbm is not None and sum(arguments.values()) > hbm:
         notes.append("not compiled: parameters, optimizer state and batch alone are too large")
     else:

@@ -124,6 +124,13 @@ def test_gpus_give_what_needs_no_compiler():
     assert "FITS OR NOT: unknown" in plan_lib.screen(plan)
 
 
+def test_a_plan_for_gpus_where_no_cudnn_is_counts_other_attention():
+    long = replace(lm(**SPLIT), "data.targets_length", 2048)   # where cuDNN's would be taken
+    plan = plan_lib.make_plan(long, rehearse.topology("h100:8"))
+    assert plan.activation_bytes > 0
+    assert any("without cuDNN's attention" in note for note in plan.notes)
+
+
 def test_published_runs_are_derived_to_5_percent():
     """Every derived figure of the table stands beside the published one."""
     text = plan_lib.published()

@@ -67,13 +67,26 @@ def obstacle(name: str, backend: str, q: jax.Array, k: jax.Array, bias: bool, te
             return f"it needs a 16-bit compute type, not {q.dtype}"
         if head_dim % 8 or head_dim > 128:
             return f"it needs a head_dim of at most 128 that divides by 8, not {head_dim}"
-        return ""
+        return cudnn_lacks()
     if backend != "tpu":
         return f"it needs a TPU, and this is a {backend}"
     if masking.k_prefix is not None:
         return "it has no prefix mask"
     if length % _LANES or keys % _LANES:
         return f"it needs lengths that divide by {_LANES}, not {length} and {keys}"
+    return ""
+
+
+@functools.lru_cache(maxsize=None)
+def cudnn_lacks() -> str:
+    """What cuDNN's attention lacks in this process, "" for nothing: a plan for GPUs is made where
+    there are none, and older GPUs (before Ampere) have no kernel."""
+    x = jax.ShapeDtypeStruct((1, _LANES, 1, 64), jnp.bfloat16)
+    try:
+        jax.eval_shape(functools.partial(jax.nn.dot_product_attention, implementation="cudnn"),
+                       x, x, x)
+    except RuntimeError as error:
+        return f"JAX says: {error}"
     return ""
 
 

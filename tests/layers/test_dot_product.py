@@ -152,9 +152,11 @@ def test_splash_equals_plain(mask, softcap):
     assert_close(found, plain)
 
 
-def choice(monkeypatch, backend, implementation="auto", length=4096, dtype=jnp.bfloat16, **kwargs):
+def choice(monkeypatch, backend, implementation="auto", length=4096, dtype=jnp.bfloat16,
+           lacks="", **kwargs):
     """What runs on a backend, from shapes alone."""
     monkeypatch.setattr(kernels, "platform", lambda: backend)
+    monkeypatch.setattr(kernels, "cudnn_lacks", lambda: lacks)
     q, k = (jax.ShapeDtypeStruct((2, 8, length, 64), dtype) for _ in range(2))
     settings = {"bias": False, "softcap": 0.0, **{k: v for k, v in kwargs.items() if k != "prefix"}}
     prefix = [[1] * length] * 2 if kwargs.get("prefix") else None
@@ -165,6 +167,7 @@ def choice(monkeypatch, backend, implementation="auto", length=4096, dtype=jnp.b
 @pytest.mark.parametrize("backend,expected,kwargs", [
     ("gpu", "cudnn", {}), ("tpu", "splash", {}), ("cpu", "chunked", {}),
     ("gpu", "chunked", {"bias": True}), ("tpu", "chunked", {"bias": True}),
+    ("gpu", "chunked", {"lacks": "cuDNN is not detected."}),
     ("gpu", "chunked", {"dtype": jnp.float32}), ("gpu", "chunked", {"softcap": 5.0}),
     ("tpu", "splash", {"softcap": 5.0}), ("tpu", "chunked", {"prefix": True}),
     ("tpu", "chunked", {"length": 4100}), ("gpu", "plain", {"length": 512}),
@@ -196,6 +199,7 @@ def test_one_row_behind_a_cache_takes_no_fused_kernel(monkeypatch, backend, name
     ("gpu", "splash", {}, "needs a TPU"),
     ("gpu", "cudnn", {"bias": True}, "takes no bias"),
     ("gpu", "cudnn", {"dtype": jnp.float32}, "16-bit compute type, not float32"),
+    ("gpu", "cudnn", {"lacks": "JAX says: none"}, "JAX says: none"),
     ("tpu", "splash", {"length": 100}, "divide by 128, not 100 and 100")])
 def test_what_cannot_run_is_refused(monkeypatch, backend, name, kwargs, message):
     with pytest.raises(UserError, match=f"implementation='{name}': .*{message}.*'chunked'"):
