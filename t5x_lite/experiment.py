@@ -15,11 +15,12 @@ folders that match, `--config=FILE:ARG` hands ARG to get_runs.
 """
 
 import dataclasses
+import fnmatch
 import importlib.util
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read on import
@@ -103,12 +104,18 @@ def final_values(runs: Sequence[Run], workdir: pathlib.Path) -> dict[str, dict[s
     return results
 
 
+def value(values: Mapping[str, float], metric: str) -> float | None:
+    """The first value of this name, in which "*" stands for anything: "*/metric/em"."""
+    return next((values[name] for name in fnmatch.filter(values, metric)
+                 if values[name] is not None), None)
+
+
 def curve(path: pathlib.Path, metric: str) -> list[tuple[int, float]]:
     """(step, value) of one metric of a metrics.jsonl."""
     if not path.is_file():
         return []
-    return [(line["step"], line[metric]) for line in metrics.read_metrics(path)
-            if line.get(metric) is not None]
+    found = [(line["step"], value(line, metric)) for line in metrics.read_metrics(path)]
+    return [(step, number) for step, number in found if number is not None]
 
 
 def by_arm(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -127,7 +134,7 @@ def summary(runs: Sequence[Run], workdir: pathlib.Path, shown: Sequence[str]) ->
         found = [values[r.folder] for r in members if r.folder in values]
         cells = []
         for metric in shown:
-            numbers = [v[metric] for v in found if metric in v]
+            numbers = [n for v in found if (n := value(v, metric)) is not None]
             cells.append(f"{sum(numbers) / len(numbers):.4g} ({min(numbers):.4g} … "
                          f"{max(numbers):.4g})" if numbers else "–")
         lines.append(f"| {arm} | {len(found)} | " + " | ".join(cells) + " |")
@@ -162,7 +169,8 @@ def draw(runs: Sequence[Run], workdir: pathlib.Path, metric: str, path: pathlib.
 def run(path: str, workdir: pathlib.Path, *, overrides: Sequence[str] = (), only: str = "") -> str:
     """Runs an experiment and returns its table; the config may define
 
-        SHOWN       the metrics of the table, "TASK/METRIC" (default: all/loss)
+        SHOWN       the metrics of the table, "TASK/METRIC", or "*/METRIC" where the task is an
+                    argument (default: all/loss)
         PLOTTED     the metric of the plot (default: eval/ and the first of SHOWN)
         conclude    (runs, workdir) -> Markdown that is added below the table
     """

@@ -7,7 +7,7 @@ import pytest
 from configs.experiments import closed_book_qa, scan, switch_vs_dense
 from configs.experiments import precision as precision_experiment
 from t5x_lite import config as configs
-from t5x_lite import precision
+from t5x_lite import experiment, precision
 from t5x_lite.build import build
 from t5x_lite.cost import flops
 from t5x_lite.errors import UserError
@@ -55,10 +55,33 @@ def test_closed_book_qa_has_four_arms_and_takes_text_of_your_own():
     own = closed_book_qa.get_runs("passages=f.txt,questions=q.jsonl[:50%],held_out=q.jsonl[50%:]")
     assert {r.arm for r in own} == {"span", "salient", "none"}
     assert own[-1].config.data.validation == "q.jsonl[50%:]"
+    public = closed_book_qa.get_runs("passages=span_corrupted_wikipedia,"
+                                     "salient=salient_span_masked_wikipedia,questions=nq")
+    assert {(r.arm, r.config.data.train) for r in public} == {
+        ("span", "span_corrupted_wikipedia"), ("salient", "salient_span_masked_wikipedia"),
+        *((arm, "nq") for arm in ("span", "salient", "none"))}
+    with pytest.raises(UserError, match="every line of q.jsonl would be trained on and scored"):
+        closed_book_qa.get_runs("passages=f.txt,questions=q.jsonl")
+    with pytest.raises(UserError, match="goes with a task"):
+        closed_book_qa.get_runs("passages=f.txt,salient=t,questions=nq")
     with pytest.raises(UserError, match="did you mean 'passages'"):
         closed_book_qa.get_runs("pasages=f.txt")
     with pytest.raises(UserError, match="give both"):
         closed_book_qa.get_runs("passages=f.txt")
+
+
+def test_closed_book_qa_reports_questions_of_your_own(tmp_path):
+    runs = closed_book_qa.get_runs("passages=f.txt,questions=q.jsonl[:50%],held_out=q.jsonl[50%:]")
+    run = runs[-1]
+    (tmp_path / run.folder).mkdir(parents=True)
+    (tmp_path / run.folder / "metrics.jsonl").write_text(json.dumps(
+        {"step": 1, "eval/q/metric/em": 40.0}) + "\n")
+    assert "| none/finetune | 1 | 40 (40 … 40) | – |" in experiment.summary(
+        runs, tmp_path, closed_book_qa.SHOWN)
+    assert experiment.curve(tmp_path / run.folder / "metrics.jsonl",
+                            f"eval/{closed_book_qa.SHOWN[0]}") == [(1, 40.0)]
+    text = closed_book_qa.conclude(runs, tmp_path)
+    assert "Exact match on q.jsonl[50%:]" in text and "| none | – | – | 40.0 |" in text
 
 
 def test_closed_book_qa_reports_every_seed_against_the_majority(tmp_path):

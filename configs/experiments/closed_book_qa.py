@@ -19,13 +19,15 @@ Command: python -m t5x_lite.experiment --config=configs/experiments/closed_book_
 Other text and questions by name=value pairs behind the colon, commas between:
 
     passages    text files, or a task that makes inputs and targets of text
+    salient     a task that hides names and dates of the same text, where passages is a task
+                (of text files the names and dates are found here)
     questions   a task, or a .jsonl, .json or .tsv file; a slice as in qa.jsonl[:50%]
-    held_out    the same, to score on (default: the questions' own validation split)
+    held_out    the same, to score on (default: the task's own validation split)
     document    what a document of the passages is: line, paragraph or file
     vocabulary  python, byt5, t5 or a file (default: the shipped facts')
 
     …closed_book_qa.py:passages=factbook.txt,questions=factbook_qa.jsonl[:50%],held_out=factbook_qa.jsonl[50%:]
-    …closed_book_qa.py:passages=salient_span_masked_wikipedia,questions=natural_questions_open,vocabulary=t5
+    …closed_book_qa.py:passages=span_corrupted_wikipedia,salient=salient_span_masked_wikipedia,questions=natural_questions_open,vocabulary=t5
 """
 
 import dataclasses
@@ -46,7 +48,8 @@ from t5x_lite.optim import OptimizerConfig
 from t5x_lite.schedules import ScheduleConfig
 
 SEEDS = (0, 1, 2)
-SHOWN = ("closed_book_qa/metric/em", "closed_book_qa/metric/f1")
+SHOWN = ("*/metric/em", "*/metric/f1")
+_TEXT, _QUESTIONS = (".txt", ".jsonl", ".gz"), (".jsonl", ".json", ".tsv", ".gz")
 _IDS = {"": 3072, "python": 4096, "byt5": 384}   # else as many as T5's vocabulary
 _PRETRAIN_STEPS, _FINETUNE_STEPS = 1000, 150
 
@@ -56,6 +59,7 @@ class Options:
     """What stands behind the colon; the defaults are the shipped facts."""
 
     passages: str = ""
+    salient: str = ""
     questions: str = "closed_book_qa"
     held_out: str = ""
     document: str = "paragraph"
@@ -74,7 +78,15 @@ def options(arg: str | None) -> Options:
                             f"{nearest(name, names)}")
     if not given.get("passages") or not given.get("questions"):
         raise UserError(f"closed_book_qa.py:{arg}: give both passages=… and questions=…")
-    return Options(**given)
+    chosen = Options(**given)
+    if chosen.questions.endswith(_QUESTIONS) and chosen.held_out in ("", chosen.questions):
+        raise UserError(f"closed_book_qa.py:{arg}: every line of {chosen.questions} would be "
+                        f"trained on and scored; give slices, questions={chosen.questions}[:50%],"
+                        f"held_out={chosen.questions}[50%:], or another file to held_out.")
+    if chosen.salient and chosen.passages.endswith(_TEXT):
+        raise UserError(f"closed_book_qa.py:{arg}: names and dates of text files are found here; "
+                        f"salient=… goes with a task as passages.")
+    return chosen
 
 
 def _model(vocabulary: str) -> ModelConfig:
@@ -107,11 +119,11 @@ def _pretrain(chosen: Options, arm: str, seed: int) -> RunConfig:
         lengths = (dict(inputs_length=28, targets_length=10) if arm == "salient" else
                    dict(inputs_length=24, targets_length=14))
         data = DataConfig(train=task, validation=task, **lengths)
-    elif chosen.passages.endswith((".txt", ".jsonl", ".gz")):
+    elif chosen.passages.endswith(_TEXT):
         data = DataConfig(train_files=chosen.passages, text_document=chosen.document,
                           denoising="salient" if arm == "salient" else "", **lengths)
     else:
-        data = DataConfig(train=chosen.passages, **lengths)
+        data = DataConfig(train=chosen.salient if arm == "salient" else chosen.passages, **lengths)
     data = dataclasses.replace(data, vocabulary=chosen.vocabulary)
     return _stage(f"pretrain_{arm}", data, seed, _PRETRAIN_STEPS, 128, 0.03,
                   EvalConfig(every=_PRETRAIN_STEPS, num_batches=8))
@@ -130,10 +142,10 @@ def get_runs(arg: str | None = None) -> tuple[Run, ...]:
     """All arms, seeds and stages; text of your own has no permuted arm."""
     chosen, runs = options(arg), []
     arms = ["span", "salient", "none", "permuted"]
-    if chosen.passages.endswith((".txt", ".jsonl", ".gz")):
+    if chosen.passages:
         arms.remove("permuted")   # only a table of facts tells which words are answers
-    elif chosen.passages:
-        arms = ["span", "none"]   # the task says how its text is masked
+    if chosen.passages and not chosen.passages.endswith(_TEXT) and not chosen.salient:
+        arms.remove("salient")
     for seed in SEEDS:
         for arm in arms:
             if arm != "none":
@@ -143,20 +155,16 @@ def get_runs(arg: str | None = None) -> tuple[Run, ...]:
     return tuple(runs)
 
 
-def _exact_match(values: dict[str, float]) -> float | None:
-    return next((v for name, v in values.items() if name.endswith("/metric/em")), None)
-
-
 def conclude(runs: Sequence[Run], workdir: pathlib.Path) -> str:
     """Exact match of every seed, against the majority answer of each relation."""
     values = experiment.final_values(runs, workdir)
     found: dict[str, dict[int, float]] = {}
     for run in runs:
         if run.stage == "finetune" and run.folder in values:
-            score = _exact_match(values[run.folder])
+            score = experiment.value(values[run.folder], SHOWN[0])
             if score is not None:
                 found.setdefault(run.arm, {})[run.seed] = score
-    lines = ["Exact match on the held-out half, per cent:", "",
+    lines = [f"Exact match on {runs[-1].config.data.validation}, per cent:", "",
              "| arm | " + " | ".join(f"seed {s}" for s in SEEDS) + " |",
              "|---" * (len(SEEDS) + 1) + "|"]
     for arm, by_seed in found.items():
