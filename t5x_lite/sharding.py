@@ -428,6 +428,25 @@ def _names(dim: None | str | tuple[str, ...]) -> tuple[str, ...]:
     return () if dim is None else (dim,) if isinstance(dim, str) else tuple(dim)
 
 
+def sum_of_copies(x: jax.Array) -> jax.Array:
+    """[n, …] split over an axis of copies -> [...], their sum, laid out as each copy was.
+
+    What the devices of one copy hold alike they share out before they add, and gather
+    afterwards, so that each sends a different part along the axis of copies.
+    """
+    copies, *kept = (*(names := jax.typeof(x).sharding.spec), *(None,) * (x.ndim - len(names)))
+    used = {axis for dim in (copies, *kept) for axis in _names(dim)}
+    parts = list(kept)
+    for axis in (a for a, size in mesh_sizes().items() if size > 1 and a not in used):
+        ways = [mesh_sizes()[axis] * math.prod(mesh_sizes()[a] for a in _names(d)) for d in parts]
+        fits = [i for i, way in enumerate(ways) if x.shape[1 + i] % way == 0]
+        if fits:
+            dim = max(fits, key=lambda i: x.shape[1 + i] // ways[i])
+            parts[dim] = (*_names(parts[dim]), axis)
+    x = jax.sharding.reshard(x, PartitionSpec(copies, *parts))
+    return jax.sharding.reshard(jnp.sum(x, axis=0), PartitionSpec(*kept))
+
+
 def reshape(x: jax.Array, shape: Sequence[int], *axes: str | None) -> jax.Array:
     """x reshaped, with these logical axes on the result."""
     return jax.lax.reshape(x, tuple(shape), out_sharding=spec(*axes))

@@ -53,10 +53,11 @@ def gradients(model: Model, objective: ObjectiveConfig, params: Mapping, batch: 
               tuning: PeftConfig = PeftConfig()) -> tuple[dict, Sums]:
     """The gradient of `scale` times the loss of a global batch, and its metrics.
 
-    With micro-batches each slice (mesh.slice > 1) adds up gradients of its own; only their
-    sums cross the data-centre network, once a step. (The map over slices costs something: XLA
-    then sums over fsdp by all-reduces where it would use reduce-scatters. A step of one
-    micro-batch crosses once anyway and goes without.)
+    With micro-batches, accumulated or pipelined, each slice (mesh.slice > 1) adds up gradients
+    of its own; only their sums cross the data-centre network, once a step, each device's part
+    of them. (The map over slices costs something: XLA then sums over fsdp by all-reduces where
+    it would use reduce-scatters. A step of one micro-batch crosses once anyway and goes
+    without.)
 
     Args:
         key: the step's dropout key, None for no dropout.
@@ -68,7 +69,8 @@ def gradients(model: Model, objective: ObjectiveConfig, params: Mapping, batch: 
     Returns:
         Nested gradients of the other parameters, and {metric: (sum, count)}.
     """
-    slices = sharding.mesh_sizes().get("slice", 1) if parts > 1 else 1
+    sizes = sharding.mesh_sizes()
+    slices = sizes.get("slice", 1) if parts > 1 or sizes.get("stage", 1) > 1 else 1
     trained = {p: x for p, x in tree.flatten(params).items() if p not in frozen}
     flat = tree.flatten(params) | tree.flatten(base or {})
     born_split = zero == 2 and bool(sharding.mesh_sizes())
@@ -105,12 +107,12 @@ def gradients(model: Model, objective: ObjectiveConfig, params: Mapping, batch: 
         return jax.grad(loss, has_aux=True)(trained, flat, part)
 
     def over_slices(totals):
-        return totals if slices == 1 else jax.tree.map(lambda x: jnp.sum(x, axis=0), totals)
+        return totals if slices == 1 else jax.tree.map(sharding.sum_of_copies, totals)
 
     rows = sharding.shard(jnp.arange(next(iter(batch.values())).shape[0]), "act_batch")
     batch = {**batch, _ROWS: rows}
     if parts == 1:
-        grads, sums = part_gradients(batch)
+        grads, sums = over_slices(part_gradients(batch))
         return tree.unflatten(grads), sums
 
     def accumulate(total, part):

@@ -124,6 +124,18 @@ def test_gradients_cross_between_slices_once_a_step(accumulation):
     assert total <= width * program.experiment.num_params / 8 + 4 * VOCAB * WIDTH
 
 
+@pytest.mark.parametrize("mesh, settings", [
+    ({"fsdp": 8}, {"zero": 1, "accumulation": 2}), ({"data": 8}, {"accumulation": 2}),
+    ({"stage": 2, "fsdp": 4}, {"layers": 4, "pipeline": PipelineConfig("gpipe", 4)})])
+def test_between_slices_each_device_sends_its_share_of_the_gradients(mesh, settings):
+    """Also where a slice's devices hold them alike, and where a pipeline's ticks make them."""
+    program = compiled(lm({"slice": 2, **mesh}, rows=64, **settings), slices=2)
+    crossing = [c for c in program.collectives if c.network == "dcn" and c.bytes_per_device > 4096]
+    assert {(c.kind, c.count_per_step) for c in crossing} == {("all-reduce", 1)}
+    total = sum(c.bytes_per_step for c in crossing)
+    assert total == pytest.approx(4 * program.experiment.num_params / 8, rel=0.02)
+
+
 # --- pipelines --------------------------------------------------------------------------------------
 
 def test_a_pipeline_sends_micro_batches_and_no_weights():
