@@ -23,7 +23,6 @@ import tensorflow as tf
 from t5x_lite.errors import UserError, nearest
 
 BLOCK_ROWS = 8   # rows a pipeline yields at once; states do not depend on the batch size
-EOS_ID = 1       # of the vocabularies that TensorFlow encodes with, see tasks/vocabularies.py
 EVAL_SEED = 0    # evaluation masks the same tokens in every run and at every step
 
 # Calls into Python (from_generator is a GeneratorDataset over PyFunc) and random kernels
@@ -52,14 +51,14 @@ class Converter(NamedTuple):
     task_lengths: (task, inputs_length, targets_length) -> {feature: tokens a task may give it},
         and "row": the length of the row that inputs and targets share.
     row_lengths: (inputs_length, targets_length) -> {side: L}.
-    convert: {feature: int32 tokens} -> {side: {model feature: 1-D array}}; the first array of
-        a side holds its tokens.
+    convert: ({feature: int32 tokens}, the vocabulary's EOS) -> {side: {model feature: 1-D array}};
+        the first array of a side holds its tokens.
     pairs: whether inputs are read and targets written.
     """
     features: tuple[str, ...]
     task_lengths: Callable[[seqio.Task, int, int], dict[str, int]]
     row_lengths: Callable[[int, int], dict[str, int]]
-    convert: Callable[[dict], dict[str, dict]]
+    convert: Callable[[dict, int], dict[str, dict]]
     pairs: bool = True
 
 
@@ -68,15 +67,15 @@ def _predict(tokens, weights=None):
     return {"decoder_target_tokens": tokens, "decoder_loss_weights": weights}
 
 
-def _seq2seq(example):
+def _seq2seq(example, eos_id):
     return {"encoder": {"encoder_input_tokens": example["inputs"]},
             "decoder": _predict(example["targets"])}
 
 
-def _choices(example):
+def _choices(example, eos_id):
     """Targets are choices, each ending in EOS: segments that all read the same inputs."""
     tokens = example["targets"]
-    ends = tokens == EOS_ID
+    ends = tokens == eos_id
     segments = 1 + tf.cumsum(tf.cast(ends, tf.int32), exclusive=True)
     starts = tf.concat([[0], 1 + tf.cast(tf.where(ends)[:, 0], tf.int32)], 0)
     positions = tf.range(tf.size(tokens)) - tf.gather(starts, segments - 1)
@@ -86,7 +85,7 @@ def _choices(example):
                         "decoder_positions": positions}}
 
 
-def _lm(example):
+def _lm(example, eos_id):
     if "inputs" not in example:
         return {"decoder": _predict(example["targets"])}
     inputs, targets = example["inputs"], example["targets"]
@@ -94,15 +93,15 @@ def _lm(example):
     return {"decoder": _predict(tf.concat([inputs, targets], 0), weights)}
 
 
-def _prefix_lm(example):
-    decoder = _lm(example)["decoder"]
+def _prefix_lm(example, eos_id):
+    decoder = _lm(example, eos_id)["decoder"]
     # Inputs are read one place later: the last of them where the first target is predicted.
     places = tf.range(tf.size(decoder["decoder_target_tokens"]))
     prefix = tf.cast(places <= tf.size(example["inputs"]), tf.int32)
     return {"decoder": {**decoder, "decoder_prefix": prefix}}
 
 
-def _mlm(example):
+def _mlm(example, eos_id):
     # Targets are 0 wherever the input token was not chosen for prediction.
     chosen = tf.cast(example["targets"] != 0, tf.float32)
     return {"encoder": {"encoder_input_tokens": example["inputs"],
@@ -301,9 +300,11 @@ def rows_dataset(mixture: Sequence[Weighted], split: str, converter: Converter,
 
     read_ahead: rows to prepare in the background; they are part of the saved place.
     """
+    vocabulary = mixture[0].task.output_features["targets"].vocabulary
+    eos_id = vocabulary.eos_id
     parts = [task_dataset(task, split, converter.task_lengths(task, inputs_length, targets_length),
-                          seed, shard, num_shards, training=training,
-                          shuffle_buffer=shuffle_buffer).map(_plain(converter.convert))
+                          seed, shard, num_shards, training=training, shuffle_buffer=shuffle_buffer
+                          ).map(_plain(lambda example: converter.convert(example, eos_id)))
              for task, _ in mixture]
     dataset = parts[0]
     if len(parts) > 1:
@@ -314,7 +315,6 @@ def rows_dataset(mixture: Sequence[Weighted], split: str, converter: Converter,
     row_lengths = converter.row_lengths(inputs_length, targets_length)
     if packing:
         dataset = pack(dataset, row_lengths)
-    vocabulary = mixture[0].task.output_features["targets"].vocabulary
     start = 0 if "encoder" in row_lengths else getattr(vocabulary, "start_id", 0)
     mark = getattr(vocabulary, "zero_is_text", False)
     dataset = dataset.map(_plain(lambda sides: _finish_row(sides, row_lengths, start, mark)))

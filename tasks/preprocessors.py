@@ -10,13 +10,34 @@ import tensorflow as tf
 _plain = tf.autograph.experimental.do_not_convert
 
 
-
 def tokenize(dataset: tf.data.Dataset, output_features, key: str = "text") -> tf.data.Dataset:
     """{key: document} -> {"targets": int32 tokens}, without EOS; other fields are dropped."""
     vocabulary = output_features["targets"].vocabulary
     return dataset.map(
         _plain(lambda x: {"targets": tf.cast(vocabulary.encode_tf(x[key]), tf.int32)}),
         num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def tokenize_choices(dataset: tf.data.Dataset, output_features) -> tf.data.Dataset:
+    """{"inputs": string, "targets": strings [n]} -> int32 tokens, the texts as …_pretokenized.
+
+    Each choice ends with its vocabulary's EOS but the last, to which append_eos_after_trim gives
+    its own.
+    """
+    vocabulary = output_features["targets"].vocabulary
+
+    def ended(text):
+        return tf.concat([tf.cast(vocabulary.encode_tf(text), tf.int32), [vocabulary.eos_id]], 0)
+
+    def example(x):
+        tokens = tf.map_fn(_plain(ended), x["targets"],
+                           fn_output_signature=tf.RaggedTensorSpec([None], tf.int32, 0))
+        return {"inputs": tf.cast(output_features["inputs"].vocabulary.encode_tf(x["inputs"]),
+                                  tf.int32),
+                "inputs_pretokenized": x["inputs"], "targets": tokens.flat_values[:-1],
+                "targets_pretokenized": tf.strings.reduce_join(x["targets"], separator=" | ")}
+
+    return dataset.map(_plain(example))
 
 
 def concat_and_split(dataset: tf.data.Dataset, key: str, length: int) -> tf.data.Dataset:

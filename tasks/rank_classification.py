@@ -19,17 +19,16 @@ import seqio
 import tensorflow as tf
 
 from t5x_lite.errors import UserError
-from tasks import choice_files, metrics, records, text_to_text
+from tasks import choice_files, metrics, preprocessors, records, text_to_text
 from tasks.text_to_text import TfdsSource
 
 _plain = tf.autograph.experimental.do_not_convert
 
-# question, choices [n], label: the strings and the number that a record becomes
+# question, choices [n], label: the strings that a record becomes, and the number of the right one
+# (or numbers [m] of those that are right)
 Question = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
 
-
 Read = Callable[[dict], Question]
-EOS = 1   # of every vocabulary (tasks/vocabularies.py)
 
 
 def choices(read: Read) -> text_to_text.Format:
@@ -38,7 +37,7 @@ def choices(read: Read) -> text_to_text.Format:
         def of_question(number, record):
             question, texts, label = read(record)
             count = tf.size(texts)
-            is_correct = tf.range(count) == tf.cast(label, tf.int32)
+            is_correct = _right(count, label)
             return tf.data.Dataset.from_tensor_slices((texts, is_correct)).map(_plain(
                 lambda text, right: {"inputs": question, "targets": text, "question": number,
                                      "is_correct": right,
@@ -47,26 +46,21 @@ def choices(read: Read) -> text_to_text.Format:
     return format_fn
 
 
-def together(read: Read) -> list:
-    """Preprocessors: each record becomes one example with all its choices, the right one first."""
-    def tokenize(dataset: tf.data.Dataset, output_features) -> tf.data.Dataset:
-        def joined(vocabulary, texts):
-            tokens = tf.map_fn(
-                _plain(lambda text: tf.concat([tf.cast(vocabulary.encode_tf(text), tf.int32),
-                                               [EOS]], 0)),
-                texts, fn_output_signature=tf.RaggedTensorSpec([None], tf.int32, 0))
-            return tokens.flat_values[:-1]   # append_eos_after_trim gives the last one its own
+def _right(count: tf.Tensor, label: tf.Tensor) -> tf.Tensor:
+    """bool [count]: which choices are right."""
+    return tf.reduce_any(tf.range(count)[:, None] == tf.reshape(tf.cast(label, tf.int32), [1, -1]),
+                         axis=1)
 
-        def example(record):
-            question, texts, label = read(record)
-            wrong = tf.range(tf.size(texts)) != tf.cast(label, tf.int32)
-            texts = tf.gather(texts, tf.argsort(tf.cast(wrong, tf.int32), stable=True))
-            return {"inputs": output_features["inputs"].vocabulary.encode_tf(question),
-                    "inputs_pretokenized": question,
-                    "targets": joined(output_features["targets"].vocabulary, texts),
-                    "targets_pretokenized": tf.strings.reduce_join(texts, separator=" | ")}
-        return dataset.map(_plain(example))
-    return [tokenize, seqio.preprocessors.append_eos_after_trim]
+
+def together(read: Read) -> text_to_text.Format:
+    """A format: each record becomes one example, whose "targets" [n] are its choices, the right one
+    first. Of several right ones it keeps the first."""
+    def example(record):
+        question, texts, label = read(record)
+        right = _right(tf.size(texts), label)
+        kept = [texts[right][:1], texts[~right]]
+        return {"inputs": question, "targets": tf.concat(kept, 0)}
+    return text_to_text.each(example)
 
 
 def choice(text: str, example=None, is_target: bool = False):
@@ -83,7 +77,9 @@ def register(name: str, source: seqio.DataSource, read: Read,
     before: applied to the records first.
     """
     seqio.TaskRegistry.add(
-        f"{name}_choices", source=source, preprocessors=[before, *together(read)],
+        f"{name}_choices", source=source,
+        preprocessors=[lambda dataset: together(read)(before(dataset)),
+                       preprocessors.tokenize_choices, seqio.preprocessors.append_eos_after_trim],
         output_features=text_to_text.features())
     return text_to_text.register(
         name, source, lambda dataset: choices(read)(before(dataset)), postprocess_fn=choice,

@@ -22,7 +22,7 @@ from tasks import preprocessors
 from tasks.document_cache import DocumentSource
 from tasks.tokenizer_json import TokenizerJson
 
-_TOKENISERS = (preprocessors.tokenize, seqio.preprocessors.tokenize,
+_TOKENISERS = (preprocessors.tokenize, preprocessors.tokenize_choices, seqio.preprocessors.tokenize,
                seqio.preprocessors.tokenize_and_append_eos)
 _VERSION = 1   # raise it whenever records look different
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from configs import t_few
 from t5x_lite import build as build_lib
@@ -168,6 +169,37 @@ def test_rows_hold_all_choices_the_right_one_first(colours):
     again = ShardedRows(colours, objective="choices", global_batch_size=4, seed=0, shards=[0])
     again.restore(state)
     jax.tree.map(np.testing.assert_array_equal, next(again)[0], expected)
+
+
+def test_choices_end_with_the_eos_of_a_tokenizer_json(colours, tmp_path):
+    words = "[UNK] red green blue grey pink teal or Question : Answer </s>".split()
+    path = tmp_path / "tokenizer.json"
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(
+        {w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.save(str(path))
+    eos = words.index("</s>")
+    config = dataclasses.replace(colours, vocabulary=str(path))
+    batch = next(ShardedRows(config, objective="choices", global_batch_size=4, seed=0,
+                             shards=[0]))[0]
+    for row in range(4):
+        right, end, wrong, *rest = batch["decoder_target_tokens"][row, :4].tolist()
+        assert [end, *rest] == [eos, eos] and eos not in (right, wrong)
+        assert batch["encoder_input_tokens"][row, 2:5].tolist() == [right, words.index("or"), wrong]
+        assert batch["decoder_segment_ids"][row].tolist() == [1, 1, 2, 2] + [0] * 12
+
+
+def test_of_several_right_choices_training_keeps_one():
+    data_tasks.tensorflow_side()
+    import tensorflow as tf
+    from tasks import rank_classification
+    record = tf.data.Dataset.from_tensors(
+        {"q": "q", "c": ["a", "b", "c", "d"], "l": [3, 1]})
+    read = lambda r: (r["q"], r["c"], r["l"])
+    [one] = rank_classification.together(read)(record).as_numpy_iterator()
+    assert one["targets"].tolist() == [b"b", b"a", b"c"]
+    marks = [e["is_correct"] for e in rank_classification.choices(read)(record).as_numpy_iterator()]
+    assert marks == [False, True, False, True]
 
 
 @pytest.mark.slow

@@ -299,7 +299,7 @@ def test_packed_stream_restores_with_its_open_row():
 def _row(objective, example, inputs_length, targets_length):
     import tensorflow as tf
     converter = data_tasks.tensorflow_side().converter_of(objective)
-    sides = converter.convert({k: tf.constant(v) for k, v in example.items()})
+    sides = converter.convert({k: tf.constant(v) for k, v in example.items()}, 1)
     row = data_tasks.tensorflow_side()._finish_row(
         sides, converter.row_lengths(inputs_length, targets_length))
     return {k: v.numpy().tolist() for k, v in row.items()}
