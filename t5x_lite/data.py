@@ -42,11 +42,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from t5x_lite import data_tasks
+from t5x_lite import data_tasks, data_vocabulary
 from t5x_lite.data_tasks import (  # noqa: F401  what else callers of this module need
-    DataConfig, bytes_of_tokens, check_vocabulary, describe_training, eval_examples, mixing_rates,
-    pieces_of, pieces_of_folder, start_id, text_of, train_mixture, uses_sentinels,
-    validation_tasks, vocabulary_of, zero_is_text)
+    DataConfig, describe_training, eval_examples, mixing_rates, train_mixture, uses_sentinels,
+    validation_tasks, vocabulary_of)
+from t5x_lite.data_vocabulary import (  # noqa: F401
+    bytes_of_tokens, check_vocabulary, pieces_of, pieces_of_folder, start_id, text_of, zero_is_text)
 from t5x_lite.errors import UserError
 
 Batch = dict[str, jax.Array]
@@ -116,7 +117,7 @@ class ShardedRows:
             "objective": objective, "packing": config.packing, "seed": seed,
             "inputs_length": config.inputs_length, "targets_length": config.targets_length,
             "num_shards": config.num_shards, "shuffle_buffer": config.shuffle_buffer,
-            "vocabulary": data_tasks.vocabulary_identity(vocabulary),
+            "vocabulary": data_vocabulary.vocabulary_identity(vocabulary),
             "source files": pipeline.files_digest(mixture, "train")}
         cores = os.cpu_count() or 1
         threads = max(1, cores // len(shards))

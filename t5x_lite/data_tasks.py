@@ -7,17 +7,13 @@ planned with on a machine without them.
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import os
-import pathlib
 import tempfile
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from t5x_lite import data_vocabulary
 from t5x_lite.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -279,29 +275,32 @@ def validation_tasks(config: DataConfig) -> tuple[str, ...]:
     return tuple(names)
 
 
-def validation_task(config: DataConfig, name: str, objective: str) -> "seqio.Task":
-    """The task of a name that validation_tasks gives, or of any registered task."""
+def validation_task(config: DataConfig, name: str, objective: str,
+                    field: str = "data.validation") -> "seqio.Task":
+    """The task of a name that validation_tasks gives, or of any registered task, in the run's
+    vocabulary. field: what named it. Raises UserError for one in another vocabulary."""
     if name == "validation_files":
         return _text_task(config, "validation", objective)
-    found = _find(name, "data.validation", config)
+    found = _find(name, field, config)
     parts = [task.name for task in _subtasks(found)]
     if parts != [found.name]:
         raise UserError(f"{found.name!r} is a mixture; name one of its tasks: {', '.join(parts)}")
-    return _adapted(found, config, objective, "data.validation")
+    _check_same_vocabulary(found, config, field)
+    return _adapted(found, config, objective, field)
 
 
-def eval_examples(config: DataConfig, task: str, *, objective: str, split: str = "validation"
-                  ) -> tuple["seqio.Task", Iterator[dict]]:
+def eval_examples(config: DataConfig, task: str, *, objective: str, split: str = "validation",
+                  field: str = "data.validation") -> tuple["seqio.Task", Iterator[dict]]:
     """The task, and its examples in order: {"inputs", "targets": tokens, and all else it keeps}.
 
     Cut to inputs_length and targets_length; the feature "inputs" may be missing.
     Raises UserError for an unknown task or split.
     """
     pipeline = tensorflow_side()
-    found = validation_task(config, task, objective)
+    found = validation_task(config, task, objective, field)
     lengths = pipeline.converter_of(objective).task_lengths(
         found, config.inputs_length, config.targets_length)
-    pipeline.check_task(found, split, [f for f in lengths if f != "row"], "data.validation")
+    pipeline.check_task(found, split, [f for f in lengths if f != "row"], field)
     return found, pipeline.examples(found, split, lengths)
 
 
@@ -341,8 +340,12 @@ def vocabulary_of(config: DataConfig) -> "seqio.Vocabulary":
         raise UserError("which vocabulary? set data.vocabulary to python, byt5, t5 or the path of "
                         "a SentencePiece model (scripts/train_tokenizer.py makes one) or of a "
                         "tokenizer.json")
-    name = config.train.split(",")[0].partition("=")[0].strip()
-    return _find(name, "data.train", config).output_features["targets"].vocabulary
+    return _find(_first_of_train(config), "data.train", config).output_features[
+        "targets"].vocabulary
+
+
+def _first_of_train(config: DataConfig) -> str:
+    return config.train.split(",")[0].partition("=")[0].strip()
 
 
 def _adapted(task: "seqio.Task", config: DataConfig, objective: str, field: str) -> "seqio.Task":
@@ -367,111 +370,27 @@ def _adapted(task: "seqio.Task", config: DataConfig, objective: str, field: str)
     return tokenized.ahead(task.replace(output_features=features))
 
 
-def vocabulary_identity(vocabulary: "seqio.Vocabulary") -> str:
-    """A name that is the same in every process for the same vocabulary, wherever its file is."""
-    content = getattr(vocabulary, "sp_model", None) or getattr(vocabulary, "content", b"")
-    return (f"{type(vocabulary).__name__} of {vocabulary.vocab_size} ids, "
-            f"crc32 {zlib.crc32(content):08x}")
+def _check_same_vocabulary(task: "seqio.Task", config: DataConfig, field: str) -> None:
+    """Raises UserError for a held-out task in other tokens than the run's."""
+    if config.vocabulary or not config.train:
+        return
+    from tasks import vocabularies
+    name = _first_of_train(config)
+    ours = _find(name, "data.train", config).output_features
+    for feature in sorted(ours.keys() & task.output_features.keys()):
+        run, own = ours[feature].vocabulary, task.output_features[feature].vocabulary
+        if run != own:
+            raise UserError(
+                f"{field}={task.name!r} has another vocabulary than data.train={name!r}, which the "
+                f"model is for: {data_vocabulary.vocabulary_identity(own)}, there "
+                f"{data_vocabulary.vocabulary_identity(run)}. To read both with the model's, set "
+                f"data.vocabulary={vocabularies.name_of(run)}")
 
 
-def uses_sentinels(config: DataConfig, objective: str) -> bool:
-    """Whether a training task hides its text behind sentinels."""
+def uses_sentinels(config: DataConfig, objective: str, held_out: bool = False) -> bool:
+    """Whether a training task, or a held-out one, hides its text behind sentinels."""
     from tasks import denoising
-    names = {denoising.of(task) for task, _ in train_mixture(config, objective)}
+    tasks = [validation_task(config, name, objective) for name in validation_tasks(config)
+             ] if held_out else [task for task, _ in train_mixture(config, objective)]
+    names = {denoising.of(task) for task in tasks}
     return any(name and denoising.DENOISERS[name].sentinels for name in names)
-
-
-def check_vocabulary(vocabulary: "seqio.Vocabulary", model_vocab_size: int,
-                     sentinels: bool = True) -> None:
-    """Raises UserError where token ids would fall outside the model's embedding.
-
-    sentinels: whether those that were added to the vocabulary's own ids occur.
-    """
-    size = vocabulary.vocab_size
-    if not sentinels:
-        size = getattr(vocabulary, "required_size", size)
-    if size > model_vocab_size:
-        raise UserError(
-            f"model.vocab_size={model_vocab_size} is smaller than the vocabulary's {size} ids; set "
-            f"model.vocab_size to {size} or more (a multiple of 128 suits accelerators: "
-            f"{-(-size // 128) * 128})")
-
-
-def start_id(vocabulary: "seqio.Vocabulary") -> int:
-    """What a decoder-only model reads before a row: 0, or a tokenizer.json's own start."""
-    return getattr(vocabulary, "start_id", 0)
-
-
-def zero_is_text(vocabulary: "seqio.Vocabulary") -> bool:
-    """Whether id 0 is a token of texts, as in GPT-2's, so that it cannot tell padding."""
-    return getattr(vocabulary, "zero_is_text", False)
-
-
-def text_of(vocabulary: "seqio.Vocabulary", ids: Sequence[int]) -> str:
-    """The text of tokens, without end tokens and, unless id 0 is text, padding."""
-    hidden = {vocabulary.eos_id} | (set() if zero_is_text(vocabulary) else {0})
-    return vocabulary.decode([int(i) for i in ids if int(i) not in hidden])
-
-
-def pieces_of(vocabulary: "seqio.Vocabulary") -> list[str]:
-    """What each id stands for, to compare vocabularies by; [] where that cannot be listed."""
-    import seqio
-    if isinstance(vocabulary, seqio.ByteVocabulary):
-        return _BYTE_PIECES
-    if isinstance(vocabulary, seqio.SentencePieceVocabulary):
-        return _sentence_pieces(vocabulary.tokenizer)
-    content = getattr(vocabulary, "content", b"")   # of a tokenizer.json
-    return _json_pieces(content) if content else []
-
-
-def pieces_of_folder(folder: pathlib.Path) -> list[str]:
-    """The same of a folder of Hugging Face: a SentencePiece model, tokenizer.json or ByT5's."""
-    for name in ("spiece.model", "sentencepiece.model", "tokenizer.model"):
-        if (folder / name).is_file():
-            import sentencepiece
-            return _sentence_pieces(sentencepiece.SentencePieceProcessor(str(folder / name)))
-    if (folder / "tokenizer.json").is_file():
-        return _json_pieces((folder / "tokenizer.json").read_bytes())
-    settings = folder / "tokenizer_config.json"
-    if settings.is_file() and "ByT5" in json.loads(settings.read_text()).get("tokenizer_class", ""):
-        return _BYTE_PIECES
-    return []
-
-
-_BYTE_PIECES = ["<pad>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
-
-
-def _json_pieces(content: bytes) -> list[str]:
-    held = json.loads(content).get("model", {}).get("vocab", [])
-    return sorted(held, key=held.get) if isinstance(held, dict) else [p for p, _ in held]
-
-
-def _sentence_pieces(processor) -> list[str]:
-    return [processor.IdToPiece(i) for i in range(processor.GetPieceSize())]
-
-
-def bytes_of_tokens(vocabulary: "seqio.Vocabulary", model_vocab_size: int) -> np.ndarray:
-    """int32 [model_vocab_size]: UTF-8 bytes of text each id stands for, for bits per byte.
-
-    Padding, EOS, sentinels and ids beyond the vocabulary stand for none. ByT5's sentinels
-    are byte ids as well and count as bytes.
-    """
-    import seqio
-    table = np.zeros([model_vocab_size], np.int32)
-    if isinstance(vocabulary, seqio.ByteVocabulary):
-        table[3:259] = 1
-    elif isinstance(vocabulary, seqio.SentencePieceVocabulary):
-        pieces = vocabulary.tokenizer
-        for i in range(pieces.GetPieceSize()):
-            piece = pieces.IdToPiece(i)
-            if pieces.IsByte(i):
-                table[i] = 1
-            elif not (pieces.IsControl(i) or pieces.IsUnknown(i) or "<extra_id_" in piece):
-                table[i] = len(piece.replace("\u2581", " ").encode())
-    elif hasattr(vocabulary, "id_bytes"):
-        known = vocabulary.id_bytes()[:model_vocab_size]
-        table[:len(known)] = known
-    else:
-        for i in range(vocabulary.vocab_size - vocabulary.extra_ids):
-            table[i] = len(vocabulary.decode([i]).encode())
-    return table

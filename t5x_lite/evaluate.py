@@ -25,19 +25,23 @@ class Evaluator:
         config = experiment.config
         self._experiment = experiment
         self._eval_step = jax.jit(experiment.eval_step)
+        names = data.validation_tasks(config.data)
+        if names:
+            self._vocabulary = data.vocabulary_of(config.data)
+            data.check_vocabulary(
+                self._vocabulary, config.model.vocab_size,
+                data.uses_sentinels(config.data, config.objective.name, held_out=True))
+            self._token_bytes = jnp.asarray(
+                data.bytes_of_tokens(self._vocabulary, config.model.vocab_size), jnp.float32)
         self._batches = {
             task: list(data.eval_batches(
                 config.data, task, objective=config.objective.name,
                 batch_size=config.eval.batch_size or config.train.global_batch_size,
                 sharding=experiment.batch_sharding,
                 max_batches=config.eval.num_batches or None))
-            for task in data.validation_tasks(config.data)}
+            for task in names}
         self._unigram_entropy = {
             name: data.unigram_entropy(batches) for name, batches in self._groups()}
-        if self._batches:
-            self._vocabulary = data.vocabulary_of(config.data)
-            self._token_bytes = jnp.asarray(
-                data.bytes_of_tokens(self._vocabulary, config.model.vocab_size), jnp.float32)
         self._examples = self._tasks_with_metrics()
         if self._examples:
             self._predictor = predictor.Predictor(experiment, self._vocabulary, config.eval.decode)

@@ -123,7 +123,7 @@ def read_lines(lines: Iterable[bytes], kind: str, *, on_error: str, needs_target
 def read_task(config: RunConfig, name: str, split: str) -> Iterator[Item]:
     """The examples of a seqio task; its inputs are the tokens that evaluation sees."""
     task, examples = data.eval_examples(config.data, name, objective=config.objective.name,
-                                        split=split)
+                                        split=split, field="--task")
     vocabulary = task.output_features["targets"].vocabulary
 
     def text(example, feature) -> str:
@@ -249,10 +249,12 @@ def infer(config: RunConfig, workdir: pathlib.Path | None, step: str, decode: De
     source: what the items are read from, for the record.
     """
     experiment = build(config)
+    vocabulary = data.vocabulary_of(config.data)
+    data.check_vocabulary(vocabulary, config.model.vocab_size, sentinels=False)
     with experiment.activate():
         params, step = init_from.restore(experiment, workdir,
                                          int(step) if step.isdigit() else step)
-        predictor = Predictor(experiment, data.vocabulary_of(config.data), decode)
+        predictor = Predictor(experiment, vocabulary, decode)
         params = _gathered(experiment, params)
         file = Output(output, {"workdir": str(workdir or config.init_from), "step": step,
                                "mode": mode, "source": source,

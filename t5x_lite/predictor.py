@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 import numpy as np
 
-from t5x_lite import data, data_tasks, losses, sharding, steps
+from t5x_lite import data, losses, sharding, steps
 from t5x_lite.build import Experiment
 from t5x_lite.decoding import DecodeConfig
 from t5x_lite.errors import UserError
@@ -68,7 +68,7 @@ class Predictor:
         if decode.eos_id == DecodeConfig.eos_id:
             decode = dataclasses.replace(decode, eos_id=vocabulary.eos_id)
         self._eos = decode.eos_id
-        self._start = 0 if self._objective == "seq2seq" else data_tasks.start_id(vocabulary)
+        self._start = 0 if self._objective == "seq2seq" else data.start_id(vocabulary)
         self.batch_size = batch_size or config.eval.batch_size or config.train.global_batch_size
         self._decode_step = jax.jit(steps.make_decode_step(experiment.model, decode))
         self._score_step = jax.jit(make_score_step(experiment.model))
@@ -156,7 +156,7 @@ class Predictor:
 
     def _encoder_rows(self, ids: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
         batch = {"encoder_input_tokens": self._pad(ids, self._inputs_length)}
-        if data_tasks.zero_is_text(self._vocabulary):
+        if data.zero_is_text(self._vocabulary):
             batch["encoder_segment_ids"] = self._pad(
                 [[1] * len(row) for row in ids], self._inputs_length)
         return batch
@@ -198,7 +198,7 @@ class Predictor:
     def _text(self, ids: Sequence[int]) -> str:
         ids = list(map(int, ids))
         end = ids.index(self._eos) if self._eos in ids else len(ids)
-        return data_tasks.text_of(self._vocabulary, ids[:end])
+        return data.text_of(self._vocabulary, ids[:end])
 
 
 def task_metrics(predictor: Predictor, params, task, examples: Sequence[Mapping]

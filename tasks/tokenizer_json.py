@@ -42,6 +42,7 @@ class TokenizerJson(seqio.Vocabulary):
     """
 
     def __init__(self, path: str):
+        self.path = path
         with tf.io.gfile.GFile(path) as file:
             self.content = file.read().encode()
         try:

@@ -107,6 +107,16 @@ def load(name: str) -> seqio.Vocabulary:
     return vocabulary
 
 
+def name_of(vocabulary: seqio.Vocabulary) -> str:
+    """What data.vocabulary calls it: a name of this module's head, or its file."""
+    if isinstance(vocabulary, seqio.ByteVocabulary):
+        return "byt5"
+    if isinstance(vocabulary, T5Vocabulary):
+        return "t5"
+    path = str(getattr(vocabulary, "sentencepiece_model_file", getattr(vocabulary, "path", "")))
+    return next((name for name, shipped in SHIPPED.items() if str(shipped) == path), path)
+
+
 # --- which ids are what ---------------------------------------------------------------------
 
 def num_sentinels(vocabulary: seqio.Vocabulary) -> int:

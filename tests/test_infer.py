@@ -15,8 +15,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from t5x_lite import (
     checkpoint, data, infer, inspect_task, interactive, steps, train, tree)
 from t5x_lite import config as configs
+from t5x_lite import eval as eval_main
 from t5x_lite.build import build
 from t5x_lite.config import EvalConfig
+from t5x_lite.data import DataConfig
 from t5x_lite.decoding import DecodeConfig
 from t5x_lite.errors import UserError
 from t5x_lite.evaluate import Evaluator
@@ -98,6 +100,24 @@ def test_evaluation_without_metrics(run):
     experiment = build(config)
     with experiment.activate():
         assert Evaluator(experiment)._examples == {}
+
+
+def test_another_vocabulary_than_the_models_is_refused_by_name(run):
+    """In training and evaluation, and of infer --task; also a run's own, overridden."""
+    config = configs.replace(run[0], "data", DataConfig(
+        train="closed_book_qa", validation="python_docs_span_corruption", num_shards=2))
+    with pytest.raises(UserError, match="data.validation='python_docs_span_corruption' has another "
+                       "vocabulary than data.train='closed_book_qa'.* of 4096 ids.* there .* of "
+                       "3072 ids.*set data.vocabulary=facts$"):
+        Evaluator(build(configs.replace(config, "model.vocab_size", 3072)))
+    with pytest.raises(UserError, match="--task='python_docs_span_corruption' has another"):
+        next(infer.read_task(config, "python_docs_span_corruption", "train"))
+    overridden = configs.replace(run[0], "data.vocabulary", "python")
+    for start in (lambda: eval_main.run(overridden, run[1], [2]),
+                  lambda: go((overridden, *run[1:]), [], run[1] / "none.jsonl")):
+        with pytest.raises(UserError, match="vocab_size=384 is smaller than .* 4096 ids: for a "
+                                            "trained model set data.vocabulary to its own"):
+            start()
 
 
 def test_a_score_is_the_loss_of_its_row(run, session):

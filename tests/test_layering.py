@@ -16,9 +16,8 @@ LAYERS = (
      "pipeline"),
     ("layers",),
     ("blocks", "models", "beam", "decoding", "peft", "convert"),
-    ("losses", "objectives", "adafactor", "schedules", "optim", "metrics", "data_pipeline",
-     "data_tasks", "data",
-     "cost"),
+    ("losses", "objectives", "adafactor", "schedules", "optim", "metrics",
+     "data_pipeline", "data_vocabulary", "data_tasks", "data", "cost"),
     ("state", "steps", "checkpoint_format", "checkpoint"),
     ("config", "build"),
     ("processes", "cli", "report", "predictor", "evaluate", "init_from", "train", "eval",
@@ -28,11 +27,12 @@ LAYERS = (
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # TensorFlow takes seconds to import and a GPU box may do without it. data_tasks.py imports it,
-# and data_pipeline.py that needs it throughout, inside functions only; so does the command that
-# reads Mesh TensorFlow's checkpoints.
+# and data_pipeline.py that needs it throughout, inside functions only; so do data_vocabulary.py
+# and the command that reads Mesh TensorFlow's checkpoints.
 TENSORFLOW = ("tensorflow", "tensorflow_datasets", "tensorflow_text", "seqio")
 MAY_IMPORT_TENSORFLOW = (
-    "t5x_lite.data_tasks", "t5x_lite.data_pipeline", "t5x_lite.convert.__main__")
+    "t5x_lite.data_tasks", "t5x_lite.data_vocabulary", "t5x_lite.data_pipeline",
+    "t5x_lite.convert.__main__")
 
 MAX_LINES = 500
 MAX_FUNCTION_LINES = 80
