@@ -147,9 +147,16 @@ def attend(name: str, q: jax.Array, k: jax.Array, v: jax.Array, terms: Terms, ma
     if name == "chunked":
         run = functools.partial(dot_product.chunked, chunk=chunk)
         sizes = sharding.mesh_sizes()
-        if sizes.get("sequence", 1) > 1:
-            return _per_device(run, q, k, v, terms, masking)
-        return run(q, k, v, terms, masking)
+        ways = sizes.get("sequence", 1)
+        if ways == 1:
+            return run(q, k, v, terms, masking)
+        if masking.causal and masking.k_prefix is None and q.shape[2] == k.shape[2]:
+            if q.shape[2] % (2 * ways) == 0:
+                run = functools.partial(balanced, run, ways)
+            else:
+                _log_once(f"attention: {q.shape[2]} positions are no multiple of 2 x "
+                          f"mesh.sequence={ways}, so its last devices work longest")
+        return _per_device(run, q, k, v, terms, masking)
     kernel = {"cudnn": cudnn, "splash": splash}[name]
     return _per_device(
         lambda q, k, v, terms, masking: kernel(q, k, v, masking, softcap=terms.softcap),
@@ -166,6 +173,42 @@ def _per_device(kernel: Callable, q, k, v, terms: Terms, masking: Masking) -> ja
     args = (q, k, v, terms, masking)
     specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, args)
     return sharding.manual(kernel, specs, specs[0], check_vma=False)(*args)
+
+
+def balanced(kernel: Callable, ways: int, q, k, v, terms: Terms, masking: Masking) -> jax.Array:
+    """A causal kernel that skips what is hidden, with as much left to do on every device.
+
+    Of 2 n equal parts of the length, device i of the n along mesh.sequence holds 2 i and 2 i + 1,
+    and computes i and 2 n - 1 - i, as Llama 3's context parallelism pairs them (Grattafiori et
+    al. 2024, section 3.3.2). Queries go there and results come back; the keys, which are
+    whole everywhere, stay. Runs on each device's own part of the arrays (shard_map).
+
+    Args:
+        kernel: (q, k, v, terms, masking) -> y_BNLH.
+    """
+    there = [[(i, min(2 * i + half, 2 * ways - 1 - 2 * i - half)) for i in range(ways)]
+             for half in (0, 1)]
+
+    def send(tree, routes):
+        return jax.tree.map(lambda x: jax.lax.ppermute(x, "sequence", routes), tree)
+
+    relative = terms.relative
+    # (array, its dim of queries); the positions' rows are one, the others' the batch's
+    held = {"q": (q, 2), "positions": (masking.q_positions, 1),
+            "segments": (masking.q_segments, 1),
+            "relative": (None if relative is None else relative.query, 2)}
+    parts = []
+    for half in (0, 1):
+        mine = {name: jnp.split(x, 2, axis=dim)[half] for name, (x, dim) in held.items()
+                if x is not None}
+        mine = send(mine, there[half])
+        part_terms = terms if relative is None else dataclasses.replace(
+            terms, relative=dataclasses.replace(relative, query=mine["relative"]))
+        part_masking = dataclasses.replace(masking, q_positions=mine["positions"],
+                                           q_segments=mine.get("segments"))
+        y = kernel(mine["q"], k, v, part_terms, part_masking)
+        parts.append(send(y, [(b, a) for a, b in there[half]]))
+    return jnp.concatenate(parts, axis=2)
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, masking: Masking, *, softcap: float = 0.0,

@@ -1,5 +1,6 @@
 """Attention by chunks and by the fused kernels equals the plain one, values and gradients."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t5x_lite import sharding
 from t5x_lite.errors import UserError
 from t5x_lite.layers import dot_product, kernels
 from t5x_lite.layers.dot_product import Relative, Terms
@@ -212,3 +214,30 @@ def test_the_choice_is_logged_once(monkeypatch, caplog):
         choice(monkeypatch, "cpu")
         choice(monkeypatch, "cpu")
     assert caplog.messages == ["attention: chunked for 4096 queries over 4096 keys on cpu"]
+
+
+@pytest.mark.parametrize("window", [0, 9])
+def test_a_split_length_leaves_every_device_the_same_work(monkeypatch, window):
+    """Of 4 devices with 8 of 32 queries each, chunks of 4: 1 + 8 or 2 + 7, … key chunks visited."""
+    visits = []
+    visible = dot_product.Plan.visible
+
+    def counted(self, positions, i):
+        low, high = visible(self, positions, i)
+        jax.debug.callback(lambda device, n: visits.append((int(device), int(n))),
+                           jax.lax.axis_index("sequence"), jnp.asarray(high - low))
+        return low, high
+
+    monkeypatch.setattr(dot_product.Plan, "visible", counted)
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, 2, 32, 4)) for i in range(3))
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, sequence=4))
+    where = dataclasses.replace(masking(32, 32, causal=True), window=window)
+    with sharding.activate(mesh, sharding.Rules()):
+        split = [sharding.shard(q, "act_batch", "act_heads", "act_length", None),
+                 *(sharding.shard(x, "act_batch", "act_heads", "act_keys", None) for x in (k, v))]
+        y = jax.jit(lambda *qkv: kernels.attend("chunked", *qkv, Terms(), where, 4))(*split)
+        jax.effects_barrier()
+    np.testing.assert_allclose(y, dot_product.plain(q, k, v, Terms(), where), atol=1e-6)
+    visited = [sum(n for device, n in visits if device == i) for i in range(4)]
+    if not window:   # twice, for two data replicas: 1 + … + 8 chunks over 4 devices
+        assert visited == [2 * 36 / 4] * 4
