@@ -51,6 +51,19 @@ def test_unbiased_between_every_pair_of_neighbours(monkeypatch):
     np.testing.assert_allclose(mean, x.astype(np.float64), rtol=1e-12, atol=0)
 
 
+def test_every_pattern_rounds_away_from_zero_for_as_many_random_values_as_its_low_bits_say(
+        monkeypatch):
+    """All 65,536 upper halves, random lower halves l: up from the random value 65,536 - l on, so
+    for l of 65,536, which is unbiased; the sum's carry lets no later value round down again."""
+    upper = np.arange(65536, dtype=np.uint32)
+    low = np.random.default_rng(1).integers(1, 65536, upper.shape, dtype=np.uint32)
+    x = ((upper << 16) | low).view(np.float32)
+    numbers = np.isfinite(x)
+    for noise, up in ((0, 0), (65535 - low, 0), (65536 - low, 1), (65535, 1)):
+        y = np.asarray(round_with_bits(x, noise, monkeypatch)).view(np.uint16).astype(np.uint32)
+        np.testing.assert_array_equal(y[numbers], (upper + up)[numbers])
+
+
 def test_unbiased_with_random_keys():
     """One million normals: the mean error is within 4 standard errors; to-nearest's spread is
     there too, so that a constant zero could not pass."""
