@@ -29,7 +29,8 @@ Your own tasks live in any importable module, named in `data.task_modules`.
     p3                P3's mixture of what is at hand (not registered unless asked for)
     prompts           k-shot prompts, P3's templates, FLAN's mixtures, for your own tasks
     published_mixtures    sampling proportions of Gopher, Chinchilla, GPT-3 and MT-NLG
-    seq2seq_files     your own JSONL and TSV examples, SCAN, BIG-bench
+    seq2seq_files     your own JSONL and TSV examples, SCAN
+    big_bench         BIG-bench and BIG-Bench Hard, and your own task.json
     salient_spans     dates and names hidden one by one, in Wikipedia or in your own text
 
 This package imports TensorFlow; t5x_lite imports it only inside functions.
@@ -39,7 +40,7 @@ import importlib
 
 _MODULES = ("tasks.python_text", "tasks.c4", "tasks.wikipedia", "tasks.closed_book_qa",
             "tasks.facts_qa", "tasks.salient_spans",
-            "tasks.seq2seq_files", "tasks.glue", "tasks.t5_benchmarks",
+            "tasks.seq2seq_files", "tasks.big_bench", "tasks.glue", "tasks.t5_benchmarks",
             "tasks.rank_classification", "tasks.lm_evaluation", "tasks.flan")
 
 

@@ -5,8 +5,12 @@
     truthfulqa   mc_task.json, its single-true targets (MC1)          Lin et al. 2022
     fever        paper_dev.jsonl: the claim alone, three labels       Thorne et al. 2018
     multifc      dev.tsv: labels are those of the claim's site        Augenstein et al. 2019
-    raft         raft/data/TASK/train.csv, 50 labelled lines each     Alex et al. 2021
+    raft         raft/data/TASK/train.csv, 50 labelled lines each     Alex et al. 2021 (split below)
     piqa         piqa.valid.jsonl with piqa.valid-labels.lst          Bisk et al. 2020
+
+RAFT publishes labels of 50 lines a task and keeps those of the test to itself. Of the 50, the
+1st, 3rd, 5th … are "train" and the 2nd, 4th … "validation", so that what is trained on or shown as a
+demonstration is not what is scored; figures are thus not those of its leaderboard.
 
 A reader gives (inputs, choices, number of the right one) of a file; UserError names a line that is
 malformed.
@@ -30,6 +34,7 @@ class Published(NamedTuple):
     globs: dict[str, str]                      # {split: pattern}
     read: Callable[[str], Iterator[Choice]]
     origin: str
+    keep: Callable[[str, int], bool] | None = None   # see records.RecordSource
 
     def files(self) -> dict[str, list[str]]:
         """{split: paths}; UserError where a split has none."""
@@ -137,6 +142,10 @@ def _rows(path: str, delimiter: str, fields: int, more: bool = False
             yield number, row
 
 
+def _every_other(split: str, place: int) -> bool:
+    return (place % 2 == 1) == (split == "validation")
+
+
 PUBLISHED = {
     "mmlu": Published({"train": "dev/*_dev.csv", "validation": "val/*_val.csv",
                        "test": "test/*_test.csv"}, _mmlu, "https://github.com/hendrycks/test"),
@@ -149,6 +158,6 @@ PUBLISHED = {
     "multifc": Published({"validation": "multifc/dev.tsv"}, _multifc,
                          "https://copenlu.github.io/publication/2019_emnlp_augenstein"),
     "raft": Published({"train": "raft/data/*/train.csv", "validation": "raft/data/*/train.csv"},
-                      _raft, "https://huggingface.co/datasets/ought/raft"),
+                      _raft, "https://huggingface.co/datasets/ought/raft", _every_other),
     "piqa": Published({"validation": "piqa.valid.jsonl"}, _piqa, "https://yonatanbisk.com/piqa"),
 }

@@ -31,7 +31,6 @@ import seqio
 from tasks import metrics, preprocessors, records, salient_spans, text_to_text
 from tasks.document_cache import DocumentSource
 from tasks.records import unpack
-from tasks.seq2seq_files import first_answer
 from tasks.span_corruption import span_corruption
 
 FOLDER = pathlib.Path(__file__).parent / "facts"
@@ -200,14 +199,11 @@ def _register() -> None:
                           _passages_source("fact_passages_salient", read=_salient),
                           unpack(("inputs", "targets")), vocabulary="facts")
 
-    def answer(dataset):
-        return first_answer(unpack(("inputs", "answers"), lists=("answers",))(dataset))
-
     for name, train, validation in (
             ("closed_book_qa", lambda n: not is_held_out(n), is_held_out),
             ("closed_book_qa_dev", lambda n: not is_held_out(n) and not _is_dev(n),
              lambda n: not is_held_out(n) and _is_dev(n))):
-        text_to_text.register(name, _questions_source(name, train, validation), answer,
+        text_to_text.register(name, _questions_source(name, train, validation), records.with_answers,
                               metric_fns=[metrics.squad], vocabulary="facts",
                               postprocess_fn=text_to_text.answers)
 

@@ -153,16 +153,11 @@ def register_templates(prefix: str, templates: str, files: Mapping[str, Sequence
 
         source = records.RecordSource(name, files, rendered, version=repr(template))
         text_to_text.register(
-            name, source, _first_answer,
+            name, source, records.with_answers,
             metric_fns=[metrics.exact_match, metrics.squad], postprocess_fn=text_to_text.answers)
         names.append(name)
     seqio.MixtureRegistry.add(prefix, names, default_rate=1.0)
     return names
-
-
-def _first_answer(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    unpacked = records.unpack(("inputs", "answers"), lists=("answers",))(dataset)
-    return each(lambda e: {**e, "targets": e["answers"][0]})(unpacked)
 
 
 # --- mixtures of many tasks ------------------------------------------------------------------

@@ -157,20 +157,29 @@ def framed(path: str) -> Iterator[tuple[str, list[str], str]]:
 
 
 def _from_record(record) -> Question:
-    return record["question"], record["choices"], tf.strings.to_number(record["label"], tf.int32)
+    return record["question"], record["choices"], tf.strings.to_number(
+        tf.strings.split(record["label"], ","), tf.int32)
 
 
 _unpacked = records.unpack(("question", "choices", "label"), lists=("choices",))
 
 
+def of_records(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """A format: packed (inputs, choices, "number" or "number,number" of the right ones) -> an
+    example a choice."""
+    return choices(_from_record)(_unpacked(dataset))
+
+
 def register_files(name: str, files: Mapping[str, Sequence[str]] | Callable[[], Mapping],
-                   read: Callable[[str], Iterable] = framed, splits: Iterable[str] = ()
-                   ) -> seqio.Task:
+                   read: Callable[[str], Iterable] = framed, splits: Iterable[str] = (),
+                   keep: Callable[[str, int], bool] | None = None) -> seqio.Task:
     """Adds the tasks of some files, as `read` gives their (inputs, choices, number of the right).
 
-    By default a line is {"question": …, "choices": […], "label": 0}. files: see RecordSource.
+    By default a line is {"question": …, "choices": […], "label": 0}. files, keep: see
+    RecordSource.
     """
-    return register(name, records.RecordSource(name, files, read, splits), _from_record, _unpacked)
+    source = records.RecordSource(name, files, read, splits, "keep" if keep else "", keep)
+    return register(name, source, _from_record, _unpacked)
 
 
 def _register() -> None:
@@ -186,7 +195,7 @@ def _register() -> None:
         register(f"race_{name}", TfdsSource(f"race/{name}:2.0.0", {
             "train": "train", "validation": "dev", "test": "test"}), _race, _each_question)
     for name, published in choice_files.PUBLISHED.items():
-        register_files(name, published.files, published.read, published.globs)
+        register_files(name, published.files, published.read, published.globs, published.keep)
 
 
 _register()

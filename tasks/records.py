@@ -46,17 +46,29 @@ def unpack(names: Sequence[str], lists: Sequence[str] = ()) -> Format:
     return each(fields)
 
 
+@each
+def first_answer(example):
+    """{"inputs", "answers"} -> the same, with the first answer as targets."""
+    return {**example, "targets": example["answers"][0]}
+
+
+def with_answers(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """A format: packed (inputs, answers) -> {"inputs", "answers", "targets": the first of them}."""
+    return first_answer(unpack(("inputs", "answers"), lists=("answers",))(dataset))
+
+
 class RecordSource(DocumentSource):
     """The records of some files, by split.
 
     name: of the cache's folder. files: {split: paths}, or a function that finds them late.
-    read: a path -> its records. version: of what it finds. The cache is made anew when a file,
-    `read`'s name or the version changes.
+    read: a path -> its records. keep: (split, place in the file) -> whether a record is of that
+    split; None: all are. version: of what is found. The cache is made anew when a file, `read`'s
+    name or the version changes.
     """
 
     def __init__(self, name: str, files: Mapping[str, Sequence[str]] | Callable[[], Mapping],
                  read: Callable[[str], Iterable[Record]], splits: Iterable[str] = (),
-                 version: str = ""):
+                 version: str = "", keep: Callable[[str, int], bool] | None = None):
         found = files if callable(files) else lambda: files
 
         def key() -> str:
@@ -68,7 +80,8 @@ class RecordSource(DocumentSource):
         def documents() -> Iterator[tuple[str, str]]:
             for split, paths in found().items():
                 for path in paths:
-                    yield from ((split, pack(record)) for record in read(path))
+                    yield from ((split, pack(record)) for place, record in enumerate(read(path))
+                                if keep is None or keep(split, place))
 
         super().__init__(key, tuple(splits) or tuple(found()), documents)
 

@@ -9,6 +9,7 @@ is graph operations on strings, without Python functions: iterators over it can 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import seqio
 import tensorflow as tf
@@ -64,6 +65,14 @@ def preprocessors(format_fn: Format) -> list:
     """
     return [format_fn, seqio.preprocessors.tokenize, seqio.CacheDatasetPlaceholder(),
             seqio.preprocessors.append_eos_after_trim]
+
+
+class Kind(NamedTuple):
+    """What makes a task of files (records.RecordSource): how they are read, and what follows."""
+    read: Callable           # path -> records
+    format_fn: Format        # records -> "inputs" and "targets"
+    postprocess_fn: Callable | None
+    metric_fns: tuple[Callable, ...]
 
 
 def register(name: str, source: seqio.DataSource, format_fn: Format, *,

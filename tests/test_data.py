@@ -254,7 +254,8 @@ def _pack(examples, lengths, objective):
     pipeline = data_tasks.tensorflow_side()
     spec = {name: tf.TensorSpec([None], tf.int32) for name in examples[0]}
     dataset = tf.data.Dataset.from_generator(lambda: iter(examples), output_signature=spec)
-    dataset = pipeline.pack(dataset.map(pipeline.converter_of(objective).convert), lengths)
+    convert = pipeline.converter_of(objective).convert
+    dataset = pipeline.pack(dataset.map(lambda example: convert(example, 1)), lengths)
     return [{k: v.numpy().tolist() for k, v in pipeline._finish_row(row, lengths).items()}
             for row in dataset]
 

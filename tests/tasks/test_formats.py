@@ -114,14 +114,16 @@ OTHERS = {   # tested by name further down or beside, and in test_choices.py
 def names() -> set[str]:
     """Every text-to-text task that is registered; the rest is in test_registered, and what the
     shipped facts make in test_facts_qa."""
-    from tasks import choice_files, flan, seq2seq_files
+    from tasks import big_bench, choice_files, flan
     facts = {"fact_passages", "fact_passages_permuted", "fact_passages_salient",
              "closed_book_qa", "closed_book_qa_dev"}
     ranked = {*choice_files.PUBLISHED, "hellaswag", "winogrande", "arc_easy", "arc_challenge",
               "openbookqa", "race_middle", "race_high"}
+    ranked |= {f"bigbench_{name}_ranked" for name in big_bench.RANKED}
     return {*CASES, *SAME, *FROM_FILES, *OTHERS, *facts, *(f"{name}_choices" for name in ranked),
             "flan", *(f"flan_{name}" for name in flan.DATASETS),
-            *(f"bigbench_{name}" for name in seq2seq_files.BIG_BENCH)}
+            *(f"bigbench_{name}" for name in big_bench.HARD),
+            *(f"bigbench_{name}_ranked" for name in big_bench.RANKED)}
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +319,7 @@ def test_a_jsonl_or_tsv_path_is_a_task(tmp_path):
     assert find("a.jsonl[50%:]") == [("why", "x")]
     (tmp_path / "c.json").write_text('[{"inputs": "2 + 2", "targets": "4"}]')
     assert find("c.json") == [("2 + 2", "4")]
-    (tmp_path / "d.json").write_text('{"examples": []}')
+    (tmp_path / "d.json").write_text('{"text": "x"}')
     with pytest.raises(UserError, match="d.json is not a list of objects"):
         find("d.json")
     held_out = DataConfig(validation=str(tmp_path / "a.jsonl[50%:]"), vocabulary="byt5")

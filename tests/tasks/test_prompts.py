@@ -111,6 +111,21 @@ def test_a_registered_task_reads_the_published_files(registered, monkeypatch, tm
     assert {e["inputs"].decode() for e in found} == {inputs}
 
 
+def test_raft_does_not_score_its_training_lines(registered, monkeypatch, tmp_path):
+    path = tmp_path / "raft/data/ade/train.csv"
+    path.parent.mkdir(parents=True)
+    path.write_text("Sentence,ID,Label\n" + "".join(
+        f"s{i},{i},{'no' if i == 7 else 'yes'}\n" for i in range(50)))
+    monkeypatch.setenv("T5X_LITE_FILES", str(tmp_path))
+    task, found = registered.get("raft"), {}
+    for split in ("train", "validation"):
+        dataset = task.preprocessors[0](task.source.get_dataset(split, shuffle=False))
+        examples = list(dataset.as_numpy_iterator())
+        assert {e["targets"] for e in examples} == {b"yes", b"no"}   # also where no line has it
+        found[split] = {int(e["inputs"].split()[1][1:]) for e in examples}
+    assert found == {"train": set(range(0, 50, 2)), "validation": set(range(1, 50, 2))}
+
+
 @pytest.mark.parametrize("line, message", [
     ('{"question": "q", "choices": ["a"], "label": 1}', 'line 1 has "label" 1; it must number'),
     ('{"question": "q", "choices": [], "label": 0}', 'line 1 must hold a string "question"'),
