@@ -81,8 +81,23 @@ class Experiment:
 
     @property
     def flops_per_sequence(self) -> float:
-        """Model FLOPs of forward and backward of one row, from the structure."""
-        return flops.train_flops(self.config.model, 1, *self.lengths)
+        """Model FLOPs of forward and backward of one row, from the structure: what MFU counts."""
+        return sum(self.step_flops(1).values())
+
+    def step_flops(self, rows: int, least: bool = False) -> dict[str, float]:
+        """Those of so many rows by part, see cost.flops.step_flops."""
+        return flops.step_flops(self.config.model, self.table,
+                                self.trainable.keys() - self.optimizer.frozen, rows,
+                                *self.lengths, least=least)
+
+    @property
+    def bubbles(self) -> dict[str, float]:
+        """The share of idle stage-ticks in each stack's layers; {} without a pipeline."""
+        stages, model = self.mesh.shape["stage"], self.config.model
+        stacks = {"encoder": model.encoder, "decoder": model.decoder}
+        return {} if stages == 1 else {
+            side: stack.pipeline.plan(stages).bubble
+            for side, stack in stacks.items() if stack is not None}
 
     @contextlib.contextmanager
     def activate(self) -> Iterator[None]:

@@ -160,12 +160,16 @@ def _bound(experiment: Experiment, topology: Topology, compiled: Compiled | None
            arguments: dict[str, int], model_flops: float) -> Roofline:
     mesh = experiment.mesh
     known = compiled is not None and compiled.argument_bytes is not None
-    state = arguments["params"] + arguments["opt_state"]
+    written = (compiled.output_bytes if known else arguments["params"] + arguments["opt_state"]) \
+        - rehearse.frozen_bytes(experiment)   # passed through, not written
+    rows = experiment.config.train.global_batch_size
+    least = sum(part / (1 - experiment.bubbles.get(name, 0.0))
+                for name, part in experiment.step_flops(rows, least=True).items())
     return roofline_lib.roofline(
         topology.chip, num_chips=topology.num_chips, model_flops=model_flops,
-        dtype=experiment.policy.matmul_dtype,
+        dtype=experiment.policy.matmul_dtype, least_flops=least,
         argument_bytes=compiled.argument_bytes if known else sum(arguments.values()),
-        output_bytes=compiled.output_bytes if known else state,
+        output_bytes=written,
         temp_bytes=compiled.temp_bytes if known else 0,
         collectives=(compiled and compiled.collectives) or (),
         placement=roofline_lib.place(mesh.devices, mesh.axis_names, topology.chip))
@@ -332,6 +336,7 @@ def to_json(plan: Plan, trials: Sequence[Trial] = ()) -> dict[str, Any]:
         "temp_size_bytes": compiled and compiled.temp_size_bytes,
         "peak_bytes": plan.peak_bytes,
         "model_flops": plan.model_flops,
+        "recomputed_flops": _recomputed(plan), "pipeline": _pipelines(plan.experiment),
         "collectives": None if found is None else [dataclasses.asdict(line) for line in found],
         "gathers_became_all_reduces":
             None if found is None else any(line.replaces_gather for line in found),
@@ -390,15 +395,32 @@ def _headline(plan: Plan) -> str:
     compiled = f", compiled in {plan.compiled.seconds:.1f} s by {topology.compiler}" \
         if plan.compiled is not None else ""
     steps = plan.config.train.num_steps
-    again = flops.recompute_flops(plan.config.model, plan.config.train.global_batch_size,
-                                  *experiment.lengths)
+    again = _recomputed(plan)
+    pipelines = [f"\npipeline of the {side}: {line['schedule']}, {line['microbatches']} "
+                 f"micro-batches, {line['bubble']:.1%} of the stages' time idle (the bubble)"
+                 for side, line in _pipelines(experiment).items()]
     return (f"{plan.config.name} on {topology.name}{slices}: {verdict}{compiled}\n"
             f"{experiment.num_params:,} parameters; {topology.num_chips} chips, mesh {mesh}; "
             f"{plan.config.precision}\n"
             f"{plan.config.train.global_batch_size:,} sequences x {experiment.lengths} a step, "
             f"{tables.quantity(plan.model_flops, 'FLOP')}"
             + (f" (+ {tables.quantity(again, 'FLOP')} recomputed)" if again else "")
-            + f"; {steps:,} steps")
+            + f"; {steps:,} steps" + "".join(pipelines))
+
+
+def _recomputed(plan: Plan) -> float:
+    """FLOPs a step that rematerialisation and pipelining compute again, at most."""
+    return flops.recompute_flops(plan.config.model, plan.config.train.global_batch_size,
+                                 *plan.experiment.lengths, plan.experiment.mesh.shape["stage"])
+
+
+def _pipelines(experiment: Experiment) -> dict[str, dict[str, Any]]:
+    """{stack: its schedule, micro-batches (of a part, under accumulation) and bubble}."""
+    stages = experiment.mesh.shape["stage"]
+    configs = {side: getattr(experiment.config.model, side).pipeline
+               for side in experiment.bubbles}
+    return {side: {"schedule": config.schedule, "microbatches": config.plan(stages).microbatches,
+                   "bubble": experiment.bubbles[side]} for side, config in configs.items()}
 
 
 def _memory_table(plan: Plan) -> Table:

@@ -292,6 +292,11 @@ def argument_bytes(experiment: Experiment) -> dict[str, int]:
             "batch": state.num_bytes_per_device(experiment.abstract_batch())}
 
 
+def frozen_bytes(experiment: Experiment) -> int:
+    """One device's bytes of parameters that do not train (config.peft), counted in "params"."""
+    return state.num_bytes_per_device(experiment.abstract_state.get("frozen", {}))
+
+
 def host_bytes(experiment: Experiment) -> int:
     """Bytes of optimizer state that the host keeps for one device."""
     abstract = experiment.abstract_state["opt_state"]

@@ -23,6 +23,8 @@ from t5x_lite.layers.attention import AttentionConfig
 from t5x_lite.layers.mlp import MLPConfig
 from t5x_lite.models import BlockConfig, ModelConfig, PositionConfig, SegmentConfig, StackConfig
 from t5x_lite.objectives import ObjectiveConfig
+from t5x_lite.peft import PeftConfig
+from t5x_lite.pipeline import PipelineConfig
 from t5x_lite.rehearse import Compiled
 from t5x_lite.sharding import MeshConfig
 from tests import tiny, tiny_config
@@ -52,6 +54,8 @@ SPLIT = {"data": 1, "fsdp": 4, "tensor": 2}
 BY_HAND_FLOPS = 3 * ROWS * LENGTH * (   # forward and twice that backward
     LAYERS * (2 * (4 * WIDTH * WIDTH + 2 * WIDTH * HIDDEN) + 4 * LENGTH * WIDTH)
     + 2 * WIDTH * VOCAB)
+# Of a causal row's LENGTH keys a query sees (LENGTH + 1) / 2: the others may be skipped.
+LEAST_FLOPS = BY_HAND_FLOPS - 3 * ROWS * LENGTH * LAYERS * 4 * WIDTH * (LENGTH - 1) / 2
 
 
 @functools.cache
@@ -85,7 +89,7 @@ def test_a_step_compiled_for_eight_tpus(topology, hbm):
     assert not any(line.replaces_gather or line.network == "dcn" for line in plan.collectives)
     assert plan.model_flops == BY_HAND_FLOPS
     assert plan.roofline.compute_seconds == pytest.approx(
-        BY_HAND_FLOPS / 8 / plan.topology.chip.peak_flops["bf16"])
+        LEAST_FLOPS / 8 / plan.topology.chip.peak_flops["bf16"])
     assert 0 < plan.roofline.bound_mfu < 1
     # The compiler pads small arrays to tiles.
     assert sum(plan.arguments.values()) <= plan.argument_bytes < 2 * sum(plan.arguments.values())
@@ -117,7 +121,8 @@ def test_gpus_give_what_needs_no_compiler():
     plan = planned("h100:8")
     assert plan.fits is None and plan.collectives is None and plan.temp_bytes is None
     assert plan.argument_bytes == sum(plan.arguments.values())
-    assert plan.roofline.compute_seconds == pytest.approx(BY_HAND_FLOPS / 8 / 989.4e12)
+    assert plan.roofline.compute_seconds == pytest.approx(LEAST_FLOPS / 8 / 989.4e12)
+    assert plan.roofline.model_seconds == pytest.approx(BY_HAND_FLOPS / 8 / 989.4e12)
     hours = 4 * BY_HAND_FLOPS / 989.4e12 / plan_lib.DEFAULT_MFU / 3600   # the run has 4 steps
     assert plan.cost.chip_hours == pytest.approx(hours)
     assert plan.cost.megawatt_hours == pytest.approx(hours * 700 * 1.10 / 1e6)
@@ -129,6 +134,42 @@ def test_a_plan_for_gpus_where_no_cudnn_is_counts_other_attention():
     plan = plan_lib.make_plan(long, rehearse.topology("h100:8"))
     assert plan.activation_bytes > 0
     assert any("without cuDNN's attention" in note for note in plan.notes)
+
+
+def test_frozen_weights_take_less_time_and_are_not_written():
+    whole = planned("h100:8")
+    config = replace(lm(**SPLIT), "peft", PeftConfig("lora", rank=4))
+    plan = plan_lib.make_plan(config, rehearse.topology("h100:8"))
+    kernels = LAYERS * (4 * WIDTH * WIDTH + 2 * WIDTH * HIDDEN)
+    # No weight gradients of the layers, nor of the tied logits; nor input gradients of layer 1.
+    first = 2 * kernels / LAYERS + 8 * LENGTH * WIDTH
+    saved = ROWS * LENGTH * (2 * kernels + 2 * WIDTH * VOCAB + first)
+    assert plan.model_flops == BY_HAND_FLOPS - saved
+    assert plan.roofline.compute_seconds < 0.75 * whole.roofline.compute_seconds
+    frozen = rehearse.frozen_bytes(plan.experiment)
+    assert 0.9 * plan.arguments["params"] < frozen < plan.arguments["params"]
+    moved = plan.roofline.hbm_seconds * plan.topology.chip.hbm_bytes_per_second
+    assert moved == pytest.approx(sum(plan.arguments.values()) * 2
+                                  - plan.arguments["batch"] - frozen)
+
+
+@pytest.mark.parametrize("schedule, again", [("gpipe", 1), ("1f1b", 3)])
+def test_a_pipeline_shows_its_bubble_and_its_bound_waits_for_it(schedule, again):
+    config = replace(lm(data=2, stage=3), "model.decoder.pipeline", PipelineConfig(schedule, 6))
+    config = replace(config, "train.global_batch_size", 60)
+    plan = plan_lib.make_plan(config, rehearse.topology("h100:6"))
+    logits = 3 * 60 * LENGTH * 2 * WIDTH * VOCAB
+    layers = LEAST_FLOPS * 60 / ROWS - logits
+    busy = 6 / (6 + 3 - 1)    # micro-batches of 6 of as many ticks and 3 - 1 more
+    assert plan.roofline.compute_seconds == pytest.approx(
+        (layers / busy + logits) / 6 / 989.4e12)
+    text, found = plan_lib.screen(plan), plan_lib.to_json(plan)
+    assert f"{schedule}, 6 micro-batches, 25.0% of the stages' time idle" in text
+    assert found["pipeline"]["decoder"]["bubble"] == pytest.approx(1 - busy)
+    # Full rematerialisation repeats the forward pass once, 1f1b twice more.
+    forward = (BY_HAND_FLOPS * 60 / ROWS - logits) / 3
+    assert found["recomputed_flops"] == pytest.approx(again * forward)
+    assert "recomputed" in text
 
 
 def test_published_runs_are_derived_to_5_percent():

@@ -8,25 +8,34 @@ layer once.
 
 Causal attention is counted in full by default, as PaLM's MFU does (12 L H Q T a token, with
 6 N for the kernels): comparable with what others report. causal_half=True counts only the
-pairs that a mask lets through, which is what a good kernel computes.
+pairs that causality and windows let through, which is what a good kernel computes.
 
-Backward costs twice forward. What rematerialisation computes again is not the model's work,
-so train_flops leaves it out and recompute_flops states it.
+Backward costs twice forward: a gradient of the inputs and one of the weights. Where only some
+parameters train (step_flops), frozen weights have no gradient, and inputs only above the lowest
+layer that trains; LoRA's and (IA)^3's own small products are free. What rematerialisation
+computes again is not the model's work: recompute_flops states it.
 
 Shape letters: B rows, L query length, S key length, D model, N query heads, H head dim.
 """
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from t5x_lite.blocks import BlockConfig, StackConfig
+    from t5x_lite.blocks import StackConfig
     from t5x_lite.layers.attention import AttentionConfig
     from t5x_lite.layers.mlp import MLPConfig
     from t5x_lite.layers.moe import MoEConfig
     from t5x_lite.models import ModelConfig, ParamInfo
+
+
+_LAYER = re.compile(r"(encoder|decoder)/segment_(\d+)/block_(\d+)/")
+_KERNEL = re.compile(_LAYER.pattern + r"(?:(self|cross)_attention/(query|key|value|out)|mlp/.+)"
+                     r"/kernel")
+# What acts before a stack's layers, in the paths of parameters.
+_INPUTS = r"token_embedding/.*|token_types/.*|{side}/(learned_positions|embedding_norm)/.*"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +73,10 @@ def visible_keys(q_length: int, k_length: int, *, causal: bool, window: int = 0,
         window: keys at distance >= window are hidden; 0: none are.
         causal_half: False counts a causal row of keys in full (or its whole window).
     """
-    if causal and causal_half:
-        seen = (min(q + 1, window or k_length, k_length) for q in range(q_length))
+    if causal_half and (causal or window):
+        reach = window or k_length
+        seen = (min(q + (1 if causal else reach), k_length) - max(q + 1 - reach, 0)
+                for q in range(q_length))
         return sum(seen) / max(q_length, 1)
     reach = window if causal else 2 * window - 1
     return min(k_length, reach) if window else k_length
@@ -98,51 +109,123 @@ def forward_flops(config: "ModelConfig", rows: int, encoder_length: int, decoder
 
 def train_flops(config: "ModelConfig", rows: int, encoder_length: int, decoder_length: int, *,
                 causal_half: bool = False) -> float:
-    """Forward, and backward at twice its cost: the FLOPs of model FLOPs utilisation (MFU)."""
+    """Forward, and backward at twice its cost, where everything trains: the FLOPs of model FLOPs
+    utilisation (MFU)."""
     return 3.0 * forward_flops(config, rows, encoder_length, decoder_length,
                                causal_half=causal_half).total
 
 
-def recompute_flops(config: "ModelConfig", rows: int, encoder_length: int,
-                    decoder_length: int) -> float:
-    """What rematerialisation computes again in a training step, at most.
+def step_flops(config: "ModelConfig", table: Mapping[str, "ParamInfo"], trained: Collection[str],
+               rows: int, encoder_length: int, decoder_length: int, *,
+               least: bool = False) -> dict[str, float]:
+    """FLOPs of a training step: {"encoder", "decoder", "logits"}, train_flops in sum where
+    everything trains.
+
+    Args:
+        table: the parameter table (Model(config).table).
+        trained: paths of what trains, of the table or beside one of its paths (lora_a, ia3).
+        least: only what no implementation can leave out: the pairs that causality and windows
+            let through, and of a mixture's choices those that surely find room. Rows are taken
+            to be full. False: as MFU counts.
+    """
+    found = {}
+    for side in ("encoder", "decoder"):
+        stack = getattr(config, side)
+        if stack is None:
+            continue
+        layers = list(_layer_flops(config, stack, rows, encoder_length, decoder_length, least))
+        above = layers[_lowest_trained(config, side, trained) + 1:]
+        found[side] = sum(layer.total for layer in layers) \
+            + sum(layer.total + layer.attention for layer in above)
+    for path in table.keys() & trained:
+        kernel = _KERNEL.fullmatch(path)
+        if kernel:
+            side, *_, attention, name = kernel.groups()
+            reads_encoder = attention == "cross" and name in ("key", "value")
+            length = encoder_length if side == "encoder" or reads_encoder else decoder_length
+            used = table[path].size * _active_share(config, table[path], length, least)
+            found[side] += 2.0 * rows * length * used
+    logits = matmul_flops(rows * (encoder_length if config.decoder is None else decoder_length),
+                          config.embed_dim, config.vocab_size)
+    weights = "token_embedding/embedding" if config.tie_logits else "logits/kernel"
+    below = any(not path.startswith("logits/") for path in trained)
+    return {**found, "logits": logits * (1 + below + (weights in trained))}
+
+
+def _lowest_trained(config: "ModelConfig", side: str, trained: Collection[str]) -> int:
+    """The layer of a stack above which inputs need gradients: -1 for all its layers, as many as
+    there are for none."""
+    stack, prompted = getattr(config, side), "decoder" if config.encoder is None else "encoder"
+    inputs = re.compile(_INPUTS.format(side=side) + (r"|prompt/.*" if side == prompted else ""))
+    first, numbers = 0, {}
+    for i, segment in enumerate(stack.segments):
+        numbers |= {(i, j): first + j for j in range(len(segment.blocks))}
+        first += segment.repeats * len(segment.blocks)
+    lowest = first
+    for path in trained:
+        layer = _LAYER.match(path)
+        if inputs.fullmatch(path):
+            return -1
+        if layer and layer[1] == side:
+            lowest = min(lowest, numbers[int(layer[2]), int(layer[3])])
+        elif path.startswith(f"{side}/relative_position/") or (
+                side == "decoder" and path.startswith(("encoder/", "prompt/"))):
+            lowest = 0
+    return lowest
+
+
+def recompute_flops(config: "ModelConfig", rows: int, encoder_length: int, decoder_length: int,
+                    stages: int = 1) -> float:
+    """What rematerialisation and pipelining compute again in a training step, at most.
 
     "full" repeats the stack's forward pass, "dots" only products of two activations (scores and
     weighted values), "none" nothing. "save:…" counts as full, since what the names spare depends
-    on the layer. Hardware FLOPs are train_flops + recompute_flops; the compiler drops what turns
-    out to be unneeded, such as the last product of a layer.
+    on the layer. Of `stages` stages under 1f1b the forward pass is run twice more, see
+    pipeline_schedules.one_f_one_b. Hardware FLOPs are train_flops + recompute_flops; the compiler
+    drops what turns out to be unneeded, such as the last product of a layer.
     """
     total = 0.0
     for stack in (config.encoder, config.decoder):
-        if stack is None or stack.remat == "none":
+        if stack is None:
             continue
         again = stack_flops(config, stack, rows, encoder_length, decoder_length)
-        total += again.attention if stack.remat == "dots" else again.total
+        total += {"none": 0.0, "dots": again.attention}.get(stack.remat, again.total)
+        if stages > 1 and stack.pipeline.schedule == "1f1b":
+            total += 2 * again.total
     return total
 
 
 def stack_flops(config: "ModelConfig", stack: "StackConfig", rows: int, encoder_length: int,
                 decoder_length: int, *, causal_half: bool = False) -> Flops:
     """Forward FLOPs of the blocks of one stack of the model."""
+    return sum(_layer_flops(config, stack, rows, encoder_length, decoder_length, False,
+                            causal_half=causal_half), Flops())
+
+
+def _layer_flops(config: "ModelConfig", stack: "StackConfig", rows: int, encoder_length: int,
+                 decoder_length: int, least: bool, causal_half: bool = False) -> Iterator[Flops]:
+    """Forward FLOPs of each layer, in order. least: see step_flops."""
     length = decoder_length if stack is config.decoder else encoder_length
-    total = Flops()
-    for block, repeats in _blocks(stack):
-        flops = _attention_layer(config.embed_dim, block.self_attention, rows, length, length,
-                                 causal=stack.causal, window=block.self_attention.window,
-                                 causal_half=causal_half)
-        if block.cross_attention is not None:
-            flops += _attention_layer(config.embed_dim, block.cross_attention, rows, length,
-                                      encoder_length)
-        flops += mlp_flops(block.moe or block.mlp, rows, length, config.embed_dim)
-        total += flops * repeats
-    return total
+    for segment in stack.segments:
+        layers = []
+        for block in segment.blocks:
+            flops = _attention_layer(config.embed_dim, block.self_attention, rows, length, length,
+                                     causal=stack.causal, window=block.self_attention.window,
+                                     causal_half=causal_half or least)
+            if block.cross_attention is not None:
+                flops += _attention_layer(config.embed_dim, block.cross_attention, rows, length,
+                                          encoder_length)
+            layers.append(flops + mlp_flops(block.moe or block.mlp, rows, length,
+                                            config.embed_dim, least))
+        yield from layers * segment.repeats
 
 
-def mlp_flops(mlp: "MLPConfig | MoEConfig", rows: int, length: int, embed_dim: int) -> Flops:
+def mlp_flops(mlp: "MLPConfig | MoEConfig", rows: int, length: int, embed_dim: int,
+              least: bool = False) -> Flops:
     """Forward FLOPs of a dense or a mixture-of-experts MLP.
 
     A mixture costs what its tokens ask for. Padding of expert buffers (a capacity factor above
-    what tokens need) is not the model's work, and dropped tokens are not subtracted.
+    what tokens need) is not the model's work, and dropped tokens are subtracted by `least` only.
     """
     tokens = rows * length
     if not hasattr(mlp, "num_experts"):
@@ -150,21 +233,31 @@ def mlp_flops(mlp: "MLPConfig | MoEConfig", rows: int, length: int, embed_dim: i
         return Flops(mlp=kernels * matmul_flops(tokens, embed_dim, mlp.mlp_dim))
     expert = mlp_flops(mlp.mlp, rows, length, embed_dim)
     router = 0.0 if mlp.router == "hash" else matmul_flops(tokens, embed_dim, mlp.num_experts)
-    return expert * (experts_per_token(mlp, length) + mlp.shared_experts) + Flops(router=router)
+    visits = experts_per_token(mlp, length, least) + mlp.shared_experts
+    return expert * visits + Flops(router=router)
 
 
-def experts_per_token(moe: "MoEConfig", length: int) -> float:
+def experts_per_token(moe: "MoEConfig", length: int, least: bool = False) -> float:
     """Routed experts that a token visits, on average where experts choose their tokens.
 
     Args:
-        length: tokens of a sequence; matters only to expert choice with a capacity in tokens.
+        length: tokens of a sequence; matters only to capacities in tokens.
+        least: without second choices that a policy may decline, and no more than all experts
+            have room for.
     """
-    if moe.router != "expert_choice":
+    group = moe.group_size or length
+    room = moe.num_experts * min(moe.expert_capacity, group) / group if moe.expert_capacity \
+        else min(moe.capacity_factor, moe.num_experts)
+    if moe.router == "expert_choice":
+        return room
+    if not least:
         return moe.choices
-    if moe.expert_capacity:
-        group = moe.group_size or length
-        return moe.num_experts * min(moe.expert_capacity, group) / group
-    return min(moe.capacity_factor, moe.num_experts)
+    sure = 1 if moe.router == "top_2" and moe.second_policy != "all" else moe.choices
+    if moe.dropless:
+        return sure
+    # A factor's room is rounded to whole tokens of a group, by less than one an expert.
+    rounding = 0.0 if moe.expert_capacity else moe.num_experts / group
+    return min(sure, max(room - rounding, 0.0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,20 +297,15 @@ def six_nd(non_embedding: float, tokens: int) -> float:
 
 # --- Components -------------------------------------------------------------------------------
 
-def _blocks(stack: "StackConfig") -> Iterator[tuple["BlockConfig", int]]:
-    for segment in stack.segments:
-        for block in segment.blocks:
-            yield block, segment.repeats
-
-
-def _active_share(config: "ModelConfig", info: "ParamInfo", length: int) -> float:
+def _active_share(config: "ModelConfig", info: "ParamInfo", length: int,
+                  least: bool = False) -> float:
     """The fraction of a parameter that one token uses: below 1 for the weights of experts."""
     if "expert" not in info.logical_axes:
         return 1.0
-    where = re.match(r"(encoder|decoder)/segment_(\d+)/block_(\d+)/mlp/", info.path)
+    where = _LAYER.match(info.path)
     stack = getattr(config, where.group(1))
     moe = stack.segments[int(where.group(2))].blocks[int(where.group(3))].moe
-    return experts_per_token(moe, length) / moe.num_experts
+    return experts_per_token(moe, length, least) / moe.num_experts
 
 
 def _attention_layer(embed_dim: int, attention: "AttentionConfig", rows: int, q_length: int,

@@ -2,14 +2,16 @@
 
 Three things take time, and a perfect program would overlap them completely:
 
-    compute        model FLOPs / (chips x peak FLOP/s of a matmul in the compute dtype)
+    compute        least FLOPs / (chips x peak FLOP/s of a matmul in the compute dtype)
     HBM            (arguments read + results written + temporaries written and read) / bandwidth
     interconnect   bytes that must arrive at a chip / bandwidth of the links they can take
 
-so that step time >= max(the three), and MFU <= compute / max(the three). What is left out
-(recomputation, bubbles, latency, imperfect overlap, kernels below peak) only makes a step
-slower. A figure that nobody published (hardware.py says None) is left out of the maximum and
-named in `unknown`: the bound is then weaker, not wrong.
+so that step time >= max(the three). The least FLOPs are those that no implementation can skip,
+with the idle ticks of a pipeline. MFU counts masked attention too, so that its bound, model
+FLOPs / (chips x peak) / max(the three), may lie a little above 1. What is left out
+(recomputation, latency, imperfect overlap, kernels below peak) only makes a step slower. A figure
+that nobody published (hardware.py says None) is left out of the maximum and named in `unknown`:
+the bound is then weaker, not wrong.
 
 Interconnect. A ring all-gather of B bytes over n members gives each of them B (n-1)/n from
 outside, a reduce-scatter likewise, an all-reduce both. Groups of several chips on a torus use
@@ -38,6 +40,7 @@ class Roofline:
     fast_seconds: float | None  # ICI or NVLink
     dcn_seconds: float | None   # data-centre network: between slices or between GPU machines
     unknown: tuple[str, ...]    # what is left out for want of a published figure
+    model_seconds: float | None = None   # model FLOPs, as MFU counts; None: compute_seconds
 
     @property
     def parts(self) -> dict[str, float]:
@@ -53,8 +56,8 @@ class Roofline:
     @property
     def bound_mfu(self) -> float | None:
         """No MFU is higher than this."""
-        bound = self.bound_seconds
-        return None if not bound else self.compute_seconds / bound
+        bound, model = self.bound_seconds, self.model_seconds
+        return None if not bound else (self.compute_seconds if model is None else model) / bound
 
     @property
     def limited_by(self) -> str | None:
@@ -117,14 +120,16 @@ def place(devices: np.ndarray, axis_names: Sequence[str], chip: Chip) -> Placeme
 
 
 def roofline(chip: Chip, *, num_chips: int, model_flops: float, dtype: str,
-             argument_bytes: int = 0, output_bytes: int = 0, temp_bytes: int = 0,
-             collectives: Sequence[Collective] = (),
+             least_flops: float | None = None, argument_bytes: int = 0,
+             output_bytes: int = 0, temp_bytes: int = 0, collectives: Sequence[Collective] = (),
              placement: Placement | None = None) -> Roofline:
     """The bound for one step.
 
     Args:
-        model_flops: of the global batch, forward and backward (flops.train_flops).
+        model_flops: of the global batch, forward and backward, as MFU counts
+            (flops.step_flops).
         dtype: of the operands of matrix multiplications, such as "bfloat16".
+        least_flops: those that no implementation can skip; None: model_flops.
         argument_bytes, output_bytes, temp_bytes: of one device, from memory_analysis().
             Arguments are read and results written at least once; a temporary at least both.
         collectives: hlo.find_collectives of the compiled step.
@@ -132,7 +137,8 @@ def roofline(chip: Chip, *, num_chips: int, model_flops: float, dtype: str,
     """
     unknown = []
     peak = chip.matmul_flops_per_second(dtype)
-    compute = None if peak is None else model_flops / num_chips / peak
+    model = None if peak is None else model_flops / num_chips / peak
+    compute = model if peak is None or least_flops is None else least_flops / num_chips / peak
     if peak is None:
         unknown.append(f"peak FLOP/s in {dtype}")
     devices_per_chip = placement.devices_per_chip if placement is not None else 1
@@ -161,7 +167,7 @@ def roofline(chip: Chip, *, num_chips: int, model_flops: float, dtype: str,
             dcn += sent / chip.network_bytes_per_second
         if dcn is None:
             unknown.append("data-centre network bandwidth")
-    return Roofline(compute, hbm, fast, dcn, tuple(unknown))
+    return Roofline(compute, hbm, fast, dcn, tuple(unknown), model)
 
 
 def _torus_seconds(chip: Chip, collectives: Sequence[Collective], placement: Placement) -> float:

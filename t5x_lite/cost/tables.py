@@ -78,7 +78,8 @@ def roofline_table(roofline: Roofline) -> Table:
         table.add_row(name, duration(seconds) + mark)
     table.add_row("a step takes at least", duration(roofline.bound_seconds))
     mfu = roofline.bound_mfu
-    table.add_row("model FLOPs utilisation at most", UNKNOWN if mfu is None else f"{mfu:.1%}")
+    table.add_row("model FLOPs utilisation at most", UNKNOWN if mfu is None else
+                  f"{mfu:.1%}" + (" (it counts masked attention too)" if mfu > 1 else ""))
     if roofline.unknown:
         table.add_row("left out, nothing published", ", ".join(roofline.unknown))
     return table

@@ -13,6 +13,7 @@ from t5x_lite.layers.attention import AttentionConfig
 from t5x_lite.layers.mlp import MLPConfig
 from t5x_lite.layers.moe import MoEConfig
 from t5x_lite.models import Model, ModelConfig, ParamInfo
+from t5x_lite.pipeline import PipelineConfig
 
 _HEADS = AttentionConfig(num_heads=4, head_dim=32)
 
@@ -76,7 +77,7 @@ def test_a_mixture_costs_the_experts_its_tokens_use(fields, experts, router):
 @pytest.mark.parametrize("window, causal, half, keys", [
     (0, True, False, 8), (0, True, True, 4.5), (0, False, True, 8),
     (3, True, False, 3), (3, True, True, (1 + 2 + 3 * 6) / 8), (3, False, False, 5),
-    (100, False, False, 8)])
+    (100, False, False, 8), (3, False, True, (3 + 4 + 4 * 5 + 4 + 3) / 8), (100, False, True, 8)])
 def test_visible_keys(window, causal, half, keys):
     assert flops.visible_keys(8, 8, causal=causal, window=window, causal_half=half) == keys
 
@@ -128,6 +129,80 @@ def test_rematerialisation_costs_at_most_what_is_stated(remat):
     stated = flops.recompute_flops(config, 2, 0, 64)
     assert flops.recompute_flops(plain, 2, 0, 64) == 0
     assert 0.5 * stated < added < 1.1 * stated
+
+
+def test_1f1b_runs_the_forward_pass_twice_more():
+    stack = dataclasses.replace(_stack(causal=True), pipeline=PipelineConfig("1f1b"))
+    config = dataclasses.replace(_decoder_only(), decoder=stack)
+    forward = flops.stack_flops(config, stack, 2, 0, 64).total
+    assert flops.recompute_flops(config, 2, 0, 64) == 0
+    assert flops.recompute_flops(config, 2, 0, 64, stages=2) == 2 * forward
+    full = dataclasses.replace(config, decoder=dataclasses.replace(stack, remat="full"))
+    assert flops.recompute_flops(full, 2, 0, 64, stages=2) == 3 * forward
+
+
+# --- What trains ------------------------------------------------------------------------------
+
+_MIXTURE = _decoder_only(moe=MoEConfig(num_experts=8, router="top_2", shared_experts=1))
+
+
+@pytest.mark.parametrize("config, lengths", [
+    (ENCODER_DECODER, (64, 32)), (_MIXTURE, (0, 64)), (_decoder_only(), (0, 64))],
+    ids=["encoder_decoder", "mixture", "decoder_only"])
+def test_where_everything_trains_a_step_is_three_forward_passes(config, lengths):
+    table = Model(config).table
+    parts = flops.step_flops(config, table, table.keys(), 2, *lengths)
+    assert sum(parts.values()) == flops.train_flops(config, 2, *lengths)
+    assert parts["logits"] == 3 * 2 * 2 * lengths[1] * 256 * 1024
+    forward = flops.forward_flops(config, 2, *lengths).total
+    assert sum(flops.step_flops(config, table, (), 2, *lengths).values()) == forward
+
+
+def test_frozen_weights_have_no_gradient_and_inputs_only_above_what_trains():
+    """Two layers; LoRA beside the queries of both, of a model with tied logits."""
+    config = _decoder_only()
+    table = Model(config).table
+    trained = [f"decoder/segment_0/block_0/self_attention/query/lora_{part}" for part in "ab"]
+    stack = flops.stack_flops(config, config.decoder, 2, 0, 64)
+    found = flops.step_flops(config, table, trained, 2, 0, 64)
+    # Only the second layer's inputs need gradients: its kernels once, its attention twice.
+    assert found["decoder"] == stack.total + (stack.total + stack.attention) / 2
+    assert found["logits"] == 2 * flops.forward_flops(config, 2, 0, 64).logits
+    kernel = "decoder/segment_0/block_0/self_attention/query/kernel"
+    more = flops.step_flops(config, table, [kernel], 2, 0, 64)
+    assert more["decoder"] - found["decoder"] == 2 * flops.matmul_flops(2 * 64, 256, 128)
+    embedding = flops.step_flops(config, table, ["token_embedding/embedding"], 2, 0, 64)
+    assert embedding["decoder"] == 2 * stack.total + stack.attention
+    assert embedding["logits"] == 3 * flops.forward_flops(config, 2, 0, 64).logits
+
+
+def test_the_decoder_above_a_tuned_encoder_passes_gradients_on():
+    """A prompt before the encoder: gradients reach it through cross-attention of layer 2 on."""
+    table = Model(ENCODER_DECODER).table
+    found = flops.step_flops(ENCODER_DECODER, table, ["prompt/embedding"], 1, 16, 8)
+    encoder, decoder = (flops.stack_flops(ENCODER_DECODER, stack, 1, 16, 8)
+                        for stack in (ENCODER_DECODER.encoder, ENCODER_DECODER.decoder))
+    assert found["encoder"] == 2 * encoder.total + encoder.attention
+    assert found["decoder"] == decoder.total + (decoder.total + decoder.attention) / 2
+
+
+def test_the_least_flops_are_those_of_visible_pairs():
+    config = _decoder_only()
+    table = Model(config).table
+    least = flops.step_flops(config, table, table.keys(), 2, 0, 64, least=True)
+    assert sum(least.values()) == flops.train_flops(config, 2, 0, 64, causal_half=True)
+
+
+@pytest.mark.parametrize("fields, least", [
+    ({"router": "top_2", "capacity_factor": 1.0}, 1.0 - 8 / 24),   # rounding takes a token each
+    ({"router": "top_2", "capacity_factor": 4.0}, 2),
+    ({"router": "top_2", "dropless": True, "second_policy": "random"}, 1),
+    ({"router": "top_k", "top_k": 4, "dropless": True}, 4),
+    ({"router": "switch", "expert_capacity": 1}, 8 / 24)])
+def test_choices_that_may_find_no_room_are_no_lower_bound(fields, least):
+    moe = MoEConfig(num_experts=8, **fields)
+    assert flops.experts_per_token(moe, 24, least=True) == pytest.approx(least)
+    assert flops.experts_per_token(moe, 24) == moe.choices
 
 
 def test_parameter_counts_split_the_table():

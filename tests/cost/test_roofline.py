@@ -44,6 +44,13 @@ def test_compute_and_hbm_by_hand():
     assert (slower.limited_by, slower.bound_mfu) == ("HBM", pytest.approx(0.5))
 
 
+def test_the_bound_counts_what_cannot_be_skipped_and_mfu_what_others_count():
+    bound = roofline.roofline(V5P, num_chips=4, model_flops=4 * 459e12, dtype="bfloat16",
+                              least_flops=3 * 459e12)
+    assert bound.bound_seconds == pytest.approx(0.75)
+    assert bound.bound_mfu == pytest.approx(4 / 3)
+
+
 def test_a_ring_has_two_links_and_the_end_of_a_line_one():
     """1 GB gathered over 4 chips: 0.75 GB arrive, at 2 x 100 GB/s on v5p's ring of 4 and at
     1 x 50 GB/s on v5e, where only a dimension of 16 closes."""

@@ -43,4 +43,6 @@ def test_a_screen_says_what_is_a_bound_and_what_is_unknown():
     assert "200 ms  <- sets the bound" in text and "50.0%" in text
     assert "data-centre network bandwidth" in text
     assert "unknown (no power figure)" in text and "at 40% MFU" in text
+    skipping = tables.to_text(tables.roofline_table(Roofline(0.1, 0.0, 0.0, 0.0, (), 0.104)))
+    assert "104.0% (it counts masked attention too)" in skipping
     assert "\x1b" not in text  # no colour codes in logs and pipes
