@@ -24,6 +24,7 @@ from t5x_lite.errors import UserError, nearest
 
 BLOCK_ROWS = 8   # rows a pipeline yields at once; states do not depend on the batch size
 EVAL_SEED = 0    # evaluation masks the same tokens in every run and at every step
+UNCUT = 1 << 16  # tokens: no example of a text-to-text task is longer
 
 # Calls into Python (from_generator is a GeneratorDataset over PyFunc) and random kernels
 # whose state lives outside the iterator: a restored iterator would go on differently.
@@ -280,8 +281,13 @@ def _preprocessed(task: seqio.Task, split: str, lengths: dict[str, int], seed: i
 
 def examples(task: seqio.Task, split: str, lengths: dict[str, int]) -> Iterator[dict]:
     """The examples that evaluation's rows are made of, as numpy, in their order, with all fields:
-    what a postprocessor reads. Features are int32 tokens, cut to their lengths."""
+    what a postprocessor reads. Features are int32 tokens: whole those of pairs of texts; others,
+    which fill whatever lengths they are given, have those."""
     dataset = _preprocessed(task, split, lengths, EVAL_SEED, 0, 1, False)
+    if "targets_pretokenized" in dataset.element_spec:
+        whole = dict.fromkeys(lengths, UNCUT)
+        yield from _preprocessed(task, split, whole, EVAL_SEED, 0, 1, False).as_numpy_iterator()
+        return
     for example in dataset.as_numpy_iterator():
         yield {**example, **trimmed(example, lengths)}
 

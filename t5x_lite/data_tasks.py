@@ -219,7 +219,6 @@ def _size(entry: tuple[str, str, str], provider) -> float:
 
 
 _MEASURED = 200   # records of a task whose lengths are looked at when a run starts
-_LONG = 1 << 16   # tokens: no example is cut
 
 
 def describe_training(config: DataConfig, objective: str, num_rows: int) -> list[str]:
@@ -250,7 +249,7 @@ def _cut(task: "seqio.Task", config: DataConfig, objective: str) -> Iterator[str
     given = pipeline.first_examples(task, "train", limits, _MEASURED)
     if "targets_pretokenized" not in given.element_spec:
         return   # it fills whatever lengths it is given, and may refuse longer ones
-    dataset = pipeline.first_examples(task, "train", dict.fromkeys(limits, _LONG), _MEASURED)
+    dataset = pipeline.first_examples(task, "train", dict.fromkeys(limits, pipeline.UNCUT), _MEASURED)
     examples = list(dataset.as_numpy_iterator())
     for name in features:
         sizes = [len(e[name]) for e in examples]
@@ -293,7 +292,8 @@ def eval_examples(config: DataConfig, task: str, *, objective: str, split: str =
                   field: str = "data.validation") -> tuple["seqio.Task", Iterator[dict]]:
     """The task, and its examples in order: {"inputs", "targets": tokens, and all else it keeps}.
 
-    Cut to inputs_length and targets_length; the feature "inputs" may be missing.
+    Pairs of texts are whole; what is made to fill a row has its lengths. The feature "inputs" may
+    be missing.
     Raises UserError for an unknown task or split.
     """
     pipeline = tensorflow_side()

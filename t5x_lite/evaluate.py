@@ -45,6 +45,10 @@ class Evaluator:
         self._examples = self._tasks_with_metrics()
         if self._examples:
             self._predictor = predictor.Predictor(experiment, self._vocabulary, config.eval.decode)
+        for name, (_, examples) in self._examples.items():
+            self._predictor.count([e.get("inputs", ()) for e in examples],
+                                  [e["targets"] for e in examples])
+            self._predictor.say_misfits(name)
 
     def _tasks_with_metrics(self) -> dict:
         """{task: (seqio task, as many examples as it has rows)} where it has metric functions."""
@@ -58,17 +62,7 @@ class Evaluator:
             if task.predict_metric_fns or task.score_metric_fns:
                 found[name] = task, list(itertools.islice(
                     examples, config.eval.num_batches * size or None))
-                self._say_cut_targets(name, found[name][1])
         return found
-
-    def _say_cut_targets(self, name: str, examples: Sequence[Mapping]) -> None:
-        limit = self._experiment.config.data.targets_length
-        texts = [e["targets_pretokenized"].decode() for e in examples
-                 if isinstance(e.get("targets_pretokenized"), bytes)]
-        cut = sum(len(self._vocabulary.encode(text)) >= limit for text in texts)   # EOS has a place
-        if cut:
-            report.say(f"{name}: {cut} of {len(texts)} targets are longer than "
-                       f"data.targets_length={limit} and are cut")
 
     @property
     def has_data(self) -> bool:

@@ -236,9 +236,7 @@ def run(predictor: Predictor, params, items: Iterable[Item], output: Output, mod
     seconds = time.monotonic() - began
     report.say(f"{count:,} lines in {seconds:.1f} s"
                + (f", behind {output.last_line:,} of before" if output.last_line else ""))
-    for name, cut in (("inputs", predictor.num_cut_inputs), ("targets", predictor.num_cut_targets)):
-        if cut:
-            report.say(f"{cut:,} {name} were longer than data.{name}_length and were cut")
+    predictor.say_misfits()
     return count
 
 

@@ -8,7 +8,6 @@ many do not fit, and how many targets are empty.
     --vocabulary=NAME --task_modules=my.module --packing
 """
 
-import dataclasses
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,7 +23,6 @@ from t5x_lite.data import DataConfig
 from t5x_lite.errors import UserError
 
 _IDS_A_LINE = 8
-_LONG = 1 << 15   # tokens; no example of a text-to-text task is cut here
 
 
 def side_by_side(ids: Sequence[int], vocabulary) -> Iterator[str]:
@@ -75,22 +73,22 @@ def describe(config: DataConfig, name: str, split: str, objective: str, rows: in
 def _lengths(config: DataConfig, name: str, split: str, objective: str, examples: int
              ) -> Iterator[str]:
     """How long inputs and targets are before they are cut."""
-    read = lambda config: data.eval_examples(config, name, objective=objective, split=split)[1]
-    if "targets_pretokenized" not in next(read(config), {}):
+    _, read = data.eval_examples(config, name, objective=objective, split=split)
+    found = list(itertools.islice(read, examples))
+    if not found or "targets_pretokenized" not in found[0]:
         return   # no text-to-text task: it fills whatever lengths it is given
-    whole = dataclasses.replace(config, inputs_length=_LONG, targets_length=2 * _LONG)
     limits = {"inputs": config.inputs_length, "targets": config.targets_length}
     lengths: dict[str, list[int]] = {}
-    for example in itertools.islice(read(whole), examples):
+    for example in found:
         for feature in limits.keys() & example.keys():
             lengths.setdefault(feature, []).append(len(example[feature]))
     yield f"lengths of the first {len(lengths['targets'])} examples, in tokens"
-    for feature, found in sorted(lengths.items()):
+    for feature, sizes in sorted(lengths.items()):
         limit = limits[feature]
-        cut = sum(n > limit for n in found)
-        line = f"  {feature:<8} mean {np.mean(found):.1f}, longest {max(found)}; {cut} of "
-        line += f"{len(found)} longer than {feature}_length={limit} and cut"
-        empty = sum(n <= 1 for n in found)
+        cut = sum(n > limit for n in sizes)
+        line = f"  {feature:<8} mean {np.mean(sizes):.1f}, longest {max(sizes)}; {cut} of "
+        line += f"{len(sizes)} longer than {feature}_length={limit} and cut"
+        empty = sum(n <= 1 for n in sizes)
         yield line + (f"; {empty} empty" if empty else "")
 
 

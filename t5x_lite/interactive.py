@@ -64,6 +64,7 @@ class Session:
                 batch = rows.place(rows.training_rows(*zip(*chosen, strict=True)))
                 self.state, sums = self._train_step(self.state, batch)
                 losses.append(metrics.divide({"loss": jax.device_get(sums["loss"])})["loss"])
+        rows.say_misfits()
         return losses
 
     def predict(self, inputs: Sequence[str], **decode) -> list[str]:
@@ -74,17 +75,22 @@ class Session:
         """All sequences of each input with their scores, as predictor.Prediction."""
         _check_texts(inputs, "inputs")
         config = dataclasses.replace(self.experiment.config.eval.decode, **decode)
+        predictor = self._predictor(config)
         with self.experiment.activate():
-            return self._predictor(config).predict(self.params, inputs)
+            found = predictor.predict(self.params, inputs)
+        predictor.say_misfits()
+        return found
 
     def score(self, inputs: Sequence[str], targets: Sequence[str]) -> list[float]:
         """log p(target | input) of each pair, in nats."""
         _check_texts([*inputs, *targets], "inputs and targets")
         if len(inputs) != len(targets):
             raise UserError(f"{len(inputs)} inputs and {len(targets)} targets to score")
+        predictor = self._predictor(self.experiment.config.eval.decode)
         with self.experiment.activate():
-            return self._predictor(self.experiment.config.eval.decode).score(
-                self.params, inputs, targets)
+            found = predictor.score(self.params, inputs, targets)
+        predictor.say_misfits()
+        return found
 
     def evaluate(self, examples: Examples, metric_fns: Sequence[Callable] = (), **decode
                  ) -> dict[str, float]:

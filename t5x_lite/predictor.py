@@ -8,13 +8,15 @@
 Rows are of fixed widths and batches of a fixed size, so each function compiles once and a row's
 result does not depend on what stands beside it. An encoder-decoder reads the inputs and EOS, as
 in training. A prefix LM reads start token, inputs and EOS, all visible to one another. A causal
-LM continues start token and inputs, and neither they nor scored targets get an EOS.
+LM continues start token and inputs, and neither they nor scored targets get an EOS. In both,
+inputs and targets share a row of data.targets_length, as in training.
 
 Every process gives the same texts and receives all results; the mesh splits the work.
 
 Shape letters: B rows of a batch, N sequences an input, L positions.
 """
 
+import collections
 import dataclasses
 import numbers
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 import numpy as np
 
-from t5x_lite import data, losses, sharding, steps
+from t5x_lite import data, losses, report, sharding, steps
 from t5x_lite.build import Experiment
 from t5x_lite.decoding import DecodeConfig
 from t5x_lite.errors import UserError
@@ -72,8 +74,7 @@ class Predictor:
         self.batch_size = batch_size or config.eval.batch_size or config.train.global_batch_size
         self._decode_step = jax.jit(steps.make_decode_step(experiment.model, decode))
         self._score_step = jax.jit(make_score_step(experiment.model))
-        self.num_cut_inputs = 0    # texts longer than the model's rows, so far
-        self.num_cut_targets = 0
+        self._counts = collections.Counter()   # since the last say_misfits
 
     def predict(self, params, inputs: Sequence[Text], row_ids: Sequence[int] | None = None
                 ) -> list[Prediction]:
@@ -108,17 +109,17 @@ class Predictor:
                       ) -> dict[str, np.ndarray]:
         """A batch of the objective's features [batch_size, L], the missing rows zeros.
 
-        What does not fit is cut: inputs at their end (a causal LM's at their start), targets at
-        their end; num_cut_inputs and num_cut_targets count them.
+        What does not fit is cut: inputs at their end (a causal LM's at their start), to what the
+        targets leave of a row that they share; targets at their end where they alone are longer
+        than the row. say_misfits tells how many.
         """
-        pairs = [(self._inputs(i), self._targets(t)) for i, t in zip(inputs, targets, strict=True)]
+        pairs = [self._pair(i, t) for i, t in zip(inputs, targets, strict=True)]
+        length = self._targets_length
         if self._objective == "seq2seq":
             target_rows = [t for _, t in pairs]
             batch = self._encoder_rows([i for i, _ in pairs])
-            length = self._targets_length
         else:
-            target_rows = [[*i, *t] for i, t in pairs]
-            batch, length = {}, self._inputs_length + self._targets_length
+            batch, target_rows = {}, [[*i, *t] for i, t in pairs]
         tokens = self._pad(target_rows, length)
         weights = (np.arange(length) < _column(map(len, target_rows), self.batch_size))
         if self._objective != "seq2seq":
@@ -142,7 +143,7 @@ class Predictor:
         return {name: self._place(x) for name, x in batch.items()}
 
     def _prompts(self, inputs: Sequence[Text]) -> dict[str, np.ndarray]:
-        ids = [self._inputs(text) for text in inputs]
+        ids = [self._inputs(text, self._inputs_length) for text in inputs]
         if self._objective == "seq2seq":
             return self._encoder_rows(ids)
         prompts = [[self._start, *row] for row in ids]
@@ -161,19 +162,52 @@ class Predictor:
                 [[1] * len(row) for row in ids], self._inputs_length)
         return batch
 
-    def _inputs(self, text: Text) -> list[int]:
+    def _inputs(self, text: Text, room: int) -> list[int]:
+        """At most `room` tokens, with EOS but for a causal LM."""
         ids = self._ids(text)
-        self.num_cut_inputs += len(ids) + (self._objective != "lm") > self._inputs_length
+        self._counts["inputs"] += 1
+        self._counts["cut inputs"] += len(ids) + (self._objective != "lm") > room
         if self._objective == "lm":
-            return ids[-self._inputs_length:]
-        return [*ids[:self._inputs_length - 1], self._eos]
+            return ids[max(0, len(ids) - room):]
+        return [*ids[:room - 1], self._eos]
 
-    def _targets(self, text: Text) -> list[int]:
-        ids = self._ids(text)
-        self.num_cut_targets += len(ids) + (self._objective != "lm") > self._targets_length
-        if self._objective == "lm":
-            return ids[:self._targets_length]
-        return [*ids[:self._targets_length - 1], self._eos]
+    def _pair(self, inputs: Text, targets: Text) -> tuple[list[int], list[int]]:
+        """The tokens of both as their row or rows hold them."""
+        ids = self._ids(targets)
+        end = [] if self._objective == "lm" else [self._eos]
+        # A prefix LM's inputs need room for their EOS.
+        room = max(0, self._targets_length - len(end) - (self._objective == "prefix_lm"))
+        self._counts["targets"] += 1
+        self._counts["cut targets"] += len(ids) > room
+        self._counts["empty targets"] += not ids
+        ids = [*ids[:room], *end]
+        left = self._inputs_length
+        if self._objective != "seq2seq":
+            left = min(left, self._targets_length - len(ids))
+        return self._inputs(inputs, left), ids
+
+    def count(self, inputs: Sequence[Text], targets: Sequence[Text]) -> None:
+        """Counts what does not fit among pairs, for say_misfits, without using them."""
+        for pair in zip(inputs, targets, strict=True):
+            self._pair(*pair)
+
+    def say_misfits(self, name: str = "") -> None:
+        """Says how many inputs and targets were cut, or empty, since the last time.
+
+        name: of what they belong to.
+        """
+        found, self._counts = self._counts, collections.Counter()
+        shared = "" if self._objective == "seq2seq" else (
+            f", or than their targets leave of data.targets_length={self._targets_length},")
+        limits = {"inputs": f"data.inputs_length={self._inputs_length}{shared}",
+                  "targets": f"data.targets_length={self._targets_length}"}
+        before = f"{name}: " if name else ""
+        for side, limit in limits.items():
+            of = f"of {found[side]:,} {side} are"
+            if found[f"cut {side}"]:
+                report.say(f"{before}{found[f'cut {side}']:,} {of} longer than {limit} and are cut")
+            if found[f"empty {side}"]:
+                report.say(f"{before}{found[f'empty {side}']:,} {of} empty")
 
     def _ids(self, text: Text) -> list[int]:
         ids = self._vocabulary.encode(text) if isinstance(text, str) else list(map(int, text))

@@ -95,6 +95,29 @@ def test_targets_that_do_not_fit_are_counted(run, capsys):
     assert "12 of 12 targets are longer than data.targets_length=1" in capsys.readouterr().out
 
 
+def test_inputs_that_do_not_fit_are_counted_by_evaluation_and_infer(run, tmp_path, capsys):
+    config = configs.replace(run[0], "data.inputs_length", 3)
+    said = "12 of 12 inputs are longer than data.inputs_length=3 and are cut"
+    with build(config).activate():
+        Evaluator(build(config))
+    assert said in capsys.readouterr().out
+    go((config, *run[1:]), infer.read_task(config, config.data.validation, "validation"),
+       tmp_path / "out.jsonl")
+    assert said in capsys.readouterr().out
+
+
+def test_a_session_tells_of_cut_and_empty_texts(session, capsys):
+    capsys.readouterr()
+    session.score(["a", "a" * 30], ["z" * 100, ""])
+    assert capsys.readouterr().out == (
+        "1 of 2 inputs are longer than data.inputs_length=24 and are cut\n"
+        "1 of 2 targets are longer than data.targets_length=12 and are cut\n"
+        "1 of 2 targets are empty\n")
+    session.score(["a"], ["z"])
+    session.predict(["a"])
+    assert capsys.readouterr().out == ""
+
+
 def test_evaluation_without_metrics(run):
     config = configs.replace(run[0], "eval.metrics", False)
     experiment = build(config)
@@ -227,12 +250,13 @@ def test_formats_by_name():
         infer.format_of("-", "")
 
 
-def test_rows_of_causal_and_prefix_models_by_hand(session):
-    """[inputs, targets] in one row; loss on the targets; a prefix sees its own EOS."""
+def test_rows_of_causal_and_prefix_models_by_hand(session, capsys):
+    """[inputs, targets] in one row, as long as training's; loss on the targets; a prefix sees its
+    own EOS."""
     vocabulary = data.vocabulary_of(session.experiment.config.data)   # byt5: "a" is 100
     config = session.experiment.config
     config = dataclasses.replace(config, data=dataclasses.replace(
-        config.data, inputs_length=3, targets_length=3))
+        config.data, inputs_length=3, targets_length=6))
 
     def rows(objective):
         experiment = dataclasses.replace(session.experiment, config=dataclasses.replace(
@@ -253,11 +277,24 @@ def test_rows_of_causal_and_prefix_models_by_hand(session):
                       "decoder_target_tokens": [100, 101, 1, 102, 1, 0],
                       "decoder_loss_weights": [0, 0, 0, 1, 1, 0]}
     assert prompt["decoder_prefix"][0].tolist() == [1, 1, 1, 1]
-    predictor.training_rows(["abcd"], ["cdef"])
-    assert (predictor.num_cut_inputs, predictor.num_cut_targets) == (1, 1)
+    predictor.say_misfits()
+    capsys.readouterr()
+    row = lambda predictor, *pair: predictor.training_rows(*([text] for text in pair))[
+        "decoder_target_tokens"][0].tolist()
+    assert row(predictor, "ab", "cdef") == [1, 102, 103, 104, 105, 1]   # the inputs give way
+    assert row(predictor, "", "cdefg") == [1, 102, 103, 104, 105, 1]
+    predictor.say_misfits()
+    assert capsys.readouterr().out == (
+        "1 of 2 inputs are longer than data.inputs_length=3, or than their targets leave of "
+        "data.targets_length=6, and are cut\n"
+        "1 of 2 targets are longer than data.targets_length=6 and are cut\n")
+    predictor, *_ = rows("lm")
+    assert row(predictor, "abcd", "cd") == [101, 102, 103, 102, 103, 0]
+    assert row(predictor, "abcd", "cdefg") == [103, 102, 103, 104, 105, 106]   # at their start
+    assert row(predictor, "ab", "cdefgh") == [102, 103, 104, 105, 106, 107]
 
 
-def test_a_session_learns_predicts_and_evaluates(run):
+def test_a_session_learns_predicts_and_evaluates(run, capsys):
     from tasks import metrics
     session = interactive.start(configs.replace(run[0], "objective.z_loss", 0.0))
     losses = session.train([("x", "y")], 30)
@@ -269,6 +306,9 @@ def test_a_session_learns_predicts_and_evaluates(run):
         session.predict([3])
     with pytest.raises(UserError, match="no examples"):
         session.train([], 1)
+    capsys.readouterr()
+    session.train([("a", "")], 1)
+    assert capsys.readouterr().out == "8 of 8 targets are empty\n"
 
 
 def test_inspection_shows_tokens_and_text(run):
