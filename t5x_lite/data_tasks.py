@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -27,7 +28,8 @@ class DataConfig:
     command line cannot give tuples safely; in Python, tuples are joined for you."""
 
     # What to train on: names of seqio tasks or mixtures, each with its share of the examples,
-    # "a=1,b=3"; without shares, in proportion to their numbers of examples.
+    # "a=1,b=3"; without shares, in proportion to their numbers of examples. With a published
+    # mixture's shares: "gpt3(common_crawl=a,wikipedia=b)" (tasks/published_mixtures.py).
     # The path of a .jsonl, .json or .tsv file of examples is a task too (tasks/seq2seq_files.py).
     train: str = ""
     # Tasks or mixtures whose "validation" split is evaluated, each task on its own.
@@ -169,7 +171,7 @@ def train_mixture(config: DataConfig, objective: str) -> tuple["data_pipeline.We
     if not config.train:
         raise UserError("nothing to train on: set data.train to a task or mixture, or "
                         "data.train_files to text files")
-    entries = [part.strip().partition("=") for part in config.train.split(",")]
+    entries = _entries(config)
     providers = [_find(name, "data.train", config) for name, _, _ in entries]
     if config.temperature <= 0 or config.rate_cap < 0:
         raise UserError(f"data.temperature={config.temperature} must be positive and "
@@ -200,6 +202,24 @@ def train_mixture(config: DataConfig, objective: str) -> tuple["data_pipeline.We
     return mixture
 
 
+def _published(config: DataConfig) -> tuple[str, dict[str, str]] | None:
+    """("gpt3", {part: task}) of data.train=gpt3(part=task,…), None of another data.train."""
+    match = re.fullmatch(r"(\w+)\((.*)\)", config.train.strip())
+    if match is None:
+        return None
+    return match[1], dict(map(str.strip, part.partition("=")[::2]) for part in match[2].split(","))
+
+
+def _entries(config: DataConfig) -> list[tuple[str, str, str]]:
+    """(task, "=", share) of each entry of data.train; without a share ("" , "")."""
+    text = config.train
+    if published := _published(config):
+        tensorflow_side()
+        from tasks import published_mixtures
+        text = published_mixtures.weights(*published)
+    return [part.strip().partition("=") for part in text.split(",")]
+
+
 def _size(entry: tuple[str, str, str], provider) -> float:
     """The share written behind "=", else the number of training examples."""
     name, equals, text = entry
@@ -224,7 +244,8 @@ _MEASURED = 200   # records of a task whose lengths are looked at when a run sta
 def describe_training(config: DataConfig, objective: str, num_rows: int) -> list[str]:
     """A line a task, of at most twenty: its share; of a text-to-text task also how often `num_rows`
     rows see its examples (with packing, at least so often) and, where of the first 200 inputs or
-    targets are cut or empty, another that counts them. Nothing else is read.
+    targets are cut or empty, another that counts them. Nothing else is read. Of a published
+    mixture also a table: how often so many tokens would see the paper's own corpora.
     """
     mixture = train_mixture(config, objective)
     lines = []
@@ -237,7 +258,14 @@ def describe_training(config: DataConfig, objective: str, num_rows: int) -> list
                 lines[-1] += f", {num_rows * share / count:.3g} epochs of {count:,} examples"
             lines += filter(None, counts)
     more = len(mixture) - 20
-    return lines + ([f"… {more} more tasks"] if more > 0 else [])
+    lines += [f"… {more} more tasks"] if more > 0 else []
+    if published := _published(config):
+        from tasks import published_mixtures
+        tokens = num_rows * (config.inputs_length * (objective == "seq2seq")
+                             + config.targets_length)
+        lines += [f"epochs that {tokens:.3g} tokens are of the corpora of {published[0]}:",
+                  *published_mixtures.epochs(published[0], tokens, published[1]).splitlines()]
+    return lines
 
 
 def _cut(task: "seqio.Task", config: DataConfig, objective: str) -> Iterator[str]:
@@ -345,7 +373,7 @@ def vocabulary_of(config: DataConfig) -> "seqio.Vocabulary":
 
 
 def _first_of_train(config: DataConfig) -> str:
-    return config.train.split(",")[0].partition("=")[0].strip()
+    return _entries(config)[0][0].strip()
 
 
 def _adapted(task: "seqio.Task", config: DataConfig, objective: str, field: str) -> "seqio.Task":

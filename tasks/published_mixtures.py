@@ -1,7 +1,9 @@
 """Sampling proportions that published language models were trained with.
 
-    weights("massive_text", {"web": "my_web_task", …})      -> data.train's "task=share,…"
-    print(epochs("gpt3", tokens=300e9))                     how often each part is seen
+    --config.data.train='massive_text(web=my_web_task,books=my_books,github=my_code)'
+
+mixes tasks of yours in a paper's proportions, and says at the start of the run how often its
+tokens would see the paper's corpora.
 
     massive_text             Gopher (Rae et al. 2021, arXiv:2112.11446, table 2)
     massive_text_chinchilla  Chinchilla (Hoffmann et al. 2022, arXiv:2203.15556, table A1)
@@ -19,7 +21,7 @@ https://github.com/deepspeedai/Megatron-DeepSpeed; its tokens stand in table 20 
 (arXiv:2302.14045), but for Stack Exchange, PubMed, arXiv and GitHub, which are unchecked.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from t5x_lite.errors import UserError, nearest
@@ -71,9 +73,11 @@ def weights(name: str, tasks: Mapping[str, str]) -> str:
     return ",".join(f"{task}={parts[part].share}" for part, task in tasks.items())
 
 
-def epochs(name: str, tokens: float) -> str:
-    """A table: tokens, share and epochs of each part when `tokens` tokens are trained on."""
-    parts = _mixture(name)
+def epochs(name: str, tokens: float, chosen: Collection[str] = ()) -> str:
+    """A table: tokens, share and epochs of each part, or of the chosen ones alone, when `tokens`
+    tokens are trained on."""
+    parts = {part: numbers for part, numbers in _mixture(name).items()
+             if part in chosen or not chosen}
     total = sum(part.share for part in parts.values())
     lines = [f"{'part':<18}{'tokens':>9}{'share':>9}{'epochs':>9}"]
     for label, part in parts.items():

@@ -1,5 +1,6 @@
 """Multiple choice, language-model text, k-shot prompts, P3 templates, published mixtures."""
 
+import dataclasses
 import json
 
 import pytest
@@ -239,7 +240,23 @@ def test_published_mixtures():
     assert epochs["books3"] == pytest.approx(1.5, abs=0.05)
     assert epochs["openwebtext2"] == pytest.approx(3.6, abs=0.1)
     assert published_mixtures.weights("gpt3", {"wikipedia": "wiki", "books1": "b"}) == "wiki=3,b=8"
+    assert published_mixtures.epochs("gpt3", 10e9, ["wikipedia", "books1"]).splitlines()[1:] == [
+        "books1                  12B    72.7%     0.61",
+        "wikipedia                3B    27.3%     0.91"]
     with pytest.raises(UserError, match="did you mean 'books1'"):
         published_mixtures.weights("gpt3", {"book1": "b"})
     with pytest.raises(UserError, match="did you mean 'gpt3'"):
         published_mixtures.epochs("gpt", 1)
+
+
+def test_a_published_mixture_is_a_value_of_data_train():
+    config = DataConfig(train="gpt3( wikipedia=python_docs_causal_lm, books1 = "
+                              "python_source_causal_lm)", targets_length=64)
+    mixture = data_tasks.train_mixture(config, "lm")
+    assert {task.name: share for task, share in mixture} == pytest.approx(
+        {"python_docs_causal_lm": 3 / 11, "python_source_causal_lm": 8 / 11})
+    lines = data_tasks.describe_training(config, "lm", 10)
+    assert lines[2] == "epochs that 640 tokens are of the corpora of gpt3:"
+    assert [line.split()[0] for line in lines[3:]] == ["part", "books1", "wikipedia"]
+    with pytest.raises(UserError, match="no published mixture is called 'gpt4'.*'gpt3'"):
+        data_tasks.train_mixture(dataclasses.replace(config, train="gpt4(web=t)"), "lm")
