@@ -71,10 +71,13 @@ def saved_or_given(value: str | None, overrides: Sequence[str], holder: flags.Fl
     return config, None
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses the flags and calls main; a UserError becomes a message and exit status 2."""
+def run(main: Callable[[], None], alone: bool = False) -> None:
+    """Parses the flags and calls main; a UserError becomes a message and exit status 2.
+
+    alone: stay a process of its own, whatever the environment says of others.
+    """
     quiet()
-    app.run(lambda argv: _guarded(lambda: _start(main, argv)), flags_parser=_parse)
+    app.run(lambda argv: _guarded(lambda: _start(main, argv, alone)), flags_parser=_parse)
 
 
 def quiet() -> None:
@@ -91,10 +94,15 @@ def quiet() -> None:
         ours.propagate = False
 
 
-def _start(main: Callable[[], None], argv: list[str]) -> None:
+def _start(main: Callable[[], None], argv: list[str], alone: bool) -> None:
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}: every option starts with --.")
     given = [f for f in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID) if f.value is not None]
+    if alone:
+        if given:
+            raise UserError(f"--{given[0].name}: this command is one process; leave it out.")
+        main()
+        return
     if given and len(given) < 3:
         raise UserError("--coordinator_address, --num_processes and --process_id go together.")
     if given:
@@ -116,15 +124,15 @@ def _guarded(fn: Callable[[], None]) -> None:
 def _exit(error: Exception) -> None:
     print(f"error: {error}", file=sys.stderr, flush=True)
     # A process that leaves its peers waiting in a collective must not wait for them itself.
-    if jax.process_count() > 1:
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
         os._exit(2)
     sys.exit(2)
 
 
 def _parse(argv: list[str]) -> list[str]:
     """absl's parser, with a one-line error for what a user mistyped."""
-    argv = [_find_config(a) for a in argv]
     try:
+        argv = [_find_config(a) for a in _joined(argv)]
         return flags.FLAGS(argv)
     except UserError as error:
         _exit(error)
@@ -132,6 +140,8 @@ def _parse(argv: list[str]) -> list[str]:
         _exit(UserError(f"unknown flag --{error.flagname}."
                         f"{nearest(error.flagname, list(flags.FLAGS))}"))
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        if (ours := _user_error(error)) is not None:
+            _exit(ours)
         # ml_collections reports a wrong field or type this way. A mistake inside a config
         # file looks alike, but its traceback passes through that file: show it whole.
         frames = traceback.extract_tb(error.__traceback__)
@@ -140,6 +150,26 @@ def _parse(argv: list[str]) -> list[str]:
             raise
         _exit(UserError(_describe(argv, error)))
     return []
+
+
+def _user_error(error: BaseException | None) -> UserError | None:
+    """The config file's own UserError, which ml_collections and absl wrap with its traceback."""
+    found = None
+    while error is not None:
+        found = error if isinstance(error, UserError) else found
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def _joined(argv: list[str]) -> list[str]:
+    """argv with "--config", "X" as "--config=X"."""
+    out: list[str] = []
+    for argument in argv:
+        if out and out[-1] in ("--config", "-config"):
+            out[-1] += f"={argument}"
+        else:
+            out.append(argument)
+    return out
 
 
 def _describe(argv: list[str], error: Exception) -> str:
@@ -155,16 +185,26 @@ def _describe(argv: list[str], error: Exception) -> str:
 
 
 def _find_config(argument: str) -> str:
-    """Lets --config=configs/… name a shipped config from any working directory."""
+    """Lets --config=configs/… name a shipped config from any working directory.
+
+    Raises:
+        UserError: there is no such file.
+    """
     prefix, _, rest = argument.partition("=")
     if prefix not in ("--config", "-config") or not rest:
         return argument
     path, colon, size = rest.partition(":")
-    if pathlib.Path(path).exists() or not path.startswith("configs/"):
+    if pathlib.Path(path).exists():
         return argument
     spec = importlib.util.find_spec("configs")
-    for folder in (spec.submodule_search_locations if spec else ()):
-        shipped = pathlib.Path(folder).parent / path
-        if shipped.exists():
-            return f"{prefix}={shipped}{colon}{size}"
-    return argument
+    folders = [pathlib.Path(f) for f in (spec.submodule_search_locations if spec else ())]
+    if path.startswith("configs/"):
+        for folder in folders:
+            shipped = folder.parent / path
+            if shipped.exists():
+                return f"{prefix}={shipped}{colon}{size}"
+    names = [str(file.relative_to(folder).with_suffix("")) for folder in folders
+             for file in sorted(folder.glob("**/[!_]*.py"))]
+    hint = nearest(path.removeprefix("configs/").removesuffix(".py"), names)
+    raise UserError(f"--config={path} does not exist.{hint} configs/NAME.py is there for the names "
+                    f"{', '.join(names)}.")

@@ -381,10 +381,16 @@ def screen(plan: Plan, trials: Sequence[Trial] = ()) -> str:
 
 def published() -> str:
     """The runs of Patterson et al. 2021 derived from their FLOPs, and GPT-3's GPU-years."""
-    gpt3 = next(run for run in energy.PATTERSON_2021 if run.name == "GPT-3")
-    years = energy.chip_years(gpt3.total_flops, 28e12)
+    years = published_json()["gpt3_gpu_years"]
     return (tables.to_text(tables.published_table(energy.PATTERSON_2021), width=130)
-            + f"{gpt3.name} on one V100 at 28 TFLOP/s: {years:,.0f} GPU-years (355)")
+            + f"GPT-3 on one V100 at 28 TFLOP/s: {years:,.0f} GPU-years (355)")
+
+
+def published_json() -> dict[str, Any]:
+    """The same as one JSON object: each run's inputs and published figures, and the derived."""
+    return {"runs": [{**dataclasses.asdict(run), "derived": dataclasses.asdict(run.estimate())}
+                     for run in energy.PATTERSON_2021],
+            "gpt3_gpu_years": energy.chip_years(energy.PATTERSON_2021[-1].total_flops, 28e12)}
 
 
 def _headline(plan: Plan) -> str:
@@ -461,7 +467,7 @@ if __name__ == "__main__":
         given = Assumptions(_MFU.value, _WATTS.value, _PUE.value, _KG.value, _KG_NET.value,
                             _DOLLARS.value)
         if _PUBLISHED.value:
-            print(published())
+            print(json.dumps(published_json()) if _JSON.value else published())
             return
         config = cli.run_config(_CONFIG)
         if not _TOPOLOGY.value:
@@ -470,4 +476,4 @@ if __name__ == "__main__":
         trials = search(plan) if _SEARCH.value else []
         print(json.dumps(to_json(plan, trials)) if _JSON.value else screen(plan, trials))
 
-    cli.run(main)
+    cli.run(main, alone=True)

@@ -3,7 +3,9 @@
 import dataclasses
 import subprocess
 
+from absl import flags
 import jax
+from ml_collections import config_flags
 import pytest
 
 from configs import quickstart
@@ -116,3 +118,22 @@ def test_a_mistyped_field_is_named_in_plain_words(field):
         assert message.startswith(f"the config has no field '{field}'.")
         assert message.endswith(f"(among {override})") and "\\n" not in message
         assert ("num_steps" in message) == (field == "nm_steps")
+
+
+def test_a_config_file_that_is_not_there():
+    with pytest.raises(UserError, match=r"--config=configs/t5_1.py does not exist. did you mean "
+                                        r"'t5_1_1'\?.* llama,"):
+        cli._find_config("--config=configs/t5_1.py:base")
+    assert cli._find_config("--config.name=x") == "--config.name=x"
+    assert cli._joined(["train", "--config", "a.py:b", "--seed=1"]) == [
+        "train", "--config=a.py:b", "--seed=1"]
+
+
+def test_a_configs_own_complaint_is_shown_without_its_traceback():
+    holder = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=holder)
+    with pytest.raises(flags.Error) as wrapped:
+        holder(["train", f"--config={ROOT}/configs/t5_1_1.py:basee"])
+    message = str(cli._user_error(wrapped.value))
+    assert message.startswith("configs/t5_1_1.py:basee: no such size. did you mean 'base'?")
+    assert cli._user_error(ValueError("another")) is None

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -205,6 +206,21 @@ def test_the_command_prints_one_json_object_and_nothing_else(tmp_path):
     assert found["mesh"] == {"data": 2} and found["fits"] is True
     assert {line["kind"] for line in found["collectives"]} == {"all-reduce"}
     assert result.stdout.count("\n") == 1
+
+
+def test_a_plan_is_one_process_wherever_it_runs():
+    """Not one of a Slurm step's: it would wait for the others. And --published has JSON too."""
+    step = {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1",
+            "SLURM_STEP_NODELIST": "no-host-[1-2]"}
+    result = subprocess.run(
+        [sys.executable, "-m", "t5x_lite.plan", "--published", "--json"], cwd=ROOT,
+        env={**os.environ, **step}, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (0, "")
+    found = json.loads(result.stdout)
+    assert found["gpt3_gpu_years"] == pytest.approx(355, rel=0.005)
+    for run in found["runs"]:
+        assert run["derived"]["megawatt_hours"] == pytest.approx(run["megawatt_hours"], rel=0.05)
+    assert len(found["runs"]) == 6
 
 
 def test_json_of_a_plan_without_a_compiler():
