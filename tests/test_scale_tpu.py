@@ -189,4 +189,5 @@ def test_offloaded_activations_leave_the_device():
                   for remat in ("save:mlp_hidden", "offload:mlp_hidden"))
     hidden = 8 * rows // 8 * LENGTH * 4 * WIDTH * 2
     assert (kept.host_temp_bytes, sent.host_temp_bytes) == (0, hidden)
-    assert kept.temp_bytes - sent.temp_bytes > hidden
+    # Of 8 layers those of one or two are on their way.
+    assert kept.temp_bytes - sent.temp_bytes > hidden * 6 / 8
