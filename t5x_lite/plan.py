@@ -150,6 +150,9 @@ def make_plan(config: RunConfig, topology: Topology,
     model_flops = config.train.global_batch_size * experiment.flops_per_sequence
     bound = _bound(experiment, topology, compiled, arguments, model_flops)
     cost = _run_cost(experiment, topology, assumptions)
+    dtype, chip = experiment.policy.matmul_dtype, topology.chip
+    if chip.peak_flops and chip.matmul_flops_per_second(dtype) is None:
+        notes.append(f"a {chip.name} has no {dtype} units: use --config.precision=fp16")
     notes += _remarks(bound, compiled, assumptions)
     return Plan(config, topology, experiment, compiled, arguments,
                 rehearse.host_bytes(experiment), activations, model_flops, bound, cost,
@@ -188,7 +191,7 @@ def _run_cost(experiment: Experiment, topology: Topology, given: Assumptions
         total_flops=rows * experiment.flops_per_sequence, chips=topology.num_chips,
         flops_per_second=given.mfu * peak,
         watts=chip.watts if given.watts is None else given.watts,
-        power_source="table" if given.watts is None else "given", pue=given.pue,
+        power_source=chip.power_source if given.watts is None else "given", pue=given.pue,
         kg_per_kwh=given.kg_per_kwh, kg_per_kwh_net=given.kg_per_kwh_net,
         dollars_per_chip_hour=chip.dollars_per_hour if price is None else price)
 
@@ -436,7 +439,7 @@ def _memory_table(plan: Plan) -> Table:
     table.add_row("parameters", shown(plan.arguments["params"]))
     table.add_row("optimizer state", shown(plan.arguments["opt_state"]))
     if plan.host_bytes:
-        table.add_row("  and in the host's memory", shown(plan.host_bytes))
+        table.add_row("  and, not counted here, in the host's", shown(plan.host_bytes))
     table.add_row("batch", shown(plan.arguments["batch"]))
     table.add_row("arguments (the above, as laid out)", shown(plan.argument_bytes))
     table.add_row("temporaries at the peak", shown(plan.temp_bytes))

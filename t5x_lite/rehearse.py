@@ -97,27 +97,31 @@ class Topology:
         return self.chip.usable_hbm_bytes.get(per_chip, self.chip.hbm_bytes)
 
 
+def known_shapes(kind: str) -> str:
+    """The shapes of a TPU, in a line."""
+    shapes = TPU_SHAPES[kind]
+    shown = [s for s in shapes if s in _SMALL + _FLAT or s.count("x") == 1]
+    cubes = [s for s in shapes if s not in shown]
+    rest = f", and AxBxC of multiples of 4 from {cubes[0]} to {cubes[-1]}" if cubes else ""
+    return f"  {kind}: {' '.join(shown)}{rest}"
+
+
 def known_topologies() -> str:
     """Every name, in a few lines."""
-    lines = []
-    for name, shapes in TPU_SHAPES.items():
-        shown = [s for s in shapes if s in _SMALL + _FLAT or s.count("x") == 1]
-        cubes = [s for s in shapes if s not in shown]
-        rest = f", and AxBxC of multiples of 4 from {cubes[0]} to {cubes[-1]}" if cubes else ""
-        lines.append(f"  {name}: {' '.join(shown)}{rest}")
-    return "\n".join([*lines, f"  {' '.join(GPUS)}: any number of GPUs, such as h100:8",
+    return "\n".join([*map(known_shapes, TPU_SHAPES), f"  {' '.join(GPUS)}: any number of GPUs, such as h100:8",
                       "  cpu: any number of simulated devices, such as cpu:8"])
 
 
 def topology(name: str, num_slices: int = 1) -> Topology:
-    """The machine of this name.
+    """The machine of this name, in capitals or not.
 
     Raises:
         UserError: no such name, or libtpu is not installed.
     """
-    kind, colon, shape = name.strip().partition(":")
+    name = name.strip().lower()
+    kind, _, shape = name.partition(":")
     kind = {"v7x": "tpu7x"}.get(kind, kind)
-    if kind not in (*TPU_SHAPES, *GPUS, "cpu") or not colon:
+    if kind not in (*TPU_SHAPES, *GPUS, "cpu"):
         hint = nearest(kind, (*TPU_SHAPES, *GPUS, "cpu"))
         raise UserError(f"--topology={name}: no such topology.{hint} Known:\n{known_topologies()}")
     if num_slices < 1 or (num_slices > 1 and kind not in TPU_SHAPES):
@@ -138,9 +142,12 @@ def topology(name: str, num_slices: int = 1) -> Topology:
 
 def _tpu(kind: str, shape: str, num_slices: int) -> Topology:
     shapes = TPU_SHAPES[kind]
+    if not shape:
+        raise UserError(f"--topology={kind}: the shape of the slice is missing, such as "
+                        f"{kind}:{shapes[2]}. Known:\n{known_shapes(kind)}")
     if shape not in shapes:
         raise UserError(f"--topology={kind}:{shape}: {kind} has no slice of that shape."
-                        f"{nearest(shape, shapes)} Known:\n{known_topologies()}")
+                        f"{nearest(shape, shapes)} Known:\n{known_shapes(kind)}")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError('TPU topologies need libtpu, which runs on any Linux machine: '
                         'pip install -c constraints.txt ".[cpu,plan]". --topology=cpu:8 works '
@@ -189,13 +196,12 @@ class Compiled:
 
 def compile_step(experiment: Experiment) -> Compiled:
     """Compiles the step that train runs, for the devices of the experiment's mesh."""
-    began = time.perf_counter()
+    began, platform = time.perf_counter(), experiment.mesh.devices.flat[0].platform
     with experiment.activate():
         lowered = experiment.jit_train_step().lower(
             experiment.abstract_state, experiment.abstract_batch())
         try:
-            compiled, peak, temp = compile_lowered(
-                lowered, experiment.mesh.devices.flat[0].platform)
+            compiled, peak, temp = compile_lowered(lowered, platform)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -205,10 +211,12 @@ def compile_step(experiment: Experiment) -> Compiled:
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
     collectives, note = _collectives(compiled, experiment)
-    return Compiled(seconds, True, temp, memory.argument_size_in_bytes,
-                    memory.output_size_in_bytes, peak, collectives,
-                    memory.host_argument_size_in_bytes, memory.host_temp_size_in_bytes,
-                    memory.temp_size_in_bytes, note)
+    # A CPU has one memory, and its compiler counts what is offloaded with the rest.
+    offloaded = host_bytes(experiment) if platform == "cpu" else 0
+    return Compiled(seconds, True, temp, memory.argument_size_in_bytes - offloaded,
+                    memory.output_size_in_bytes - offloaded, peak - offloaded, collectives,
+                    memory.host_argument_size_in_bytes + offloaded,
+                    memory.host_temp_size_in_bytes, memory.temp_size_in_bytes, note)
 
 
 def compile_lowered(lowered: jax.stages.Lowered, platform: str

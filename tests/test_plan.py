@@ -130,6 +130,23 @@ def test_gpus_give_what_needs_no_compiler():
     assert "FITS OR NOT: unknown" in plan_lib.screen(plan)
 
 
+def test_a_v100_has_no_bfloat16_units():
+    v100 = rehearse.topology("v100:8")
+    plan = plan_lib.make_plan(lm(**SPLIT), v100)
+    assert any("no bfloat16 units: use --config.precision=fp16" in note for note in plan.notes)
+    half = plan_lib.make_plan(replace(lm(**SPLIT), "precision", "fp16"), v100)
+    assert half.roofline.bound_seconds and not any("units" in note for note in half.notes)
+
+
+def test_on_cpus_too_offloaded_state_is_beside_the_arguments():
+    config = replace(tiny.seq2seq(), "sharding.offload_optimizer", True)
+    plan = plan_lib.make_plan(config, rehearse.topology("cpu:2"))
+    assert plan.host_bytes > 0.9 * plan.arguments["params"]
+    assert plan.argument_bytes == sum(plan.arguments.values()) + 4   # the step's number
+    assert plan.peak_bytes == plan.argument_bytes + plan.temp_bytes
+    assert plan.compiled.host_argument_bytes == plan.host_bytes
+
+
 def test_a_plan_for_gpus_where_no_cudnn_is_counts_other_attention():
     long = replace(lm(**SPLIT), "data.targets_length", 2048)   # where cuDNN's would be taken
     plan = plan_lib.make_plan(long, rehearse.topology("h100:8"))
@@ -301,13 +318,18 @@ def test_meshes_are_the_ways_to_split_the_devices():
 # --- Errors, all before compiling -------------------------------------------------------------
 
 @pytest.mark.parametrize("name, message", [
-    ("v9:2x2", "no such topology.*v5e: 1x1 2x2 2x4"), ("v5e", "no such topology"),
+    ("v9:2x2", "no such topology.*v5e: 1x1 2x2 2x4"), ("v5e", "shape of the slice is missing, such as v5e:2x4.*v5e: 1x1"),
+    ("H10", "did you mean 'h100'"), ("h100", "write h100:N"), ("V4:3x3x3", "v4 has no slice"),
     ("v5e:3x5", "no slice of that shape.*Known"), ("v4:2x2x3", "did you mean '2x2x"),
     ("h100:many", "h100:8"), ("cpu:0", "cpu:8"), ("cpu:99", "8 CPU devices"),
     ("h10:8", "did you mean 'h100'")])
 def test_a_topology_that_does_not_exist(name, message):
     with pytest.raises(UserError, match=f"(?s){message}"):
         rehearse.topology(name)
+
+
+def test_capitals_name_the_same_machine():
+    assert rehearse.topology("H100:8") == rehearse.topology("h100:8")
 
 
 def test_slices_are_of_tpus_and_agree_with_the_mesh():

@@ -29,7 +29,7 @@ class RunCost:
     tonnes_co2e_gross: float | None
     tonnes_co2e_net: float | None
     dollars: float | None
-    power_source: str  # "measured", "table" or "given": where the watts come from
+    power_source: str  # "measured", "table: …" or "given": where the watts come from
 
 
 def training_days(total_flops: float, chips: int, flops_per_second: float) -> float:

@@ -68,6 +68,11 @@ class Chip:
         """The table's power for energy estimates: measured mean if published, else the maximum."""
         return self.max_watts if self.mean_watts is None else self.mean_watts
 
+    @property
+    def power_source(self) -> str:
+        """What `watts` is."""
+        return "table: TDP" if self.mean_watts is None else "table: measured mean"
+
     def matmul_flops_per_second(self, dtype: str) -> float | None:
         """Peak of a matmul whose operands have this dtype, as XLA runs it by default.
 

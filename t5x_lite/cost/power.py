@@ -1,7 +1,7 @@
 """Power measured on this machine: NVIDIA GPUs by NVML or nvidia-smi, processors by RAPL.
 
 A TPU VM reports no power; a container often hides RAPL. Then there is no reading, and the
-caller falls back to the hardware table and says so ("table" instead of "measured").
+caller falls back to the hardware table and says so ("table: …" instead of "measured: …").
 """
 
 import dataclasses

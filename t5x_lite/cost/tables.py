@@ -1,6 +1,7 @@
 """The figures of a plan as tables of plain text, a screen wide."""
 
 import io
+import math
 from collections.abc import Sequence
 
 from rich.console import Console, RenderableType
@@ -54,6 +55,22 @@ def duration(seconds: float | None) -> str:
     return f"{seconds * 1e6:.3g} us"
 
 
+def mass(tonnes: float | None) -> str:
+    """Tonnes in the unit that suits them: 0.0109 -> "10.9 kg"; None -> "unknown"."""
+    if tonnes is None:
+        return UNKNOWN
+    unit, size = next((pair for pair in (("t", 1.0), ("kg", 1e-3)) if tonnes >= pair[1]),
+                      ("g", 1e-6))
+    return f"{figures(tonnes / size)} {unit}"
+
+
+def figures(value: float) -> str:
+    """Three figures at least, never with an exponent: 1,234.6, 12.3, 0.0000331."""
+    if value == 0 or value >= 1000:
+        return f"{value:,.1f}"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
+
+
 def communication_table(lines: Sequence[CollectiveTotal]) -> Table:
     """Every kind of collective of a step, its axes, and what it moves; loops counted out."""
     table = Table("collective", "axes", "over", "calls/step", "buffers/step", "received/step",
@@ -90,13 +107,15 @@ def run_cost_table(cost: RunCost, *, assumed: str) -> Table:
     table = Table("", "", title=f"The whole run {assumed}", title_justify="left",
                   show_header=False)
     table.add_row("time", duration(cost.days * 86400))
-    table.add_row("chip-hours", f"{cost.chip_hours:,.1f}")
+    table.add_row("chip-hours", figures(cost.chip_hours))
     known = cost.megawatt_hours is not None
-    table.add_row("energy", f"{cost.megawatt_hours:,.3g} MWh (power: {cost.power_source})"
-                  if known else f"{UNKNOWN} (no power figure)")
-    table.add_row("CO2e", f"{cost.tonnes_co2e_gross:,.3g} t gross, "
-                          f"{cost.tonnes_co2e_net:,.3g} t net" if known else UNKNOWN)
-    table.add_row("price", UNKNOWN if cost.dollars is None else f"${cost.dollars:,.2f}")
+    table.add_row("energy", f"{quantity(cost.megawatt_hours * 1e6, 'Wh')} (power: "
+                            f"{cost.power_source})" if known else
+                  f"{UNKNOWN} (no power figure); give --watts=… of a chip")
+    table.add_row("CO2e", f"{mass(cost.tonnes_co2e_gross)} gross, {mass(cost.tonnes_co2e_net)} net"
+                  if known else f"{UNKNOWN}, as the energy")
+    table.add_row("price", f"{UNKNOWN}; give --dollars_per_chip_hour=…" if cost.dollars is None
+                  else f"${cost.dollars:,.2f}" if cost.dollars >= 1 else f"${figures(cost.dollars)}")
     return table
 
 

@@ -73,7 +73,7 @@ class UsageMeter:
             return reading.watts * self._processes, f"measured: {reading.source}"
         if self._chip.watts is None:
             return None, ""
-        return self._chip.watts * self._chips, "table"
+        return self._chip.watts * self._chips, self._chip.power_source
 
 
 def describe(used: Mapping[str, float | str]) -> str:

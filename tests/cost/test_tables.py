@@ -2,7 +2,7 @@
 
 import pytest
 
-from t5x_lite.cost import energy, tables
+from t5x_lite.cost import energy, hardware, tables
 from t5x_lite.cost.hlo import CollectiveTotal
 from t5x_lite.cost.roofline import Roofline
 
@@ -28,6 +28,28 @@ def test_durations(seconds, text):
     assert tables.duration(seconds) == text
 
 
+@pytest.mark.parametrize("value, text", [
+    (0, "0.0"), (471_234.56, "471,234.6"), (999.4, "999"), (12.34, "12.3"), (3.3112e-5, "0.0000331")])
+def test_figures_have_no_exponents(value, text):
+    assert tables.figures(value) == text
+
+
+@pytest.mark.parametrize("tonnes, text", [
+    (552.1, "552 t"), (0.0109, "10.9 kg"), (1.09e-8, "0.0109 g"), (None, "unknown")])
+def test_masses(tonnes, text):
+    assert tables.mass(tonnes) == text
+
+
+def test_a_small_run_has_readable_figures_and_says_whose_power_it_is():
+    """The quickstart on 8 H100: 0.0331 chip-seconds at 700 W and PUE 1.1."""
+    cost = energy.estimate(
+        total_flops=2.36e13, chips=8, flops_per_second=1.98e14, watts=700,
+        power_source=hardware.lookup("h100").power_source, dollars_per_chip_hour=6.88)
+    text = tables.to_text(tables.run_cost_table(cost, assumed="at 40% MFU"))
+    for shown in ("0.0000331", "0.02549 Wh (power: table: TDP)", "0.0109 g gross", "$0.000228"):
+        assert shown in text, text
+
+
 def test_a_screen_says_what_is_a_bound_and_what_is_unknown():
     text = tables.to_text(
         tables.communication_table([
@@ -42,7 +64,8 @@ def test_a_screen_says_what_is_a_bound_and_what_is_unknown():
     assert "a bound, not a prediction" in text
     assert "200 ms  <- sets the bound" in text and "50.0%" in text
     assert "data-centre network bandwidth" in text
-    assert "unknown (no power figure)" in text and "at 40% MFU" in text
+    assert "unknown (no power figure); give --watts=" in text
+    assert "give --dollars_per_chip_hour=" in text and "at 40% MFU" in text
     skipping = tables.to_text(tables.roofline_table(Roofline(0.1, 0.0, 0.0, 0.0, (), 0.104)))
     assert "104.0% (it counts masked attention too)" in skipping
     assert "\x1b" not in text  # no colour codes in logs and pipes

@@ -39,7 +39,7 @@ def test_measured_power_adds_up_over_machines_and_hours():
 
 def test_the_tables_power_where_nothing_is_measured():
     found = usage("TPU v3", None, num_chips=4).read(1e15)
-    assert (found["watts"], found["power_source"]) == (4 * 283, "table")
+    assert (found["watts"], found["power_source"]) == (4 * 283, "table: measured mean")
     assert found["energy_kwh"] == pytest.approx(4 * 0.283 * 1.10)
 
 
@@ -60,6 +60,6 @@ def test_a_run_that_goes_on_adds_to_what_it_had_used():
 
 def test_the_line_says_where_the_power_comes_from():
     assert describe(usage("TPU v3", None, num_chips=4).read(0.0)).startswith(
-        "4 chip-hours, 1.25 kWh with PUE 1.10 (power: table), 0.534 kg CO2e, $")
+        "4 chip-hours, 1.25 kWh with PUE 1.10 (power: table: measured mean), 0.534 kg CO2e, $")
     assert "(power: measured: nvml)" in describe(usage("cpu", 65.0, num_chips=1).read(0.0))
     assert "energy unknown" in describe(usage("cpu", None, num_chips=1).read(0.0))
