@@ -35,8 +35,8 @@ def check_vocabulary(vocabulary: "seqio.Vocabulary", model_vocab_size: int,
         size = getattr(vocabulary, "required_size", size)
     if size > model_vocab_size:
         raise UserError(
-            f"model.vocab_size={model_vocab_size} is smaller than the vocabulary's {size} ids: for a "
-            "trained model set data.vocabulary to its own, for a new one set model.vocab_size to "
+            f"model.vocab_size={model_vocab_size} is smaller than the vocabulary's {size} ids: for "
+            "a trained model set data.vocabulary to its own, for a new one set model.vocab_size to "
             f"{size} or more (a multiple of 128 suits accelerators: {-(-size // 128) * 128})")
 
 

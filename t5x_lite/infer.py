@@ -1,10 +1,11 @@
 """Predict or score: `python -m t5x_lite.infer --workdir=DIR --input=FILE --output=OUT.jsonl`.
 
-    --input=FILE        .jsonl ({"inputs" or "question": …, "targets" or "answer": …}), .tsv
-                        (inputs, tab, targets) or text (an input a line); - is standard input,
-                        with --format=jsonl|tsv|text
+    --input=FILE        .jsonl ({"inputs" or "question": …, "targets" or "answer": …}), .json (a
+                        list of such objects), .tsv (inputs, tab, targets) or text (an input a
+                        line), also .gz; - is standard input, which as any pipe needs
+                        --format=jsonl|json|tsv|text
     --task=NAME         instead: the --split of a seqio task
-    --mode=predict      or score: the log-probability of the targets
+    --mode=predict      or score: the log-probability of each of the targets
     --step=last         or a number: which checkpoint of the workdir
     --config=…          instead of a workdir: a config with --config.init_from=hf:DIR, t5x:DIR
                         or a workdir (see init_from.py)
@@ -12,20 +13,23 @@
     --on_error=refuse   or skip: what to do with a malformed line, which is reported either way
 
 Writes one JSON object a line, in the order of the input: {"line", "inputs", "predictions",
-"scores", "targets"}. Started again with the same command it goes on behind the last complete
-line of the output; OUT.jsonl.run says what the output belongs to. With several processes the
-mesh splits each batch, all processes read the same input, process 0 writes and tells the others
-where the output ends.
+"scores", "targets"}, and of a choice of a rank classification task "question" and "is_correct".
+Started again with the same command it goes on behind the last complete line of the output;
+OUT.jsonl.run says what the output belongs to. With several processes the mesh splits each batch,
+all processes read the same input, process 0 writes and tells the others where the output ends.
 """
 
 import dataclasses
+import functools
+import gzip
 import itertools
 import json
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read on import
@@ -44,8 +48,10 @@ from t5x_lite.decoding import DecodeConfig
 from t5x_lite.errors import UserError, nearest
 from t5x_lite.predictor import Predictor, Text
 
-FORMATS = ("jsonl", "tsv", "text")
+FORMATS = ("jsonl", "json", "tsv", "text")
 MODES = ("predict", "score")
+_BOM = b"\xef\xbb\xbf"   # what some editors put in front of UTF-8
+_FINGERPRINT = 1 << 16   # bytes of the input's beginning that tell it from another
 _SECONDS_BETWEEN_REPORTS = 10.0
 
 
@@ -56,7 +62,8 @@ class Item:
     line: int                       # in the input, from 1
     text: str                       # the inputs, as they are written out
     inputs: Text                    # the same, or a task's tokens
-    targets: tuple[str, ...] = ()   # the first one is scored
+    targets: tuple[str, ...] = ()
+    about: Mapping[str, Any] = dataclasses.field(default_factory=dict)   # written out as well
 
 
 # --- reading --------------------------------------------------------------------------------
@@ -66,14 +73,58 @@ def format_of(path: str, given: str) -> str:
     if given and given not in FORMATS:
         raise UserError(f"--format={given}: must be one of {', '.join(FORMATS)}."
                         f"{nearest(given, FORMATS)}")
-    if path == "-" and not given:
-        raise UserError("--input=- needs --format=jsonl, tsv or text.")
-    ending = pathlib.Path(path).suffix.removeprefix(".")
+    if not given and (path == "-" or pathlib.Path(path).is_fifo()):
+        raise UserError(f"--input={path} has no ending: it needs --format="
+                        f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}.")
+    ending = pathlib.Path(path.removesuffix(".gz")).suffix.removeprefix(".")
     return given or (ending if ending in FORMATS else "text")
 
 
-def parse(line: str, kind: str) -> tuple[str, tuple[str, ...]]:
-    """(inputs, targets) of a line without its end. Raises UserError where it is malformed."""
+def open_input(path: str) -> tuple[Iterable[bytes], str]:
+    """(its lines, what messages call it); "-" is standard input. Raises UserError for no file."""
+    if path == "-":
+        return sys.stdin.buffer, "standard input"
+    file = pathlib.Path(path)
+    if not file.exists() or file.is_dir():
+        raise UserError(f"--input={path} {'is a folder' if file.exists() else 'does not exist'}.")
+    return (gzip.open if path.endswith(".gz") else open)(path, "rb"), path
+
+
+def source_of(path: str, kind: str) -> str:
+    """What the output's record calls the input: of a file also its size and beginning."""
+    file = pathlib.Path(path)
+    if path == "-" or not file.is_file():
+        return f"{'standard input' if path == '-' else 'a pipe'} as {kind}"
+    with open(file, "rb") as content:
+        digest = zlib.crc32(content.read(_FINGERPRINT))
+    return f"{path} as {kind}, {file.stat().st_size:,} bytes, crc32 {digest:08x} at the beginning"
+
+
+def _entries(lines: Iterable[bytes], kind: str, name: str) -> Iterator[tuple[int, bytes | Mapping]]:
+    """(place from 1, line) of what may hold something, or (place, object) of a .json list."""
+    lines = iter(lines)
+    try:
+        first = next(lines, b"").removeprefix(_BOM)
+        lines = itertools.chain([first] if first else [], lines)
+        if kind == "json":
+            from tasks import records   # as training reads it
+            yield from records.json_objects(b"".join(lines), name)
+            return
+        for number, raw in enumerate(lines, 1):
+            if raw.strip() or kind == "text":
+                yield number, raw
+    except gzip.BadGzipFile as error:
+        raise UserError(f"{name} is not a gzip file; rename it without .gz") from error
+
+
+def parse(entry: bytes | Mapping, kind: str) -> tuple[str, tuple[str, ...]]:
+    """(inputs, targets) of a line or an object. Raises UserError where it is malformed."""
+    if isinstance(entry, Mapping):
+        return _parse_object(entry)
+    try:
+        line = entry.decode().rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise UserError("is not UTF-8") from error
     if not line.strip():
         raise UserError("is empty")
     if kind == "text":
@@ -89,6 +140,10 @@ def parse(line: str, kind: str) -> tuple[str, tuple[str, ...]]:
         raise UserError(f"is not JSON ({error.msg})") from error
     if not isinstance(record, dict):
         raise UserError(f"is not an object but a {type(record).__name__}")
+    return _parse_object(record)
+
+
+def _parse_object(record: Mapping) -> tuple[str, tuple[str, ...]]:
     inputs = next((record[k] for k in ("inputs", "question", "text") if k in record), None)
     targets = next((record[k] for k in ("targets", "answer", "answers") if k in record), [])
     targets = [targets] if isinstance(targets, str) else targets
@@ -96,23 +151,28 @@ def parse(line: str, kind: str) -> tuple[str, tuple[str, ...]]:
         raise UserError(f'has no string "inputs", "question" or "text" (found {sorted(record)})')
     if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
         raise UserError('has "targets" that are neither a string nor a list of strings')
+    try:
+        "".join([inputs, *targets]).encode()
+    except UnicodeEncodeError as error:
+        raise UserError("holds half of a surrogate pair, "
+                        f"{error.object[error.start:error.end]!a}, which is no text") from error
     return inputs, tuple(targets)
 
 
 def read_lines(lines: Iterable[bytes], kind: str, *, on_error: str, needs_targets: bool,
                name: str = "input") -> Iterator[Item]:
-    """The items of a file; a malformed line is said and skipped, or raised with its number."""
-    for number, raw in enumerate(lines, 1):
+    """The items of a file; a malformed line is said and skipped, or raised with its number.
+
+    Blank lines of .jsonl and .tsv hold nothing, as in training.
+    """
+    for number, entry in _entries(lines, kind, name):
         try:
-            try:
-                line = raw.decode().rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise UserError("is not UTF-8") from error
-            inputs, targets = parse(line, kind)
-            if needs_targets and not (targets and targets[0].strip()):
-                raise UserError("has no targets to score")
+            inputs, targets = parse(entry, kind)
+            if needs_targets and not (targets and all(t.strip() for t in targets)):
+                raise UserError("has no targets to score" if not any(map(str.strip, targets))
+                                else "has an empty target to score")
         except UserError as error:
-            message = f"{name}, line {number} {error}"
+            message = f"{name}, {'object' if kind == 'json' else 'line'} {number} {error}"
             if on_error == "refuse":
                 raise UserError(f"{message}; --on_error=skip leaves such lines out") from error
             report.say(f"skipped: {message}")
@@ -134,8 +194,10 @@ def read_task(config: RunConfig, name: str, split: str) -> Iterator[Item]:
 
     for number, example in enumerate(examples, 1):
         answers = [a.decode() for a in example.get("answers", ())]
+        about = {name: example[name].item() for name in ("question", "is_correct")
+                 if isinstance(example.get(name), (np.generic, np.ndarray))}
         yield Item(number, text(example, "inputs"), example.get("inputs", ()),
-                   tuple(answers) or (text(example, "targets"),))
+                   tuple(answers) or (text(example, "targets"),), about)
 
 
 # --- writing --------------------------------------------------------------------------------
@@ -214,20 +276,25 @@ def _check_same(path: pathlib.Path, before: dict, now: dict) -> None:
 # --- the run --------------------------------------------------------------------------------
 
 def run(predictor: Predictor, params, items: Iterable[Item], output: Output, mode: str) -> int:
-    """Predicts or scores what the output does not hold yet; returns how many lines it wrote."""
+    """Predicts or scores what the output does not hold yet; returns how many lines it wrote.
+
+    What stands before a malformed line is written before its UserError is raised.
+    """
     fresh = itertools.dropwhile(lambda item: item.line <= output.last_line, items)
     began = shown = time.monotonic()
     count = 0
-    while batch := list(itertools.islice(fresh, predictor.batch_size)):
-        inputs = [item.inputs for item in batch]
+    for batch in _batches(fresh, predictor.batch_size):
         if mode == "score":
-            scores = predictor.score(params, inputs, [item.targets[0] for item in batch])
-            found = [{"scores": [s]} for s in scores]
+            pairs = [(item.inputs, target) for item in batch for target in item.targets]
+            scores = iter(predictor.score(params, *zip(*pairs)))
+            found = [{"scores": list(itertools.islice(scores, len(item.targets)))}
+                     for item in batch]
         else:
             found = [{"predictions": list(p.texts), "scores": list(p.scores)}
-                     for p in predictor.predict(params, inputs, [i.line for i in batch])]
+                     for p in predictor.predict(params, [item.inputs for item in batch],
+                                                [item.line for item in batch])]
         output.write([{"line": item.line, "inputs": item.text, **result,
-                       "targets": list(item.targets)}
+                       "targets": list(item.targets), **item.about}
                       for item, result in zip(batch, found, strict=True)])
         count += len(batch)
         if time.monotonic() - shown > _SECONDS_BETWEEN_REPORTS:
@@ -238,6 +305,31 @@ def run(predictor: Predictor, params, items: Iterable[Item], output: Output, mod
                + (f", behind {output.last_line:,} of before" if output.last_line else ""))
     predictor.say_misfits()
     return count
+
+
+def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    batch = []
+    try:
+        for item in items:
+            batch.append(item)
+            if len(batch) == size:
+                yield batch
+                batch = []
+    except UserError:
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch
+
+
+def _what_decides(config: RunConfig) -> dict[str, Any]:
+    """The fields of the config that the lines are a function of, besides the parameters."""
+    fields = ("data.inputs_length", "data.targets_length", "data.vocabulary", "data.train",
+              "data.task_modules", "objective.name", "precision")
+    values = {name: functools.reduce(getattr, name.split("."), config) for name in fields}
+    model = configs.to_json(config.model) + configs.to_json(config.peft)
+    return {**values, "model and peft": f"crc32 {zlib.crc32(model.encode()):08x}"}
 
 
 def infer(config: RunConfig, workdir: pathlib.Path | None, step: str, decode: DecodeConfig,
@@ -255,7 +347,7 @@ def infer(config: RunConfig, workdir: pathlib.Path | None, step: str, decode: De
         predictor = Predictor(experiment, vocabulary, decode)
         params = _gathered(experiment, params)
         file = Output(output, {"workdir": str(workdir or config.init_from), "step": step,
-                               "mode": mode, "source": source,
+                               "mode": mode, "source": source, **_what_decides(config),
                                "decode": dataclasses.asdict(decode)})
         count = run(predictor, params, items, file, mode)
     file.close()
@@ -285,22 +377,22 @@ def _items(config: RunConfig, values: Any) -> tuple[Iterator[Item], str]:
     if values.task:
         return read_task(config, values.task, values.split), f"{values.task}/{values.split}"
     kind = format_of(values.input, values.format)
-    if values.input == "-" and jax.process_count() > 1:
-        raise UserError(f"--input=-: {jax.process_count()} processes cannot share one standard "
-                        "input; write it to a file that all of them see.")
-    if values.input != "-" and not pathlib.Path(values.input).is_file():
-        raise UserError(f"--input={values.input} does not exist.")
-    lines = sys.stdin.buffer if values.input == "-" else open(values.input, "rb")
-    return read_lines(lines, kind, on_error=values.on_error, name=values.input,
-                      needs_targets=values.mode == "score"), f"{values.input} as {kind}"
+    lines, name = open_input(values.input)
+    if jax.process_count() > 1 and not pathlib.Path(values.input).is_file():
+        raise UserError(f"--input={values.input}: {jax.process_count()} processes cannot share one "
+                        f"{'pipe' if name == values.input else name}; write it to a file that all "
+                        "of them see.")
+    report.say(f"reading {name} as {kind}")
+    return read_lines(lines, kind, on_error=values.on_error, name=name,
+                      needs_targets=values.mode == "score"), source_of(values.input, kind)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "The folder of the run whose model predicts.")
     flags.DEFINE_string("step", "last", "last or the number of a step.")
     flags.DEFINE_multi_string("override", [], "field=value of the run's config.")
-    flags.DEFINE_string("input", "", "A .jsonl, .tsv or text file; - for standard input.")
-    flags.DEFINE_string("format", "", "jsonl, tsv or text; default: by the file's ending.")
+    flags.DEFINE_string("input", "", "A .jsonl, .json, .tsv or text file; - for standard input.")
+    flags.DEFINE_string("format", "", "jsonl, json, tsv or text; default: by the file's ending.")
     flags.DEFINE_string("task", "", "A seqio task to read instead of a file.")
     flags.DEFINE_string("split", "validation", "The task's split.")
     flags.DEFINE_string("output", None, "The .jsonl file to write or go on with.")

@@ -104,7 +104,7 @@ def published(name: str, origin: str) -> str:
 
 def json_lines(path: str) -> Iterator[tuple[int, dict]]:
     """(line number, object) of a .jsonl file; UserError names a line that is none."""
-    with open(path, encoding="utf-8") as lines:
+    with open(path, encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -137,16 +137,23 @@ def example_of(record: Mapping, where: str) -> tuple[str, list[str]]:
 
 
 def json_list(path: str) -> Iterator[tuple[int, dict]]:
-    """(place, object) of a .json file that holds a list, places from 1; WebQuestions' objects
-    ("utterance", "targetValue") become {"question", "answers"}.
+    """(place, object) of a .json file, see json_objects."""
+    with open(path, "rb") as file:
+        yield from json_objects(file.read(), path)
 
-    Raises UserError where it is no list of objects.
+
+def json_objects(text: bytes, path: str) -> Iterator[tuple[int, dict]]:
+    """(place, object) of a list in JSON, places from 1; WebQuestions' objects ("utterance",
+    "targetValue") become {"question", "answers"}.
+
+    path: where the text is from. Raises UserError where it is no list of objects.
     """
-    with open(path, encoding="utf-8") as file:
-        try:
-            content = json.load(file)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} is not JSON (line {error.lineno}: {error.msg})") from error
+    try:
+        content = json.loads(text.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON (line {error.lineno}: {error.msg})") from error
     if not isinstance(content, list) or not all(isinstance(r, dict) for r in content):
         raise UserError(f"{path} is not a list of objects; a .jsonl file has one a line")
     for number, record in enumerate(content, 1):
@@ -167,7 +174,7 @@ def read_examples(path: str) -> Iterator[Record]:
     """(inputs, [answers]) of a .jsonl file, of a .json list, or of a .tsv: inputs, target[, more
     answers]."""
     if path.endswith(".tsv"):
-        with open(path, encoding="utf-8", newline="") as lines:
+        with open(path, encoding="utf-8-sig", newline="") as lines:
             rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
             for number, row in enumerate(rows, 1):
                 if row:

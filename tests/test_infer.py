@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from t5x_lite import (
-    checkpoint, data, infer, inspect_task, interactive, steps, train, tree)
+    checkpoint, data, infer, init_from, inspect_task, interactive, steps, train, tree)
 from t5x_lite import config as configs
 from t5x_lite import eval as eval_main
 from t5x_lite.build import build
@@ -212,6 +212,37 @@ def test_scoring(run, files, tmp_path, session):
     assert [r["scores"][0] for r in written(output)] == pytest.approx(expected, rel=1e-6)
 
 
+def test_every_target_is_scored(run, tmp_path, session):
+    lines = [b'{"inputs": "1+1", "targets": ["2", "3"]}', b'{"inputs": "1+2", "targets": "3"}']
+    read = infer.read_lines(lines, "jsonl", on_error="refuse", needs_targets=True)
+    go(run, read, tmp_path / "out.jsonl", mode="score")
+    expected = session.score(["1+1", "1+1", "1+2"], ["2", "3", "3"])
+    first, second = (row["scores"] for row in written(tmp_path / "out.jsonl"))
+    assert (len(first), len(second)) == (2, 1)
+    assert first + second == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_rank_classification_tasks_lines_give_its_accuracy(run, tmp_path):
+    from tasks import rank_classification
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps({"question": q, "choices": ["yes", "no"], "label": i % 2})
+                            + "\n" for i, q in enumerate(("a", "b", "c"))))
+    task = rank_classification.register_files("test_infer_choices", {"validation": [str(path)]})
+    output = tmp_path / "out.jsonl"
+    go(run, infer.read_task(run[0], task.name, "validation"), output, mode="score")
+    rows = written(output)
+    assert [(r["question"], r["is_correct"]) for r in rows] == [
+        (0, True), (0, False), (1, False), (1, True), (2, True), (2, False)]
+    best = {r["question"]: r for r in sorted(rows, key=lambda r: r["scores"])}
+    config = configs.replace(run[0], "data.validation", task.name)
+    experiment = build(config)
+    with experiment.activate():
+        evaluator = Evaluator(experiment)
+        [values] = evaluator.evaluate(init_from.restore(experiment, run[1])[0]).values()
+    accuracy = 100 * np.mean([r["is_correct"] for r in best.values()])
+    assert values["metric/accuracy"] == pytest.approx(accuracy)
+
+
 def test_a_task_gives_the_same_as_its_file(run, files, tmp_path):
     config = run[0]
     output = tmp_path / "task.jsonl"
@@ -221,33 +252,28 @@ def test_a_task_gives_the_same_as_its_file(run, files, tmp_path):
     assert by_input == {r["inputs"]: r["predictions"] for r in written(tmp_path / "file.jsonl")}
 
 
-@pytest.mark.parametrize("line, kind, message", [
-    ("{", "jsonl", "is not JSON"), ("[]", "jsonl", "is not an object but a list"),
-    ('{"a": 1}', "jsonl", 'has no string "inputs"'), ("", "text", "is empty"),
-    ("\tb", "tsv", "has no inputs before the tab"), ("a", "tsv", "has no targets to score"),
-    ('{"inputs": "a", "targets": ""}', "jsonl", "has no targets to score"),
-    ('{"inputs": "a", "targets": 3}', "jsonl", 'has "targets" that are neither'),
-    (b"\xff", "text", "is not UTF-8"),
-])
-def test_malformed_lines_are_numbered_and_skipped_or_refused(line, kind, message, capsys):
-    good = {"jsonl": '{"inputs": "a", "targets": "b"}', "tsv": "a\tb", "text": "a"}[kind]
-    raw = line if isinstance(line, bytes) else line.encode()
-    lines = [good.encode() + b"\n", raw + b"\n", good.encode() + b"\n"]
-    scored = dict(needs_targets=kind != "text", name="f")
-    with pytest.raises(UserError, match=f"f, line 2 {message}"):
-        list(infer.read_lines(lines, kind, on_error="refuse", **scored))
-    found = list(infer.read_lines(lines, kind, on_error="skip", **scored))
-    assert [item.line for item in found] == [1, 3]
-    assert f"skipped: f, line 2 {message}" in capsys.readouterr().out
+def test_an_output_of_other_settings_or_another_input_is_refused(run, files, tmp_path):
+    output, path = tmp_path / "out.jsonl", tmp_path / "in.jsonl"
+    path.write_bytes((files / "a.jsonl").read_bytes())
+    source = infer.source_of(str(path), "jsonl")
+    go(run, items(path)[:1], output, source=source)
+    shorter = configs.replace(run[0], "data.inputs_length", 4)
+    with pytest.raises(UserError, match="another run:\n  data.inputs_length: 24 before, 4 now"):
+        go((shorter, *run[1:]), items(path), output, source=source)
+    other = configs.replace(run[0], "precision", "bf16_params")
+    with pytest.raises(UserError, match="precision: 'float32' before"):
+        go((other, *run[1:]), items(path), output, source=source)
+    path.write_bytes(path.read_bytes().replace(b"0+0", b"9+9"))
+    with pytest.raises(UserError, match="source: '.*in.jsonl as jsonl, .* bytes, crc32 "):
+        go(run, items(path), output, source=infer.source_of(str(path), "jsonl"))
 
 
-def test_formats_by_name():
-    assert infer.format_of("a.tsv", "") == "tsv" and infer.format_of("a", "") == "text"
-    assert infer.format_of("a.tsv", "jsonl") == "jsonl"
-    with pytest.raises(UserError, match="did you mean 'jsonl'"):
-        infer.format_of("a", "json")
-    with pytest.raises(UserError, match="--input=- needs --format"):
-        infer.format_of("-", "")
+def test_what_stands_before_a_malformed_line_is_written(run, files, tmp_path):
+    lines = [*(files / "a.jsonl").read_bytes().splitlines(), b"{"]
+    read = infer.read_lines(lines, "jsonl", on_error="refuse", needs_targets=False)
+    with pytest.raises(UserError, match="line 13 is not JSON"):
+        go(run, read, tmp_path / "out.jsonl")
+    assert [row["line"] for row in written(tmp_path / "out.jsonl")] == list(range(1, 13))
 
 
 def test_rows_of_causal_and_prefix_models_by_hand(session, capsys):
@@ -334,7 +360,7 @@ def test_the_command_reads_standard_input(run, tmp_path):
     assert result.returncode == 0, result.stderr.decode()
     assert [r["line"] for r in written(output)] == [1, 3]
     assert all(len(r["predictions"]) == 2 for r in written(output))
-    assert b"line 2 is empty" in result.stdout and b"2 lines in" in result.stdout
+    assert b"standard input, line 2 is empty" in result.stdout and b"2 lines in" in result.stdout
 
 
 def test_fsdp_is_gathered_once_and_not_at_every_token(run, files, tmp_path, capsys):
@@ -363,7 +389,8 @@ def test_fsdp_is_gathered_once_and_not_at_every_token(run, files, tmp_path, caps
 def test_two_processes_killed_and_restarted_write_each_line_once(run, files, tmp_path):
     """Both read the input, process 0 alone has the output: the other need not even see it."""
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
-    go(run, items(files / "a.jsonl"), whole, source=f"{files / 'a.jsonl'} as jsonl")
+    go(run, items(files / "a.jsonl"), whole,
+       source=infer.source_of(str(files / "a.jsonl"), "jsonl"))
     lines = whole.read_bytes().splitlines(keepends=True)
     cut.write_bytes(b"".join(lines[:3]) + lines[3][:9])   # a kill in the middle of a write
     cut.with_name("cut.jsonl.run").write_bytes(whole.with_name("whole.jsonl.run").read_bytes())
