@@ -332,6 +332,16 @@ def eval_examples(config: DataConfig, task: str, *, objective: str, split: str =
     return found, pipeline.examples(found, split, lengths)
 
 
+def json_objects(text: bytes, name: str) -> Iterator[tuple[int, dict]]:
+    """(place from 1, object) of a .json list of examples, as a task of the file reads it.
+
+    name: of the file. Raises UserError where it is no such list.
+    """
+    tensorflow_side()
+    from tasks import records
+    return records.json_objects(text, name)
+
+
 def _text_task(config: DataConfig, split: str, objective: str) -> "seqio.Task":
     """data.train_files or data.validation_files as a task with the objective's features."""
     converter = tensorflow_side().converter_of(objective)

@@ -107,8 +107,7 @@ def _entries(lines: Iterable[bytes], kind: str, name: str) -> Iterator[tuple[int
         first = next(lines, b"").removeprefix(_BOM)
         lines = itertools.chain([first] if first else [], lines)
         if kind == "json":
-            from tasks import records   # as training reads it
-            yield from records.json_objects(b"".join(lines), name)
+            yield from data.json_objects(b"".join(lines), name)
             return
         for number, raw in enumerate(lines, 1):
             if raw.strip() or kind == "text":
