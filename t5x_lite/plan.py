@@ -12,7 +12,6 @@ no step is faster), and an assumption (--mfu), from which time, energy and price
 import dataclasses
 import json
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from absl import flags
 import jax
 from rich.table import Table
 
-from t5x_lite import rehearse, schedules, sharding
+from t5x_lite import rehearse, remedies, schedules
 from t5x_lite.build import Experiment, build
 from t5x_lite.config import RunConfig, replace
 from t5x_lite.cost import energy, flops, hlo, tables
@@ -31,9 +30,9 @@ from t5x_lite.cost.roofline import Roofline
 from t5x_lite.errors import UserError
 from t5x_lite.layers import kernels
 from t5x_lite.rehearse import Compiled, Topology
-from t5x_lite.sharding import MeshConfig
 
 DEFAULT_MFU = 0.4       # of a tuned run on TPUs; --mfu
+ROOM = "leaves"         # in the outcome of a trial without a compiler
 SHOWN_COLLECTIVES = 8   # lines of the communication table; --json has all
 
 
@@ -212,59 +211,9 @@ def _remarks(bound: Roofline, compiled: Compiled | None, given: Assumptions) -> 
 
 # --- What would make it fit, and the best mesh ------------------------------------------------
 
-def remedies(config: RunConfig, num_devices: int) -> Iterator[tuple[str, RunConfig]]:
-    """(what changes, config) in the order to try, each on top of those before it.
-
-    Rematerialisation, accumulation, sharding (ZeRO's stage, then meshes), and offloading, which
-    costs the most time. A config may still be refused by build.
-    """
-    sides = [side for side in ("encoder", "decoder") if getattr(config.model, side) is not None]
-    if any(getattr(config.model, side).remat != "full" for side in sides):
-        for side in sides:
-            config = replace(config, f"model.{side}.remat", "full")
-        yield " ".join(f"--config.model.{side}.remat=full" for side in sides), config
-    sizes = sharding.resolve_mesh(config.mesh, num_devices)
-    ways = math.prod(sizes[a] for a in sharding.DEFAULT_RULES["act_batch"])
-    parts = 2 * config.train.accumulation
-    while config.train.global_batch_size % (parts * ways) == 0:
-        config = replace(config, "train.accumulation", parts)
-        yield f"--config.train.accumulation={parts}", config
-        parts *= 2
-    if config.sharding.zero < 3:
-        config = replace(config, "sharding.zero", 3)
-        yield "--config.sharding.zero=3", config
-    for changes, config in meshes(config, num_devices):
-        yield changes, config
-    if not config.sharding.offload_optimizer:
-        yield ("--config.sharding.offload_optimizer=True",
-               replace(config, "sharding.offload_optimizer", True))
-
-
-def meshes(config: RunConfig, num_devices: int) -> Iterator[tuple[str, RunConfig]]:
-    """(flags, config) of other divisions of the devices between data, fsdp and tensor.
-
-    Slices, stages, experts and sequence stay as they are. What splits the state more finely
-    comes later, as it costs more communication.
-    """
-    sizes = sharding.resolve_mesh(config.mesh, num_devices)
-    left = sizes["data"] * sizes["fsdp"] * sizes["tensor"]
-    shapes = [(left // fsdp // tensor, fsdp, tensor)
-              for tensor in (1, 2, 4, 8) for fsdp in _powers(left) if left % (fsdp * tensor) == 0]
-    best = {s for s in shapes if s[0] == 1 or s[1] in (1, 8)}   # the ends, and one in between
-    for data, fsdp, tensor in sorted(best, key=lambda s: (s[1] * s[2], s[2])):
-        new = {"data": data, "fsdp": fsdp, "tensor": tensor}
-        if {**sizes, **new} != sizes:
-            yield (" ".join(f"--config.mesh.{axis}={n}" for axis, n in new.items()),
-                   replace(config, "mesh", MeshConfig(**{**sizes, **new})))
-
-
-def _powers(most: int) -> list[int]:
-    return sorted({most, *(2**i for i in range(most.bit_length()) if most % 2**i == 0)})
-
-
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One config of a search. plan: None where build refused it."""
+    """One config of a search. plan: None where build refused it, or nothing could compile it."""
 
     changes: str
     plan: Plan | None
@@ -274,8 +223,12 @@ class Trial:
 def search(first: Plan, most_compilations: int = 8) -> list[Trial]:
     """Plans until one fits, then meshes for the best bound; the first trial is the plan given.
 
-    What does not build, or whose state alone is too large, costs no compilation.
+    What does not build, or whose state alone is too large, costs no compilation. Without a
+    compiler (GPUs) the state alone is counted, until it fits in a few ways.
     """
+    if not first.topology.compiler:
+        return [Trial("as given", first, _state_outcome(first.topology, first.arguments)),
+                *_by_state(first)]
     trials = [Trial("as given", first, _outcome(first))]
     devices = len(first.topology.devices)
     left = most_compilations
@@ -293,12 +246,34 @@ def search(first: Plan, most_compilations: int = 8) -> list[Trial]:
             left -= plan.compiled is not None
             trials.append(Trial(changes, plan, _outcome(plan)))
 
-    if first.topology.compiler:
-        attempt(remedies(first.config, devices), True)
-        found = best(trials)
-        if found is not None and "mesh" not in found.changes:
-            attempt(meshes(found.plan.config, devices), False)
+    attempt(remedies.remedies(first.config, devices), True)
+    found = best(trials)
+    if found is not None and "mesh" not in found.changes:
+        attempt(remedies.meshes(found.plan.config, devices), False)
     return trials
+
+
+def _by_state(first: Plan, enough: int = 3) -> Iterator[Trial]:
+    """What changes the bytes of the state, until they leave room `enough` times."""
+    for changes, config in remedies.remedies(first.config, len(first.topology.devices)):
+        if enough == 0:
+            return
+        if "mesh" not in changes and "sharding" not in changes:
+            continue
+        try:
+            arguments = rehearse.argument_bytes(build(config, first.topology.devices))
+        except UserError as error:
+            yield Trial(changes, None, f"refused: {error}")
+            continue
+        enough -= sum(arguments.values()) <= first.topology.hbm_bytes
+        yield Trial(changes, None, _state_outcome(first.topology, arguments))
+
+
+def _state_outcome(topology: Topology, arguments: dict[str, int]) -> str:
+    used, shown = sum(arguments.values()), tables.binary_bytes
+    room = topology.hbm_bytes - used
+    return f"parameters, optimizer state and batch {shown(used)}: " \
+        + (f"{ROOM} {shown(room)} for temporaries" if room >= 0 else "too large")
 
 
 def best(trials: Sequence[Trial]) -> Trial | None:
@@ -372,14 +347,24 @@ def screen(plan: Plan, trials: Sequence[Trial] = ()) -> str:
                       title="Search", title_justify="left")
         for trial in trials:
             table.add_row(trial.changes, trial.outcome)
-        chosen = best(trials)
-        parts += [tables.to_text(table).rstrip(),
-                  f"best: {chosen.changes}" if chosen else "nothing that was tried fits"]
-    elif plan.fits is False:
-        lines = [changes for changes, _ in remedies(plan.config, len(plan.topology.devices))]
+        parts += [tables.to_text(table).rstrip(), _conclusion(plan, trials)]
+    if plan.fits is False and not trials or trials and not plan.topology.compiler:
+        lines = [changes for changes, _ in remedies.remedies(plan.config,
+                                                             len(plan.topology.devices))]
         parts.append("To make it fit, in this order (--search tries them):\n"
                      + "\n".join(f"  {line}" for line in lines))
     return "\n".join(parts)
+
+
+def _conclusion(plan: Plan, trials: Sequence[Trial]) -> str:
+    if plan.topology.compiler:
+        chosen = best(trials)
+        return f"best: {chosen.changes}" if chosen else "nothing that was tried fits"
+    roomy = next((trial for trial in trials if ROOM in trial.outcome), None)
+    if roomy is None:
+        return "too large however it was split: take more devices"
+    return f"the state leaves room {roomy.changes if roomy.plan is None else 'as it is'}; " \
+           "whether temporaries fit too only a compiler could tell, on the machine itself"
 
 
 def published() -> str:

@@ -108,7 +108,8 @@ def known_shapes(kind: str) -> str:
 
 def known_topologies() -> str:
     """Every name, in a few lines."""
-    return "\n".join([*map(known_shapes, TPU_SHAPES), f"  {' '.join(GPUS)}: any number of GPUs, such as h100:8",
+    return "\n".join([*map(known_shapes, TPU_SHAPES),
+                      f"  {' '.join(GPUS)}: any number of GPUs, such as h100:8",
                       "  cpu: any number of simulated devices, such as cpu:8"])
 
 

@@ -21,7 +21,7 @@ LAYERS = (
     ("state", "steps", "checkpoint_format", "checkpoint"),
     ("config", "build"),
     ("processes", "cli", "report", "predictor", "evaluate", "init_from", "train", "eval",
-     "infer", "inspect_task", "rehearse", "plan", "convert_main", "experiment", "interactive",
+     "infer", "inspect_task", "rehearse", "remedies", "plan", "convert_main", "experiment", "interactive",
      "scaling"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -114,8 +114,9 @@ def run_cost_table(cost: RunCost, *, assumed: str) -> Table:
                   f"{UNKNOWN} (no power figure); give --watts=… of a chip")
     table.add_row("CO2e", f"{mass(cost.tonnes_co2e_gross)} gross, {mass(cost.tonnes_co2e_net)} net"
                   if known else f"{UNKNOWN}, as the energy")
-    table.add_row("price", f"{UNKNOWN}; give --dollars_per_chip_hour=…" if cost.dollars is None
-                  else f"${cost.dollars:,.2f}" if cost.dollars >= 1 else f"${figures(cost.dollars)}")
+    price = cost.dollars
+    table.add_row("price", f"{UNKNOWN}; give --dollars_per_chip_hour=…" if price is None
+                  else f"${price:,.2f}" if price >= 1 else f"${figures(price)}")
     return table
 
 

@@ -29,7 +29,8 @@ def test_durations(seconds, text):
 
 
 @pytest.mark.parametrize("value, text", [
-    (0, "0.0"), (471_234.56, "471,234.6"), (999.4, "999"), (12.34, "12.3"), (3.3112e-5, "0.0000331")])
+    (0, "0.0"), (471_234.56, "471,234.6"), (999.4, "999"), (12.34, "12.3"),
+    (3.3112e-5, "0.0000331")])
 def test_figures_have_no_exponents(value, text):
     assert tables.figures(value) == text
 
