@@ -34,6 +34,10 @@ class DataConfig:
     train: str = ""
     # Tasks or mixtures whose "validation" split is evaluated, each task on its own.
     validation: str = ""
+    # Solved examples before every input of them, k-shot (tasks/demonstrations.py): how many, of
+    # "train" where a task has it, and which.
+    shots: int = 0
+    shots_seed: int = 0
     # Text files instead of `train` / `validation`: paths or globs of .txt or .jsonl, also .gz.
     train_files: str = ""
     validation_files: str = ""
@@ -306,6 +310,10 @@ def validation_task(config: DataConfig, name: str, objective: str,
                     field: str = "data.validation") -> "seqio.Task":
     """The task of a name that validation_tasks gives, or of any registered task, in the run's
     vocabulary. field: what named it. Raises UserError for one in another vocabulary."""
+    if config.shots and (name == "validation_files" or config.cached_tasks):
+        other = "data.cached_tasks" if config.cached_tasks else "data.validation_files"
+        raise UserError(f"data.shots={config.shots} shows solved examples of the tasks in "
+                        f"data.validation, as text: set it to 0, or leave {other} empty")
     if name == "validation_files":
         return _text_task(config, "validation", objective)
     found = _find(name, field, config)
@@ -313,6 +321,10 @@ def validation_task(config: DataConfig, name: str, objective: str,
     if parts != [found.name]:
         raise UserError(f"{found.name!r} is a mixture; name one of its tasks: {', '.join(parts)}")
     _check_same_vocabulary(found, config, field)
+    if config.shots:
+        from tasks import demonstrations
+        found = demonstrations.with_shots(
+            found, demonstrations.Shots(config.shots, config.shots_seed))
     return _adapted(found, config, objective, field)
 
 
@@ -388,7 +400,7 @@ def _first_of_train(config: DataConfig) -> str:
 
 def _adapted(task: "seqio.Task", config: DataConfig, objective: str, field: str) -> "seqio.Task":
     """The task with the run's vocabulary; UserError where it is made for another objective."""
-    from tasks import cached, denoising, tokenized
+    from tasks import cached, demonstrations, denoising, tokenized
     name = denoising.of(task)
     if name:
         denoising.check_objective(name, objective, f"{field}={task.name!r}")
@@ -405,7 +417,12 @@ def _adapted(task: "seqio.Task", config: DataConfig, objective: str, field: str)
         features = {n: dataclasses.replace(f, vocabulary=vocabulary) for n, f in features.items()}
     if objective == "lm" and "inputs" in features:   # read on without a break, as in infer
         features["inputs"] = dataclasses.replace(features["inputs"], add_eos=False)
-    return tokenized.ahead(task.replace(output_features=features))
+    task = task.replace(output_features=features)
+    if isinstance(task.source, demonstrations.PromptedSource):
+        lengths = tensorflow_side().converter_of(objective).task_lengths(
+            task, config.inputs_length, config.targets_length)
+        task = demonstrations.fitted(task, lengths["inputs"])
+    return tokenized.ahead(task)
 
 
 def _check_same_vocabulary(task: "seqio.Task", config: DataConfig, field: str) -> None:

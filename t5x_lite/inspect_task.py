@@ -5,7 +5,7 @@ tokens and text side by side, and over the first examples how long inputs and ta
 many do not fit, and how many targets are empty.
 
     --objective=seq2seq --inputs_length=512 --targets_length=114 --rows=2 --examples=200
-    --vocabulary=NAME --task_modules=my.module --packing
+    --vocabulary=NAME --task_modules=my.module --packing --shots=4 --shots_seed=0
 """
 
 import itertools
@@ -102,6 +102,8 @@ if __name__ == "__main__":
     flags.DEFINE_integer("examples", 200, "Examples to measure.")
     flags.DEFINE_string("vocabulary", "", "Instead of the task's own.")
     flags.DEFINE_string("task_modules", "", "Your modules that register tasks.")
+    flags.DEFINE_integer("shots", 0, "Solved examples before every input.")
+    flags.DEFINE_integer("shots_seed", 0, "Which ones.")
     flags.DEFINE_bool("packing", False, "Several examples in a row.")
 
     def main() -> None:
@@ -111,7 +113,7 @@ if __name__ == "__main__":
         config = DataConfig(
             validation=values.task, vocabulary=values.vocabulary, packing=values.packing,
             inputs_length=values.inputs_length, targets_length=values.targets_length,
-            task_modules=values.task_modules)
+            task_modules=values.task_modules, shots=values.shots, shots_seed=values.shots_seed)
         print(describe(config, values.task, values.split, values.objective, values.rows,
                        values.examples))
 

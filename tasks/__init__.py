@@ -28,6 +28,7 @@ Your own tasks live in any importable module, named in `data.task_modules`.
     flan              instructions with options for ten data sets, and their mixture
     p3                P3's mixture of what is at hand (not registered unless asked for)
     prompts           k-shot prompts, P3's templates, FLAN's mixtures, for your own tasks
+    demonstrations    … and what stands before the inputs of a k-shot prompt (data.shots)
     published_mixtures    sampling proportions of Gopher, Chinchilla, GPT-3 and MT-NLG
     seq2seq_files     your own JSONL and TSV examples, SCAN
     big_bench         BIG-bench and BIG-Bench Hard, and your own task.json

@@ -7,9 +7,10 @@
     data.validation=mine/task.json                          … or without a name
 
 A task.json of choices is prompted as BIG-bench's json_task.py does: task_prefix,
-example_input_prefix ("\\nQ: "), the input, each choice behind choice_prefix ("\\n  choice: ") unless
-append_choices_to_input is false, and example_output_prefix ("\\nA:"). Choices keep the file's order.
-Those of the highest score are right. Tasks of answers are prompted by task_prefix and the input.
+example_input_prefix ("\\nQ: "), the input, each choice behind choice_prefix ("\\n  choice: ")
+unless append_choices_to_input is false, and example_output_prefix ("\\nA:"). Choices keep the
+file's order; those of the highest score are right. Tasks of answers are prompted by task_prefix
+and the input.
 """
 
 import json

@@ -85,6 +85,10 @@ class DocumentSource(seqio.DataSource):
     def num_input_examples(self, split: str) -> int:
         return json.loads((self.folder() / "manifest.json").read_text())[split]["documents"]
 
+    def digest(self, split: str) -> str:
+        """What the split's documents are: the same for splits of the same ones."""
+        return json.loads((self.folder() / "manifest.json").read_text())[split]["digest"]
+
     def folder(self) -> pathlib.Path:
         """The cache folder, written first if need be."""
         key = self._key()

@@ -1,12 +1,10 @@
 """Prompted tasks: k-shot demonstrations, P3's templates, FLAN's mixtures.
 
-    few_shot("trec_5shot", task="trec", shots=5, seed=0)
+    few_shot("trec_5shot", task="trec", shots=5, seed=0)        or data.shots=5
     register_templates("p3_nq", "p3_nq_open.yaml", {"train": ["nq.jsonl"]}, read)   a task each
     flan_mixture("my_flan", {"task": number of examples, …})
 
-Demonstrations are drawn once, from the training split, so that what is evaluated stays held
-out, and by a fixed seed, so that every run and step sees the same prompt (Brown et al. 2020,
-arXiv:2005.14165). Templates are Jinja: Python runs them ahead of tf.data, over records that a
+Templates are Jinja: Python runs them ahead of tf.data, over records that a
 reader gives (tasks/records.py).
 """
 
@@ -15,11 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import seqio
-import tensorflow as tf
 
-from t5x_lite.errors import UserError
-from tasks import metrics, records, text_to_text
-from tasks.text_to_text import each
+from t5x_lite.errors import UserError, nearest
+from tasks import demonstrations, metrics, records, seq2seq_files, text_to_text
+from tasks.demonstrations import Shots
 
 FLAN_CAP = 3_000        # rate maximum of Wei et al. 2021 (arXiv:2109.01652, §2.1) …
 FLAN_EXAMPLES = 30_000  # … and the examples a data set is cut to
@@ -28,58 +25,31 @@ P3_CAP = 500_000        # Sanh et al. 2021 (arXiv:2110.08207, §5): over the num
 
 # --- k-shot ----------------------------------------------------------------------------------
 
-def demonstrations(task: seqio.Task, shots: int, seed: int, split: str = "train",
-                   pool: int = 1000) -> list[tuple[str, str]]:
-    """(inputs, targets) of `shots` examples among the first `pool` of a split, by the seed."""
-    dataset = task.source.get_dataset(split=split, shuffle=False)
-    dataset = task.preprocessors[0](dataset).take(pool)
-    found = [(e["inputs"].decode(), e["targets"].decode()) for e in dataset.as_numpy_iterator()]
-    if len(found) < shots:
-        raise UserError(f"{task.name!r} has {len(found)} examples in {split!r}, too few for "
-                        f"{shots} demonstrations")
-    return random.Random(seed).sample(found, shots)
+def few_shot(name: str, task: str, shots: int, seed: int = 0, split: str = "",
+             between: str = "\n\n", before_answer: str = "\n") -> seqio.Task | seqio.Mixture:
+    """Registers a task whose inputs begin with `shots` solved examples (tasks/demonstrations.py).
 
-
-def few_shot(name: str, task: str, shots: int, seed: int = 0, between: str = "\n\n",
-             before_answer: str = "\n") -> seqio.Task:
-    """Registers a task whose inputs begin with `shots` solved examples of the training split.
-
-    Only the other splits are evaluated: the demonstrations are held out from them. 0 shots leave
-    the inputs as they are. The training data are read on first use.
+    task: a registered one, the path of a .jsonl, .json or .tsv file, or a mixture, whose tasks
+    become NAME_TASK each and their mixture NAME. split: where the examples come from; "": "train",
+    else what is read. 0 shots leave the inputs as they are. The data are read on first use.
     """
-    base = seqio.TaskRegistry.get(task)
-
-    def with_prompt(dataset: tf.data.Dataset) -> tf.data.Dataset:
-        solved = demonstrations(base, shots, seed) if shots else []
-        prompt = "".join(f"{i}{before_answer}{t}{between}" for i, t in solved)
-        ending = before_answer if shots else ""
-        return each(lambda e: {**e, "inputs": tf.strings.join([prompt, e["inputs"], ending])})(
-            base.preprocessors[0](dataset))
-
-    class HeldOut(seqio.DataSource):
-        """The splits of the source that hold no demonstrations."""
-
-        def __init__(self):
-            super().__init__(splits=tuple(s for s in base.splits if s != "train"))
-
-        @property
-        def supports_arbitrary_sharding(self) -> bool:
-            return base.source.supports_arbitrary_sharding
-
-        def list_shards(self, split):
-            return base.source.list_shards(split)
-
-        def num_input_examples(self, split):
-            return base.source.num_input_examples(split)
-
-        def get_dataset(self, split="validation", shuffle=True, seed=None, shard_info=None, **_):
-            return base.source.get_dataset(split=split, shuffle=shuffle, seed=seed,
-                                           shard_info=shard_info)
-
-    return seqio.TaskRegistry.add(
-        name, source=HeldOut(), preprocessors=[with_prompt, *base.preprocessors[1:]],
-        output_features=base.output_features, metric_fns=list(base.metric_fns),
-        postprocess_fn=base.postprocessor)
+    settings = Shots(shots, seed, split, between, before_answer)
+    if task in seqio.MixtureRegistry.names():
+        mixture = seqio.MixtureRegistry.get(task)
+        parts = [(few_shot(f"{name}_{part.name}", part.name, *settings).name,
+                  lambda _, part=part: mixture.get_rate(part)) for part in mixture.tasks]
+        return seqio.MixtureRegistry.add(name, parts)
+    if task in seqio.TaskRegistry.names():
+        base = seqio.TaskRegistry.get(task)
+    elif seq2seq_files.is_path(task):
+        base = seq2seq_files.task(task, "few_shot")
+    else:
+        known = seqio.TaskRegistry.names() | seqio.MixtureRegistry.names()
+        raise UserError(f"few_shot: no task, mixture or file of examples is called {task!r};"
+                        f"{nearest(task, known)}")
+    made = demonstrations.with_shots(base, settings).replace(name=name)
+    seqio.TaskRegistry.add_provider(name, made)
+    return made
 
 
 # --- promptsource templates ------------------------------------------------------------------

@@ -40,6 +40,12 @@ def ahead(task: seqio.Task) -> seqio.Task:
     return task.replace(source=TokenizedSource(task, first), preprocessors=list(rest))
 
 
+def tokenising_step(task: seqio.Task) -> int | None:
+    """The place of the task's first tokenising step."""
+    return next((n for n, step in enumerate(task.preprocessors)
+                 if getattr(step, "func", step) in _TOKENISERS), None)
+
+
 class TokenizedSource(seqio.DataSource):
     """The examples that the steps make of a task's source, cached split by split."""
 
@@ -105,7 +111,8 @@ class TokenizedSource(seqio.DataSource):
                  for step in self._steps]
         contents = [(name, getattr(f.vocabulary, "content", b""))
                     for name, f in sorted(self._task.output_features.items())]
-        what = repr((_VERSION, self._task.name, split, files, steps, contents))
+        prompts = getattr(self._task.source, "identity", "")   # tasks/demonstrations.py
+        what = repr((_VERSION, self._task.name, split, files, steps, contents, prompts))
         return f"tokenized-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
 
 
