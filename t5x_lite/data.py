@@ -44,8 +44,8 @@ from jax.experimental import multihost_utils
 
 from t5x_lite import data_tasks, data_vocabulary
 from t5x_lite.data_tasks import (  # noqa: F401  what else callers of this module need
-    DataConfig, describe_training, eval_examples, json_objects, mixing_rates, train_mixture, uses_sentinels,
-    validation_tasks, vocabulary_of)
+    DataConfig, describe_training, eval_examples, json_objects, mixing_rates, task_names,
+    train_mixture, uses_sentinels, validation_tasks, vocabulary_of)
 from t5x_lite.data_vocabulary import (  # noqa: F401
     bytes_of_tokens, check_vocabulary, pieces_of, pieces_of_folder, start_id, text_of, zero_is_text)
 from t5x_lite.errors import UserError

@@ -134,6 +134,11 @@ def _registered(config: DataConfig) -> dict[str, "seqio.Task | seqio.Mixture"]:
     return {name: registry.get(name) for registry in registries for name in registry.names()}
 
 
+def task_names(config: DataConfig) -> list[str]:
+    """The names of all registered tasks and mixtures, those of data.task_modules included."""
+    return sorted(_registered(config))
+
+
 def _find(name: str, field: str, config: DataConfig):
     registered = _registered(config)
     if name not in registered:
@@ -142,7 +147,9 @@ def _find(name: str, field: str, config: DataConfig):
             return seq2seq_files.task(name, field)
     if name not in registered:
         hint = nearest(name, registered)   # all the names fill a screen
-        known = "" if hint else f". Known: {', '.join(sorted(registered))}"
+        known = "" if hint else (
+            f". {len(registered)} are known, such as {', '.join(sorted(registered)[::97][:5])}; "
+            "python -m t5x_lite.inspect_task --list prints them")
         raise UserError(f"{field}: no task or mixture is called {name!r};{hint} P3's are found with "
                         "data.task_modules=tasks.p3, your own when it names the module that "
                         f"registers them{known}")

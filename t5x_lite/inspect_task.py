@@ -4,11 +4,15 @@ Prints the task's splits and metric functions, the features of a batch, the firs
 tokens and text side by side, and over the first examples how long inputs and targets are, how
 many do not fit, and how many targets are empty.
 
-    --objective=seq2seq --inputs_length=512 --targets_length=114 --rows=2 --examples=200
-    --vocabulary=NAME --task_modules=my.module --packing --shots=4 --shots_seed=0
+    --objective=seq2seq --inputs_length=512 --rows=2 --examples=200 --vocabulary=NAME
+    --targets_length=512       by default as long as the inputs, for a decoder-only model, whose
+                               row they share, twice as long
+    --task_modules=my.module --packing --shots=4 --shots_seed=0
+    --list                     instead of NAME: the names of all tasks and mixtures
 """
 
 import itertools
+import re
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -23,6 +27,8 @@ from t5x_lite.data import DataConfig
 from t5x_lite.errors import UserError
 
 _IDS_A_LINE = 8
+_ONE_ROW = ("lm", "prefix_lm")   # objectives whose inputs and targets share targets_length
+_FLAGS = {"objective.name": "--objective", "data.validation": "--task"}   # other fields keep names
 
 
 def side_by_side(ids: Sequence[int], vocabulary) -> Iterator[str]:
@@ -77,19 +83,33 @@ def _lengths(config: DataConfig, name: str, split: str, objective: str, examples
     found = list(itertools.islice(read, examples))
     if not found or "targets_pretokenized" not in found[0]:
         return   # no text-to-text task: it fills whatever lengths it is given
-    limits = {"inputs": config.inputs_length, "targets": config.targets_length}
-    lengths: dict[str, list[int]] = {}
-    for example in found:
-        for feature in limits.keys() & example.keys():
-            lengths.setdefault(feature, []).append(len(example[feature]))
-    yield f"lengths of the first {len(lengths['targets'])} examples, in tokens"
-    for feature, sizes in sorted(lengths.items()):
-        limit = limits[feature]
-        cut = sum(n > limit for n in sizes)
+    shares = objective in _ONE_ROW and "inputs" in found[0]
+    rooms = {"inputs": [config.inputs_length] * len(found),
+             "targets": [config.targets_length - shares * min(
+                 len(e.get("inputs", ())), config.inputs_length) for e in found]}
+    yield f"lengths of the first {len(found)} examples, in tokens"
+    for feature in sorted(rooms.keys() & found[0].keys()):
+        sizes = [len(example[feature]) for example in found]
+        cut = sum(size > room for size, room in zip(sizes, rooms[feature], strict=True))
         line = f"  {feature:<8} mean {np.mean(sizes):.1f}, longest {max(sizes)}; {cut} of "
-        line += f"{len(sizes)} longer than {feature}_length={limit} and cut"
+        line += f"{len(sizes)} longer than "
+        line += "what inputs leave of " if shares and feature == "targets" else ""
+        line += f"{feature}_length={getattr(config, f'{feature}_length')} and cut"
         empty = sum(n <= 1 for n in sizes)
         yield line + (f"; {empty} empty" if empty else "")
+
+
+def in_flags(message: str) -> str:
+    """An error of the config in this command's flags: data.targets_length is --targets_length."""
+    for field, flag in _FLAGS.items():
+        message = message.replace(field, flag)
+    return re.sub(r"\bdata\.(inputs_length|targets_length|vocabulary|task_modules|packing|shots|"
+                  r"shots_seed)\b", r"--\1", message)
+
+
+def default_targets_length(objective: str, inputs_length: int) -> int:
+    """Tokens that hold the targets of any task with inputs of that length."""
+    return (2 if objective in _ONE_ROW else 1) * inputs_length
 
 
 if __name__ == "__main__":
@@ -97,7 +117,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("split", "validation", "The split to read.")
     flags.DEFINE_string("objective", "seq2seq", "seq2seq, lm, prefix_lm or mlm.")
     flags.DEFINE_integer("inputs_length", 512, "Tokens of the inputs.")
-    flags.DEFINE_integer("targets_length", 114, "Tokens of the targets.")
+    flags.DEFINE_integer("targets_length", None, "Tokens of the targets; of a decoder-only "
+                         "model's row.")
+    flags.DEFINE_bool("list", False, "Print the names of all tasks and mixtures.")
     flags.DEFINE_integer("rows", 2, "Rows to show.")
     flags.DEFINE_integer("examples", 200, "Examples to measure.")
     flags.DEFINE_string("vocabulary", "", "Instead of the task's own.")
@@ -108,14 +130,23 @@ if __name__ == "__main__":
 
     def main() -> None:
         values = flags.FLAGS
+        if values.list:
+            print("\n".join(data.task_names(DataConfig(task_modules=values.task_modules))))
+            return
         if not values.task:
-            raise UserError("which task? python -m t5x_lite.inspect_task NAME")
+            raise UserError("which task? python -m t5x_lite.inspect_task NAME; --list prints all.")
+        targets_length = values.targets_length
+        if targets_length is None:
+            targets_length = default_targets_length(values.objective, values.inputs_length)
         config = DataConfig(
             validation=values.task, vocabulary=values.vocabulary, packing=values.packing,
-            inputs_length=values.inputs_length, targets_length=values.targets_length,
+            inputs_length=values.inputs_length, targets_length=targets_length,
             task_modules=values.task_modules, shots=values.shots, shots_seed=values.shots_seed)
-        print(describe(config, values.task, values.split, values.objective, values.rows,
-                       values.examples))
+        try:
+            print(describe(config, values.task, values.split, values.objective, values.rows,
+                           values.examples))
+        except UserError as error:
+            raise UserError(in_flags(str(error))) from error
 
     if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
         sys.argv[1] = f"--task={sys.argv[1]}"

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -23,7 +23,8 @@ from t5x_lite import cli, data, init_from, metrics
 from t5x_lite import config as configs
 from t5x_lite.build import Experiment, build
 from t5x_lite.config import RunConfig
-from t5x_lite.errors import UserError
+from t5x_lite.decoding import DecodeConfig
+from t5x_lite.errors import UserError, nearest
 from t5x_lite.predictor import Predictor
 
 Examples = Sequence[tuple[str, str]]   # (inputs, targets)
@@ -50,9 +51,7 @@ class Session:
 
     def train(self, examples: Examples, num_steps: int) -> list[float]:
         """Steps over the examples, shuffled anew each epoch; the loss (nats a token) of each."""
-        _check_texts([t for pair in examples for t in pair], "examples")
-        if not examples:
-            raise UserError("no examples to train on")
+        examples = _pairs(examples, "train on")
         config = self.experiment.config
         size = config.train.global_batch_size
         rows = self._predictor(config.eval.decode, size)
@@ -73,8 +72,8 @@ class Session:
 
     def predict_many(self, inputs: Sequence[str], **decode) -> list:
         """All sequences of each input with their scores, as predictor.Prediction."""
-        _check_texts(inputs, "inputs")
-        config = dataclasses.replace(self.experiment.config.eval.decode, **decode)
+        inputs = _texts(inputs, "inputs")
+        config = _decode_config(self.experiment.config.eval.decode, decode)
         predictor = self._predictor(config)
         with self.experiment.activate():
             found = predictor.predict(self.params, inputs)
@@ -83,7 +82,7 @@ class Session:
 
     def score(self, inputs: Sequence[str], targets: Sequence[str]) -> list[float]:
         """log p(target | input) of each pair, in nats."""
-        _check_texts([*inputs, *targets], "inputs and targets")
+        inputs, targets = _texts(inputs, "inputs"), _texts(targets, "targets")
         if len(inputs) != len(targets):
             raise UserError(f"{len(inputs)} inputs and {len(targets)} targets to score")
         predictor = self._predictor(self.experiment.config.eval.decode)
@@ -96,7 +95,7 @@ class Session:
                  ) -> dict[str, float]:
         """What metric functions (targets, predictions) -> {name: value} give, and "score": the
         mean log-probability of the targets."""
-        inputs, targets = map(list, zip(*examples, strict=True))
+        inputs, targets = map(list, zip(*_pairs(examples, "evaluate on"), strict=True))
         values: dict[str, float] = {}
         if metric_fns:
             predictions = self.predict(inputs, **decode)
@@ -128,10 +127,35 @@ def load(workdir: str | os.PathLike, step: int | str = "last", overrides: Sequen
     return Session(experiment, init_from.restore_state(experiment, workdir, step)[0])
 
 
-def _check_texts(texts: Sequence[str], what: str) -> None:
+def _texts(texts: Iterable[str], what: str) -> list[str]:
+    """As a list. Raises UserError for one string, and where others than strings are among them."""
+    if isinstance(texts, str):
+        raise UserError(f"{what} must be a list of strings; for one, write [{texts!r}]")
+    texts = list(texts)
     wrong = next((t for t in texts if not isinstance(t, str)), None)
     if wrong is not None:
         raise UserError(f"{what} must be strings, not {type(wrong).__name__} ({wrong!r})")
+    return texts
+
+
+def _pairs(examples: Examples, what: str) -> list[tuple[str, str]]:
+    """As a list. Raises UserError for none, and for what is no pair of strings."""
+    examples = list(examples)
+    if not examples:
+        raise UserError(f"no examples to {what}")
+    wrong = next((e for e in examples if isinstance(e, str) or len(e) != 2), None)
+    if wrong is not None:
+        raise UserError(f"examples must be pairs (inputs, targets), not {wrong!r}")
+    _texts([text for pair in examples for text in pair], "inputs and targets of examples")
+    return examples
+
+
+def _decode_config(config: DecodeConfig, changes: dict) -> DecodeConfig:
+    known = [field.name for field in dataclasses.fields(config)]
+    for name in changes.keys() - known:
+        raise UserError(f"decoding has no field {name!r};{nearest(name, known)} one of "
+                        f"{', '.join(known)}")
+    return dataclasses.replace(config, **changes)
 
 
 def _endless(count: int, seed: int, start: int) -> Iterator[int]:

@@ -328,10 +328,17 @@ def test_a_session_learns_predicts_and_evaluates(run, capsys):
     found = session.evaluate([("x", "y")], [metrics.accuracy])
     assert found["score"] == session.score(["x"], ["y"])[0] and "accuracy" in found
     assert len(session.predict_many(["x"], method="beam", num_samples=2, max_length=4)[0].texts) == 2
-    with pytest.raises(UserError, match="inputs must be strings, not int"):
-        session.predict([3])
-    with pytest.raises(UserError, match="no examples"):
-        session.train([], 1)
+    for call, message in (
+            (lambda: session.predict([3]), "inputs must be strings, not int"),
+            (lambda: session.predict("1+2"), r"for one, write \['1\+2'\]"),
+            (lambda: session.score(["a"], "b"), r"targets must be a list .* \['b'\]"),
+            (lambda: session.train([], 1), "no examples to train on"),
+            (lambda: session.evaluate([]), "no examples to evaluate on"),
+            (lambda: session.evaluate([("a", "b", "c")]), r"pairs .* not \('a', 'b', 'c'\)"),
+            (lambda: session.train(["ab"], 1), "pairs .* not 'ab'"),
+            (lambda: session.predict(["a"], metod="beam"), "did you mean 'method'")):
+        with pytest.raises(UserError, match=message):
+            call()
     capsys.readouterr()
     session.train([("a", "")], 1)
     assert capsys.readouterr().out == "8 of 8 targets are empty\n"
