@@ -1,12 +1,14 @@
 """Every preset builds abstractly and has the parameters of its paper, to the digits it gives."""
 
 import importlib
+import re
 
 import pytest
 
 from configs import (
     gopher, gpt3, gshard, lamda, mixtral, palm, quickstart, st_moe, switch, t5_1_1)
-from t5x_lite import schedules
+from scripts import preset_table
+from t5x_lite import plan, rehearse, schedules
 from t5x_lite.config import RunConfig, from_mapping
 from t5x_lite.cost import flops
 from t5x_lite.errors import UserError
@@ -142,3 +144,28 @@ def test_the_quickstart_has_a_sparse_twin():
 def test_an_unknown_size_names_those_there_are():
     with pytest.raises(UserError, match=r"did you mean 'xxl'\? Sizes: small, base, large, xl, xxl"):
         t5_1_1.get_config("xxxl")
+
+
+# --- Planned ----------------------------------------------------------------------------------
+
+def test_every_preset_has_a_row_among_the_rehearsals():
+    text = (preset_table.CONFIGS.parent / "docs/rehearsals.md").read_text()
+    rows = re.findall(r"^\| ([a-z0-9_:]+) \| [\d,]+ \|", text, re.MULTILINE)
+    assert rows == [f"{family}:{size}" if size else family
+                    for family, sizes in preset_table.presets().items() for size in sizes]
+    line = next(line for line in preset_table.table() if line.startswith("| bart:base"))
+    assert line in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", preset_table.presets())
+def test_every_family_can_be_planned(family):
+    """The first size on 16 H100, all but the compiler's part: activations are traced too."""
+    config = preset_table.split(family, preset_table.presets()[family][0])
+    made = plan.make_plan(config, rehearse.topology("h100:16"))
+    state = made.experiment.num_params * 4 / config.mesh.fsdp
+    assert made.fits is (None if made.argument_bytes <= 80e9 else False)
+    assert made.argument_bytes > 0.9 * state and made.activation_bytes > 0
+    # The bound leaves out what may be skipped.
+    assert 0 < made.roofline.compute_seconds <= 1.001 * made.roofline.model_seconds
+    assert config.name in plan.screen(made)
