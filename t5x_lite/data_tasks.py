@@ -302,14 +302,18 @@ def _cut(task: "seqio.Task", config: DataConfig, objective: str) -> Iterator[str
         yield f"  of the first {len(sizes)} {name}, {' and '.join(counts)}" if counts else ""
 
 
+def _shots_of(config: DataConfig) -> str:
+    return f"_{config.shots}shot" if config.shots else ""
+
+
 def validation_tasks(config: DataConfig) -> tuple[str, ...]:
-    """Names to hand to eval_batches, a mixture taken apart into its tasks."""
+    """Names to hand to eval_batches, a mixture taken apart into its tasks: NAME, or NAME_4shot."""
     if config.validation_files:
         return ("validation_files",)
     names: dict[str, None] = {}
     for part in filter(None, config.validation.split(",")):
         for task in _subtasks(_find(part.strip(), "data.validation", config)):
-            names[task.name] = None
+            names[task.name + _shots_of(config)] = None
     return tuple(names)
 
 
@@ -323,6 +327,8 @@ def validation_task(config: DataConfig, name: str, objective: str,
                         f"data.validation, as text: set it to 0, or leave {other} empty")
     if name == "validation_files":
         return _text_task(config, "validation", objective)
+    if name not in _registered(config):
+        name = name.removesuffix(_shots_of(config))
     found = _find(name, field, config)
     parts = [task.name for task in _subtasks(found)]
     if parts != [found.name]:

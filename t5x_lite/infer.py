@@ -325,7 +325,7 @@ def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 def _what_decides(config: RunConfig) -> dict[str, Any]:
     """The fields of the config that the lines are a function of, besides the parameters."""
     fields = ("data.inputs_length", "data.targets_length", "data.vocabulary", "data.train",
-              "data.task_modules", "objective.name", "precision")
+              "data.task_modules", "data.shots", "data.shots_seed", "objective.name", "precision")
     values = {name: functools.reduce(getattr, name.split("."), config) for name in fields}
     model = configs.to_json(config.model) + configs.to_json(config.peft)
     return {**values, "model and peft": f"crc32 {zlib.crc32(model.encode()):08x}"}

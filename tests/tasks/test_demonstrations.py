@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import tokenizers
 
-from t5x_lite import data, data_tasks
+from t5x_lite import data, data_tasks, infer
 from t5x_lite.data import DataConfig
 from t5x_lite.errors import UserError
+from tests import tiny
 from tests.tasks.test_formats import files, registered  # noqa: F401  fixtures
 
 LENGTHS = dict(vocabulary="byt5", inputs_length=512, targets_length=16)
@@ -121,6 +122,10 @@ def test_shots_that_cannot_be(registered, pairs, shots, settings, message):  # n
         next(prompts_of(str(pairs), shots=shots, **settings))
 
 
+def test_infer_resumes_only_with_the_same_shots():
+    assert {"data.shots", "data.shots_seed"} <= infer._what_decides(tiny.seq2seq()).keys()
+
+
 def json_vocabulary(folder) -> str:
     """A tokenizer.json of the words that `pairs` holds, whose Python runs ahead of tf.data."""
     words = ["<unk>", "?", *(f"{c}{i}" for c in "qa" for i in range(20)), "</s>"]
@@ -158,6 +163,7 @@ def test_demonstrations_give_way_to_the_question(
     config = DataConfig(validation=str(pairs), shots=3, inputs_length=limit, targets_length=8,
                         **settings)
     [name] = data_tasks.validation_tasks(config)
+    assert name.endswith("pairs.jsonl_3shot")
     batch = next(data.eval_batches(config, name, objective="seq2seq", batch_size=18,
                                    sharding=sharding))
     rows = np.asarray(batch["encoder_input_tokens"])
