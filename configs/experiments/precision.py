@@ -4,7 +4,7 @@ Papers: Rae et al. 2021 (arXiv:2112.11446), appendix C2: bfloat16 parameters los
 stochastic rounding wins part of it back, a float32 copy in the optimizer state that is rounded
 stochastically for every forward pass wins all of it; Micikevicius et al. 2018 (arXiv:1710.03740)
 for fp16 with loss scaling, and 2022 (arXiv:2209.05433) for fp8.
-Expected: under 8 minutes on 2 idle CPU cores, where 16 and 8 bits are imitated and slow. Nothing is
+Expected: about 27 minutes on 2 idle CPU cores, where 16 and 8 bits are imitated and slow. Nothing is
 concluded about speed. results.md says how far each policy ends from float32, seed by seed.
 Command: python -m t5x_lite.experiment --config=configs/experiments/precision.py \\
     --workdir=runs/precision
