@@ -31,6 +31,8 @@ from t5x_lite.errors import UserError
 from t5x_lite.layers import kernels
 from t5x_lite.rehearse import Compiled, Topology
 
+_log = logging.getLogger("t5x_lite.plan")   # also where this module is __main__
+
 DEFAULT_MFU = 0.4       # of a tuned run on TPUs; --mfu
 ROOM = "leaves"         # in the outcome of a trial without a compiler
 SHOWN_COLLECTIVES = 8   # lines of the communication table; --json has all
@@ -229,9 +231,12 @@ def search(first: Plan, most_compilations: int = 8) -> list[Trial]:
     if not first.topology.compiler:
         return [Trial("as given", first, _state_outcome(first.topology, first.arguments)),
                 *_by_state(first)]
-    trials = [Trial("as given", first, _outcome(first))]
-    devices = len(first.topology.devices)
+    trials, devices = [], len(first.topology.devices)
     left = most_compilations
+
+    def tried(changes: str, plan: Plan | None, outcome: str) -> None:
+        trials.append(Trial(changes, plan, outcome))
+        _log.info("tried %s: %s", changes, outcome)
 
     def attempt(candidates, until_it_fits: bool) -> None:
         nonlocal left
@@ -241,11 +246,15 @@ def search(first: Plan, most_compilations: int = 8) -> list[Trial]:
             try:
                 plan = make_plan(config, first.topology, first.assumptions)
             except UserError as error:
-                trials.append(Trial(changes, None, f"refused: {error}"))
-                continue
-            left -= plan.compiled is not None
-            trials.append(Trial(changes, plan, _outcome(plan)))
+                tried(changes, None, f"refused: {error}")
+            except jax.errors.JaxRuntimeError as error:
+                left -= 1
+                tried(changes, None, f"the compiler failed: {str(error).partition(chr(10))[0]}")
+            else:
+                left -= plan.compiled is not None
+                tried(changes, plan, _outcome(plan))
 
+    tried("as given", first, _outcome(first))
     attempt(remedies.remedies(first.config, devices), True)
     found = best(trials)
     if found is not None and "mesh" not in found.changes:
@@ -452,6 +461,7 @@ if __name__ == "__main__":
         # Devices are described; those that this machine has are left alone.
         jax.config.update("jax_platforms", "cpu")
         logging.getLogger("t5x_lite").setLevel(logging.WARNING)
+        _log.setLevel(logging.INFO)   # a search's trials, each of which may take minutes
         given = Assumptions(_MFU.value, _WATTS.value, _PUE.value, _KG.value, _KG_NET.value,
                             _DOLLARS.value)
         if _PUBLISHED.value:

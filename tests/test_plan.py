@@ -310,6 +310,23 @@ def test_search_splits_a_state_that_is_too_large_without_compiling_what_cannot_f
     assert "best: --config.mesh.data=" in text
 
 
+def test_a_search_goes_on_where_the_compiler_fails_and_shows_each_trial(monkeypatch, caplog):
+    def temp_bytes(config, mesh):
+        if mesh["tensor"] > 1:
+            raise jax.errors.JaxRuntimeError("INTERNAL: a fault of the compiler\nmore")
+        return 1000
+    fake_compiler(monkeypatch, temp_bytes)
+    first = plan_lib.make_plan(lm(data=8), small_machine(2**30))
+    with caplog.at_level("INFO", "t5x_lite.plan"):
+        trials = plan_lib.search(first, most_compilations=4)
+    failed = [t for t in trials if t.outcome == "the compiler failed: INTERNAL: a fault of the "
+                                                "compiler"]
+    assert failed and failed[0].plan is None
+    assert sum("refused" not in trial.outcome for trial in trials) == 1 + 4
+    assert [record.getMessage() for record in caplog.records] == [
+        f"tried {trial.changes}: {trial.outcome}" for trial in trials]
+
+
 def test_without_a_compiler_a_search_counts_the_state_alone(monkeypatch):
     monkeypatch.setattr(rehearse, "compile_step", lambda _: pytest.fail("compiled"))
     config = lm(data=8)
