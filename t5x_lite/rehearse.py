@@ -62,6 +62,14 @@ GPUS = tuple(chip.name for chip in hardware.CHIPS.values()
 
 
 @dataclasses.dataclass(frozen=True)
+class _Elsewhere:
+    """What JAX asks of a described device's client: whether this process has the device."""
+
+    def process_index(self) -> int:
+        return -1
+
+
+@dataclasses.dataclass(frozen=True)
 class DescribedDevice:
     """What a mesh asks of a device that nobody here has."""
 
@@ -69,7 +77,7 @@ class DescribedDevice:
     device_kind: str
     process_index: int
     platform: str = "gpu"
-    client: None = None
+    client: _Elsewhere = _Elsewhere()   # asked for memories other than the default, too
 
 
 @dataclasses.dataclass(frozen=True)

@@ -138,6 +138,14 @@ def test_a_v100_has_no_bfloat16_units():
     assert half.roofline.bound_seconds and not any("units" in note for note in half.notes)
 
 
+def test_described_gpus_have_a_host_to_offload_to():
+    whole = planned("h100:8")
+    config = replace(lm(**SPLIT), "sharding.offload_optimizer", True)
+    plan = plan_lib.make_plan(config, rehearse.topology("h100:8"))
+    assert plan.host_bytes + plan.arguments["opt_state"] == whole.arguments["opt_state"]
+    assert plan.host_bytes > 0.9 * whole.arguments["opt_state"]
+
+
 def test_on_cpus_too_offloaded_state_is_beside_the_arguments():
     config = replace(tiny.seq2seq(), "sharding.offload_optimizer", True)
     plan = plan_lib.make_plan(config, rehearse.topology("cpu:2"))
