@@ -19,7 +19,7 @@ from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read o
 
 from absl import flags
 import jax
-from rich.table import Table
+from rich.table import Column, Table
 
 from t5x_lite import rehearse, remedies, schedules
 from t5x_lite.build import Experiment, build
@@ -262,8 +262,9 @@ def search(first: Plan, most_compilations: int = 8) -> list[Trial]:
     return trials
 
 
-def _by_state(first: Plan, enough: int = 3) -> Iterator[Trial]:
-    """What changes the bytes of the state, until they leave room `enough` times."""
+def _by_state(first: Plan, enough: int = 6) -> Iterator[Trial]:
+    """What makes the state smaller, until it leaves room `enough` times."""
+    whole = sum(first.arguments.values())
     for changes, config in remedies.remedies(first.config, len(first.topology.devices)):
         if enough == 0:
             return
@@ -273,6 +274,8 @@ def _by_state(first: Plan, enough: int = 3) -> Iterator[Trial]:
             arguments = rehearse.argument_bytes(build(config, first.topology.devices))
         except UserError as error:
             yield Trial(changes, None, f"refused: {error}")
+            continue
+        if sum(arguments.values()) >= whole:
             continue
         enough -= sum(arguments.values()) <= first.topology.hbm_bytes
         yield Trial(changes, None, _state_outcome(first.topology, arguments))
@@ -352,8 +355,8 @@ def screen(plan: Plan, trials: Sequence[Trial] = ()) -> str:
             plan.cost, assumed=f"if it had {plan.assumptions.mfu:.0%} MFU")).rstrip())
     parts += [f"note: {note}" for note in plan.notes]
     if trials:
-        table = Table("tried, each on top of those above until one fits", "outcome",
-                      title="Search", title_justify="left")
+        table = Table(Column("tried, each on top of those above until one fits", overflow="fold"),
+                      "outcome", title="Search", title_justify="left")
         for trial in trials:
             table.add_row(trial.changes, trial.outcome)
         parts += [tables.to_text(table).rstrip(), _conclusion(plan, trials)]
