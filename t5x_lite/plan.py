@@ -356,7 +356,7 @@ def screen(plan: Plan, trials: Sequence[Trial] = ()) -> str:
     parts += [f"note: {note}" for note in plan.notes]
     if trials:
         table = Table(Column("tried, each on top of those above until one fits", overflow="fold"),
-                      "outcome", title="Search", title_justify="left")
+                      Column("outcome", overflow="fold"), title="Search", title_justify="left")
         for trial in trials:
             table.add_row(trial.changes, trial.outcome)
         parts += [tables.to_text(table).rstrip(), _conclusion(plan, trials)]
