@@ -67,16 +67,13 @@ def test_unknown_task_names_the_nearest(config, tmp_path):
             "did you mean 'python_span_corruption'")
 
 
-def test_a_workdir_of_another_model(config, tmp_path):
+def test_another_model_or_a_nan_loss_is_refused_and_the_last_good_checkpoint_kept(config,
+                                                                                  tmp_path):
     train.run(configs.replace(config, "train.num_steps", 2), tmp_path)
     other = configs.replace(config, "model.embed_dim", 24)
     refused(other, tmp_path, "holds another model", "params/decoder/final_norm/scale",
             "expected float32[24], found float32[16]", "Use a new --workdir")
     assert checkpoint.all_steps(tmp_path) == [2]
-
-
-def test_nan_loss_stops_names_the_step_and_keeps_the_last_good_checkpoint(config, tmp_path):
-    train.run(configs.replace(config, "train.num_steps", 2), tmp_path)
     # A learning rate of 1e30 makes the parameters of step 3, and so the loss of step 4, overflow.
     broken = configs.replace(config, "optimizer.schedule.base_learning_rate", 1e30)
     refused(broken, tmp_path, "the loss of step", "last good checkpoint is of step 2",

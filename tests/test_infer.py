@@ -227,7 +227,7 @@ def test_a_rank_classification_tasks_lines_give_its_accuracy(run, tmp_path):
     path = tmp_path / "questions.jsonl"
     path.write_text("".join(json.dumps({"question": q, "choices": ["yes", "no"], "label": i % 2})
                             + "\n" for i, q in enumerate(("a", "b", "c"))))
-    task = rank_classification.register_files("test_infer_choices", {"validation": [str(path)]})
+    task = rank_classification.register_files("data_test_infer_choices", {"validation": [str(path)]})
     output = tmp_path / "out.jsonl"
     go(run, infer.read_task(run[0], task.name, "validation"), output, mode="score")
     rows = written(output)

@@ -220,7 +220,7 @@ def reference(name):
 @pytest.mark.parametrize("name,changes", [
     ("encoder_decoder", {"remat": "dots"}),
     ("encoder_decoder", {"scan": False, "remat": "save:mlp_hidden"}),
-    ("mixtures", {"scan": False, "remat": "full"})], ids=str)
+    pytest.param("mixtures", {"scan": False, "remat": "full"}, marks=pytest.mark.slow)], ids=str)
 def test_scan_and_remat_change_nothing(name, changes):
     config, params, batch, loss, grads = reference(name)
     found = value_and_grad(with_stacks(config, **changes), params, batch)
@@ -265,7 +265,6 @@ def test_mesh_of_eight_equals_one_device(name, sizes):
 @pytest.mark.parametrize("name,kind,sizes", [
     ("encoder_decoder", "t5_bias", {"sequence": 2, "fsdp": 2, "tensor": 2}),
     ("decoder_only", "transformer_xl", {"stage": 2, "sequence": 2, "data": 2}),
-    ("decoder_only", "rotary", {"sequence": 2, "data": 4}),
     ("decoder_only", "transformer_xl", {"data": 4, "tensor": 2})], ids=str)
 def test_attention_by_chunks_over_a_mesh_equals_plain(name, kind, sizes):
     """Chunks of 3 of 8 and 12 tokens, their biases made where they are needed."""

@@ -125,7 +125,8 @@ def test_gradients_cross_between_slices_once_a_step(accumulation):
 
 
 @pytest.mark.parametrize("mesh, settings", [
-    ({"fsdp": 8}, {"zero": 1, "accumulation": 2}), ({"data": 8}, {"accumulation": 2}),
+    ({"fsdp": 8}, {"zero": 1, "accumulation": 2}),
+    pytest.param({"data": 8}, {"accumulation": 2}, marks=pytest.mark.slow),
     ({"stage": 2, "fsdp": 4}, {"layers": 4, "pipeline": PipelineConfig("gpipe", 4)})])
 def test_between_slices_each_device_sends_its_share_of_the_gradients(mesh, settings):
     """Also where a slice's devices hold them alike, and where a pipeline's ticks make them."""
@@ -169,6 +170,7 @@ def test_1f1b_keeps_as_much_whatever_the_number_of_micro_batches():
 
 # --- host memory --------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_offloaded_optimizer_state_leaves_the_device():
     """Its 8 bytes a parameter are the host's; temporaries grow by about a layer's share."""
     here = compiled(lm({"fsdp": 8}, layers=8, width=1024)).found
