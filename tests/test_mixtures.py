@@ -98,6 +98,7 @@ def test_the_load_of_each_layer_is_told_apart(scan):
 
 # --- fine-tuned -------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_fine_tuning_freezes_routers_drops_in_experts_and_has_no_auxiliary_losses():
     base = sparse(tiny.seq2seq(), dataclasses.replace(MOE, z_weight=0.1, jitter=0.1))
     run = switch.finetuning(base)

@@ -23,7 +23,7 @@ from t5x_lite.schedules import ScheduleConfig
 CASES = [  # denoiser, objective; with the architectures of OBJECTIVES, all that there are
     ("causal_lm", "lm"), ("prefix_lm", "prefix_lm"), ("prefix_lm", "seq2seq"),
     ("span_corruption", "seq2seq"), ("span_corruption", "lm"), ("bart", "seq2seq"),
-    ("ul2", "seq2seq"), ("ul2", "prefix_lm"), ("bert", "mlm")]
+    ("ul2", "seq2seq"), ("bert", "mlm"), pytest.param("ul2", "prefix_lm", marks=pytest.mark.slow)]
 
 
 def tiny_model(architecture: str) -> ModelConfig:

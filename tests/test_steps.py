@@ -71,6 +71,7 @@ def test_accumulated_gradients_equal_the_whole_batch():
         np.testing.assert_allclose(parts[2]["loss"][0], whole[2]["loss"][0], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_unrolled_and_rematerialised_stacks_drop_the_same_units(reference):
     for changes in ({"scan": False}, {"remat": "full"}, {"scan": False, "remat": "dots"}):
         config = tiny.seq2seq(dropout=0.1, **changes)

@@ -67,6 +67,7 @@ def test_python_tasks_are_saved_and_restored():
         check_saving(DataConfig(train=name, **LENGTHS), objective_of(name))
 
 
+@pytest.mark.slow
 def test_c4_through_tfds_is_saved_and_restored(offline_tfds):
     for name in training_names("c4_"):
         check_saving(DataConfig(train=name, **LENGTHS), objective_of(name))

@@ -19,6 +19,7 @@ def run(*arguments):
                           capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_trained_vocabulary_is_usable_and_reproducible(tmp_path):
     (tmp_path / "t.txt").write_text(TEXT)
     models = [tmp_path / "a.model", tmp_path / "b.model"]
