@@ -222,7 +222,7 @@ def _published(config: DataConfig) -> tuple[str, dict[str, str]] | None:
 
 
 def _entries(config: DataConfig) -> list[tuple[str, str, str]]:
-    """(task, "=", share) of each entry of data.train; without a share ("" , "")."""
+    """(task, "=", share) of each entry of data.train; without a share ("", "")."""
     text = config.train
     if published := _published(config):
         tensorflow_side()

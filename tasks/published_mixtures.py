@@ -82,5 +82,5 @@ def epochs(name: str, tokens: float, chosen: Collection[str] = ()) -> str:
     lines = [f"{'part':<18}{'tokens':>9}{'share':>9}{'epochs':>9}"]
     for label, part in parts.items():
         seen = tokens * part.share / total / (part.tokens * 1e9)
-        lines.append(f"{label:<18}{part.tokens:>8g}B{100 * part.share / total:>8.1f}%{seen:>9.2f}")
+        lines.append(f"{label:<18}{part.tokens:>8g}B{100 * part.share / total:>8.1f}%{seen:>9.3g}")
     return "\n".join(lines)

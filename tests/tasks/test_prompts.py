@@ -223,8 +223,8 @@ def test_published_mixtures():
     assert epochs["openwebtext2"] == pytest.approx(3.6, abs=0.1)
     assert published_mixtures.weights("gpt3", {"wikipedia": "wiki", "books1": "b"}) == "wiki=3,b=8"
     assert published_mixtures.epochs("gpt3", 10e9, ["wikipedia", "books1"]).splitlines()[1:] == [
-        "books1                  12B    72.7%     0.61",
-        "wikipedia                3B    27.3%     0.91"]
+        "books1                  12B    72.7%    0.606",
+        "wikipedia                3B    27.3%    0.909"]
     with pytest.raises(UserError, match="did you mean 'books1'"):
         published_mixtures.weights("gpt3", {"book1": "b"})
     with pytest.raises(UserError, match="did you mean 'gpt3'"):
