@@ -8,7 +8,7 @@ platform extra adds its JAX and the data pipeline (seqio, which brings TensorFlo
     pip install -c constraints.txt ".[cuda]"         on an NVIDIA GPU machine
     pip install -c constraints.txt ".[cpu,plan]"     rehearse a TPU run without a TPU
     pip install -c constraints.txt ".[cpu,convert]"  exchange checkpoints with Hugging Face
-    pip install ".[cpu,beam]"                        tokenise tasks ahead, see tasks/cached.py
+    pip install ".[cpu,beam]"                        tokenise tasks ahead, see data/cached.py
 
 constraints.txt holds the versions that the tests pass with.
 """
@@ -27,8 +27,8 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=setuptools.find_packages(include=["t5x_lite*", "configs*", "tasks*"]),
-    # Every data file in tasks/, whatever its suffix: vocabularies and small shipped text.
-    package_data={"tasks": ["**/*"]},
+    # The tables of facts and the vocabularies, whatever their suffix.
+    package_data={"tasks": ["**/*"], "t5x_lite.data": ["vocab/*"]},
     install_requires=[
         "absl-py",
         "etils[epath]",
@@ -54,7 +54,7 @@ setuptools.setup(
         "plan": ["libtpu"],
         "convert": ["safetensors"],
         # seqio_cache_tasks. Beam wants protobuf<7, and sentencepiece 0.2.3 a newer one: an
-        # environment of its own, see tasks/cached.py.
+        # environment of its own, see data/cached.py.
         "beam": ["apache-beam[tfrecord]>=2.77", "sentencepiece<0.2.3"],
     },
 )

@@ -5,18 +5,23 @@ import math
 from collections.abc import Mapping
 from typing import TypeVar
 
-from t5x_lite import schedules
-from t5x_lite.checkpoint import CheckpointConfig
+from t5x_lite.checkpoints.manager import CheckpointConfig
 from t5x_lite.config import EvalConfig, RunConfig, ShardingConfig, TrainConfig
-from t5x_lite.data import DataConfig
+from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError, nearest
-from t5x_lite.models import (
-    AttentionConfig, BlockConfig, InitConfig, MLPConfig, ModelConfig, NormConfig, PositionConfig,
-    SegmentConfig, StackConfig)
-from t5x_lite.objectives import ObjectiveConfig
-from t5x_lite.optim import OptimizerConfig
-from t5x_lite.schedules import BatchRampConfig, ScheduleConfig
-from t5x_lite.sharding import DEFAULT_RULES
+from t5x_lite.layers.attention import AttentionConfig
+from t5x_lite.layers.linear import InitConfig
+from t5x_lite.layers.mlp import MLPConfig
+from t5x_lite.layers.norm import NormConfig
+from t5x_lite.layers.position import PositionConfig
+from t5x_lite.models.blocks import BlockConfig, SegmentConfig, StackConfig
+from t5x_lite.models.language_model import ModelConfig
+from t5x_lite.parallel.sharding import DEFAULT_RULES
+from t5x_lite.training import batch_ramp as schedules
+from t5x_lite.training.batch_ramp import BatchRampConfig
+from t5x_lite.training.objectives import ObjectiveConfig
+from t5x_lite.training.optimizers import OptimizerConfig
+from t5x_lite.training.schedules import ScheduleConfig
 
 T = TypeVar("T")
 LAYER_NORM = NormConfig("layer", epsilon=1e-5, use_bias=True)
@@ -84,7 +89,7 @@ def language_model(name: str, model: ModelConfig, *, length: int, batch_size: in
         batch_size: rows of `length` tokens, once the ramp is over.
         warmup_tokens, decay_tokens: the latter from the start of training; 0 is all tokens.
         floor: share of the learning rate at the end of the decay.
-        factors: of the schedule, see schedules.py; "" is warm-up and a cosine to the floor.
+        factors: of the schedule, see training/schedules.py; "" is warm-up and a cosine to the floor.
     """
     batch_ramp = batch_ramp or BatchRampConfig()
 

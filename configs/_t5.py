@@ -2,15 +2,17 @@
 
 import dataclasses
 
-from configs._common import segment, size_of as size_of
-from t5x_lite.checkpoint import CheckpointConfig
+from configs._common import segment
+from t5x_lite.checkpoints.manager import CheckpointConfig
 from t5x_lite.config import EvalConfig, RunConfig, TrainConfig
-from t5x_lite.data import DataConfig
+from t5x_lite.data.config import DataConfig
 from t5x_lite.layers.attention import AttentionConfig
 from t5x_lite.layers.mlp import MLPConfig
-from t5x_lite.models import BlockConfig, ModelConfig, PositionConfig, StackConfig
-from t5x_lite.optim import OptimizerConfig
-from t5x_lite.schedules import ScheduleConfig
+from t5x_lite.layers.position import PositionConfig
+from t5x_lite.models.blocks import BlockConfig, StackConfig
+from t5x_lite.models.language_model import ModelConfig
+from t5x_lite.training.optimizers import OptimizerConfig
+from t5x_lite.training.schedules import ScheduleConfig
 
 
 @dataclasses.dataclass(frozen=True)

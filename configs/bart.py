@@ -7,20 +7,24 @@ Expected: base 140M, large 400M parameters, as the authors' repository gives the
 406.3M counted).
 Left open by the paper, and taken: Adam at betas 0.9 and 0.98, 4e-4 after 10,000 steps and a
 linear decay, weight decay 0.01, rows of 512 tokens, dropout 0.1 throughout. C4 in T5's vocabulary
-stands in for the paper's 160 GB and GPT-2's; tasks/denoising.py says how sentences end.
+stands in for the paper's 160 GB and GPT-2's; data/denoising.py says how sentences end.
 Hardware: base on eight accelerators.
 Command: python -m t5x_lite.train --config=configs/bart.py:base --workdir=DIR
 """
 
 from configs import _common
-from t5x_lite.checkpoint import CheckpointConfig
+from t5x_lite.checkpoints.manager import CheckpointConfig
 from t5x_lite.config import EvalConfig, RunConfig, TrainConfig, to_config_dict
-from t5x_lite.data import DataConfig
-from t5x_lite.models import (
-    AttentionConfig, BlockConfig, InitConfig, MLPConfig, ModelConfig, PositionConfig, StackConfig)
-from t5x_lite.objectives import ObjectiveConfig
-from t5x_lite.optim import OptimizerConfig
-from t5x_lite.schedules import ScheduleConfig
+from t5x_lite.data.config import DataConfig
+from t5x_lite.layers.attention import AttentionConfig
+from t5x_lite.layers.linear import InitConfig
+from t5x_lite.layers.mlp import MLPConfig
+from t5x_lite.layers.position import PositionConfig
+from t5x_lite.models.blocks import BlockConfig, StackConfig
+from t5x_lite.models.language_model import ModelConfig
+from t5x_lite.training.objectives import ObjectiveConfig
+from t5x_lite.training.optimizers import OptimizerConfig
+from t5x_lite.training.schedules import ScheduleConfig
 
 SIZES = {"base": (6, 768, 12), "large": (12, 1024, 16)}
 

@@ -3,7 +3,7 @@
 Paper: Devlin et al. 2019 (arXiv:1810.04805), section 3 and appendix A.2: 256 rows of 512 tokens
 for 1M steps, Adam at 1e-4 and betas 0.9 and 0.999, weight decay 0.01, 10,000 steps of warm-up,
 a linear decay, dropout 0.1, exact GELU. 15 % of the tokens are to be named: 80 % of these are
-masked, 10 % are others, 10 % stay (tasks/denoising.py).
+masked, 10 % are others, 10 % stay (data/denoising.py).
 Expected: base 110M, large 340M parameters (109.5M and 335.2M counted, with the masked-LM head
 and without the pooler of next-sentence prediction, which is left out).
 Taken: all steps in rows of 512 tokens (the paper's first nine tenths are rows of 128). C4 stands
@@ -15,15 +15,19 @@ Command: python -m t5x_lite.train --config=configs/bert.py:base --workdir=DIR \\
 """
 
 from configs import _common
-from t5x_lite.checkpoint import CheckpointConfig
+from t5x_lite.checkpoints.manager import CheckpointConfig
 from t5x_lite.config import EvalConfig, RunConfig, TrainConfig, to_config_dict
-from t5x_lite.data import DataConfig
-from t5x_lite.models import (
-    AttentionConfig, BlockConfig, InitConfig, MLPConfig, ModelConfig, NormConfig, PositionConfig,
-    StackConfig)
-from t5x_lite.objectives import ObjectiveConfig
-from t5x_lite.optim import OptimizerConfig
-from t5x_lite.schedules import ScheduleConfig
+from t5x_lite.data.config import DataConfig
+from t5x_lite.layers.attention import AttentionConfig
+from t5x_lite.layers.linear import InitConfig
+from t5x_lite.layers.mlp import MLPConfig
+from t5x_lite.layers.norm import NormConfig
+from t5x_lite.layers.position import PositionConfig
+from t5x_lite.models.blocks import BlockConfig, StackConfig
+from t5x_lite.models.language_model import ModelConfig
+from t5x_lite.training.objectives import ObjectiveConfig
+from t5x_lite.training.optimizers import OptimizerConfig
+from t5x_lite.training.schedules import ScheduleConfig
 
 SIZES = {"base": (12, 768, 12), "large": (24, 1024, 16)}
 

@@ -14,12 +14,15 @@ Command: python -m t5x_lite.train --config=configs/deepnet.py:3_2b --workdir=DIR
 import dataclasses
 
 from configs import _common, _t5
-from t5x_lite.blocks import deepnorm_constants
 from t5x_lite.config import RunConfig, to_config_dict
-from t5x_lite.models import (
-    AttentionConfig, BlockConfig, InitConfig, MLPConfig, ModelConfig, PositionConfig, StackConfig)
-from t5x_lite.optim import OptimizerConfig
-from t5x_lite.schedules import ScheduleConfig
+from t5x_lite.layers.attention import AttentionConfig
+from t5x_lite.layers.linear import InitConfig
+from t5x_lite.layers.mlp import MLPConfig
+from t5x_lite.layers.position import PositionConfig
+from t5x_lite.models.blocks import BlockConfig, StackConfig, deepnorm_constants
+from t5x_lite.models.language_model import ModelConfig
+from t5x_lite.training.optimizers import OptimizerConfig
+from t5x_lite.training.schedules import ScheduleConfig
 
 SIZES = {"3_2b": (100, 1024, 4096, 16)}
 

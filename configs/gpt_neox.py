@@ -14,7 +14,8 @@ import dataclasses
 
 from configs import _common
 from t5x_lite.config import RunConfig, to_config_dict
-from t5x_lite.models import InitConfig, PositionConfig
+from t5x_lite.layers.linear import InitConfig
+from t5x_lite.layers.position import PositionConfig
 
 SIZES = {"20b": (44, 6144, 64)}
 

@@ -11,7 +11,7 @@ Command: python -m t5x_lite.train --config=configs/gshard.py:600b --workdir=DIR
 
 import dataclasses
 
-from configs import _t5, switch
+from configs import _common, _t5, switch
 from t5x_lite.config import RunConfig, to_config_dict
 from t5x_lite.layers.mlp import MLPConfig
 from t5x_lite.layers.moe import MoEConfig
@@ -21,7 +21,7 @@ SIZES = {"600b": _t5.Size(1024, 8192, 16, 128, 18)}
 
 def run(size: str | None = "600b") -> RunConfig:
     """The run of the paper's largest model: top-2 routing, the second expert at random."""
-    dense = _t5.model(_t5.size_of(SIZES, size, "gshard"),
+    dense = _t5.model(_common.size_of(SIZES, size, "gshard"),
                       mlp=MLPConfig(activation="relu", gated=False), tie_logits=True,
                       dropout_rate=0.0)
     moe = MoEConfig(num_experts=2048, router="top_2", second_policy="random", capacity_factor=2.0,

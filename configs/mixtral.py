@@ -8,7 +8,7 @@ Command: python -m t5x_lite.train --config=configs/mixtral.py:8x7b --workdir=DIR
 """
 
 from t5x_lite.config import RunConfig, TrainConfig, to_config_dict
-from t5x_lite.data import DataConfig
+from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError
 from t5x_lite.layers.attention import AttentionConfig
 from t5x_lite.layers.linear import InitConfig
@@ -16,10 +16,11 @@ from t5x_lite.layers.mlp import MLPConfig
 from t5x_lite.layers.moe import MoEConfig
 from t5x_lite.layers.norm import NormConfig
 from t5x_lite.layers.position import PositionConfig
-from t5x_lite.models import BlockConfig, ModelConfig, SegmentConfig, StackConfig
-from t5x_lite.objectives import ObjectiveConfig
-from t5x_lite.optim import OptimizerConfig
-from t5x_lite.schedules import ScheduleConfig
+from t5x_lite.models.blocks import BlockConfig, SegmentConfig, StackConfig
+from t5x_lite.models.language_model import ModelConfig
+from t5x_lite.training.objectives import ObjectiveConfig
+from t5x_lite.training.optimizers import OptimizerConfig
+from t5x_lite.training.schedules import ScheduleConfig
 
 
 def run(size: str | None = "8x7b") -> RunConfig:

@@ -8,7 +8,7 @@ Hardware: small on a few accelerators; xxl on 64 TPU v3 or more with mesh.fsdp.
 Command: python -m t5x_lite.train --config=configs/mt5.py:small --workdir=DIR
 """
 
-from configs import _t5
+from configs import _common, _t5
 from t5x_lite.config import RunConfig, to_config_dict
 from t5x_lite.layers.mlp import MLPConfig
 
@@ -23,7 +23,7 @@ SIZES = {
 
 def run(size: str | None = "small") -> RunConfig:
     """The pre-training run of one size."""
-    model = _t5.model(_t5.size_of(SIZES, size, "mt5"), mlp=MLPConfig(), tie_logits=False,
+    model = _t5.model(_common.size_of(SIZES, size, "mt5"), mlp=MLPConfig(), tie_logits=False,
                       dropout_rate=0.0, vocab_size=250_112)
     return _t5.pretraining(f"mt5_{size}", model, batch_size=1024, num_steps=1_000_000,
                            inputs_length=1024, targets_length=229)

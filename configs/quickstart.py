@@ -9,17 +9,18 @@ Command: python -m t5x_lite.train --config=configs/quickstart.py --workdir=runs/
 """
 
 from configs import switch
-from t5x_lite.checkpoint import CheckpointConfig
+from t5x_lite.checkpoints.manager import CheckpointConfig
 from t5x_lite.config import EvalConfig, RunConfig, TrainConfig, to_config_dict
-from t5x_lite.data import DataConfig
+from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError
 from t5x_lite.layers.attention import AttentionConfig
 from t5x_lite.layers.mlp import MLPConfig
 from t5x_lite.layers.moe import MoEConfig
-from t5x_lite.models import BlockConfig, ModelConfig, SegmentConfig, StackConfig
-from t5x_lite.objectives import ObjectiveConfig
-from t5x_lite.optim import OptimizerConfig
-from t5x_lite.schedules import ScheduleConfig
+from t5x_lite.models.blocks import BlockConfig, SegmentConfig, StackConfig
+from t5x_lite.models.language_model import ModelConfig
+from t5x_lite.training.objectives import ObjectiveConfig
+from t5x_lite.training.optimizers import OptimizerConfig
+from t5x_lite.training.schedules import ScheduleConfig
 
 _ATTENTION = AttentionConfig(num_heads=4, head_dim=64, scale=1.0)
 _MLP = MLPConfig(mlp_dim=512)

@@ -9,7 +9,7 @@ Command: python -m t5x_lite.train --config=configs/st_moe.py:32b --workdir=DIR
 
 import dataclasses
 
-from configs import _t5, switch
+from configs import _common, _t5, switch
 from t5x_lite.config import RunConfig, to_config_dict
 from t5x_lite.layers.mlp import MLPConfig
 from t5x_lite.layers.moe import MoEConfig
@@ -19,7 +19,7 @@ SIZES = {"32b": _t5.Size(5120, 20480, 64, 128, 27)}
 
 def run(size: str | None = "32b") -> RunConfig:
     """The pre-training run: capacity factor 1.25 / 2, z-loss 0.001, balance 0.01."""
-    dense = _t5.model(_t5.size_of(SIZES, size, "st_moe"),
+    dense = _t5.model(_common.size_of(SIZES, size, "st_moe"),
                       mlp=MLPConfig(activation="gelu_tanh", gated=True), tie_logits=False,
                       dropout_rate=0.0)
     moe = MoEConfig(num_experts=64, router="top_2", second_policy="random", capacity_factor=1.25,

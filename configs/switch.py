@@ -14,13 +14,14 @@ Fine-tuning: SIZE_finetune, with --config.init_from=PRETRAINED --config.data.tra
 import dataclasses
 import functools
 
-from configs import _t5
+from configs import _common, _t5
 from t5x_lite.config import RunConfig, to_config_dict
 from t5x_lite.layers.mlp import MLPConfig
 from t5x_lite.layers.moe import MoEConfig
-from t5x_lite.models import ModelConfig, SegmentConfig, StackConfig
-from t5x_lite.optim import GroupConfig
-from t5x_lite.schedules import ScheduleConfig
+from t5x_lite.models.blocks import SegmentConfig, StackConfig
+from t5x_lite.models.language_model import ModelConfig
+from t5x_lite.training.optimizers import GroupConfig
+from t5x_lite.training.schedules import ScheduleConfig
 
 _RELU = MLPConfig(activation="relu", gated=False)
 _GATED = MLPConfig(activation="gelu_tanh", gated=True)
@@ -121,7 +122,7 @@ def run(size: str | None = "base_8") -> RunConfig:
     """The pre-training run of one size, or with _finetune behind it its fine-tuning."""
     if size and size.endswith("_finetune"):
         return finetuning(run(size.removesuffix("_finetune")))
-    return _t5.pretraining(f"switch_{size}", model(_t5.size_of(SIZES, size, "switch")),
+    return _t5.pretraining(f"switch_{size}", model(_common.size_of(SIZES, size, "switch")),
                            batch_size=2048, num_steps=500_000)
 
 

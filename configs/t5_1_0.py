@@ -6,7 +6,7 @@ Hardware: small on one accelerator; 11b on 64 TPU v3 or more with mesh.fsdp.
 Command: python -m t5x_lite.train --config=configs/t5_1_0.py:small --workdir=DIR
 """
 
-from configs import _t5
+from configs import _common, _t5
 from t5x_lite.config import RunConfig, to_config_dict
 from t5x_lite.layers.mlp import MLPConfig
 
@@ -21,7 +21,7 @@ SIZES = {
 
 def run(size: str | None = "small") -> RunConfig:
     """The pre-training run of one size: 128 rows a step for 2^19 steps."""
-    model = _t5.model(_t5.size_of(SIZES, size, "t5_1_0"),
+    model = _t5.model(_common.size_of(SIZES, size, "t5_1_0"),
                       mlp=MLPConfig(activation="relu", gated=False), tie_logits=True,
                       dropout_rate=0.1)
     return _t5.pretraining(f"t5_1_0_{size}", model, batch_size=128, num_steps=2 ** 19)

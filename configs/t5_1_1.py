@@ -8,7 +8,7 @@ Hardware: small on one accelerator; xxl on 64 TPU v3 or more with mesh.fsdp.
 Command: python -m t5x_lite.train --config=configs/t5_1_1.py:small --workdir=DIR
 """
 
-from configs import _t5
+from configs import _common, _t5
 from t5x_lite.config import RunConfig, to_config_dict
 from t5x_lite.layers.mlp import MLPConfig
 
@@ -23,7 +23,7 @@ SIZES = {
 
 def run(size: str | None = "small") -> RunConfig:
     """The pre-training run of one size: 2,048 rows a step for 1M steps."""
-    model = _t5.model(_t5.size_of(SIZES, size, "t5_1_1"),
+    model = _t5.model(_common.size_of(SIZES, size, "t5_1_1"),
                       mlp=MLPConfig(activation="gelu_tanh", gated=True), tie_logits=False,
                       dropout_rate=0.0)
     return _t5.pretraining(f"t5_1_1_{size}", model, batch_size=2048, num_steps=1_000_000)

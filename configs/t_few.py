@@ -10,15 +10,15 @@ Command: python -m t5x_lite.train --config=configs/t_few.py:3b --workdir=DIR \
     --config.init_from=hf:T0_3B --config.data.train=TASK_choices --config.data.validation=TASK
 """
 
-from configs import _t5, t5_1_1
-from t5x_lite.checkpoint import CheckpointConfig
+from configs import _common, _t5, t5_1_1
+from t5x_lite.checkpoints.manager import CheckpointConfig
 from t5x_lite.config import EvalConfig, RunConfig, TrainConfig, to_config_dict
-from t5x_lite.data import DataConfig
+from t5x_lite.data.config import DataConfig
 from t5x_lite.layers.mlp import MLPConfig
-from t5x_lite.objectives import ObjectiveConfig
-from t5x_lite.optim import OptimizerConfig
-from t5x_lite.peft import PeftConfig
-from t5x_lite.schedules import ScheduleConfig
+from t5x_lite.models.peft import PeftConfig
+from t5x_lite.training.objectives import ObjectiveConfig
+from t5x_lite.training.optimizers import OptimizerConfig
+from t5x_lite.training.schedules import ScheduleConfig
 
 SIZES = {"3b": t5_1_1.SIZES["xl"], "11b": t5_1_1.SIZES["xxl"]}
 _STEPS = 1000
@@ -26,7 +26,7 @@ _STEPS = 1000
 
 def run(size: str | None = "3b") -> RunConfig:
     """Tuning on the choices of a task; see tasks/rank_classification.py."""
-    model = _t5.model(_t5.size_of(SIZES, size, "t_few"),
+    model = _t5.model(_common.size_of(SIZES, size, "t_few"),
                       mlp=MLPConfig(activation="gelu_tanh", gated=True), tie_logits=False,
                       dropout_rate=0.0)
     return RunConfig(

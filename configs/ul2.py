@@ -9,7 +9,7 @@ Hardware: 512 TPU v4 with mesh.fsdp and mesh.tensor.
 Command: python -m t5x_lite.train --config=configs/ul2.py:20b --workdir=DIR
 """
 
-from configs import _t5
+from configs import _common, _t5
 from t5x_lite.config import RunConfig, to_config_dict
 from t5x_lite.layers.mlp import MLPConfig
 
@@ -18,7 +18,7 @@ SIZES = {"20b": _t5.Size(4096, 16384, 16, 256, 32)}
 
 def run(size: str | None = "20b") -> RunConfig:
     """The pre-training run."""
-    model = _t5.model(_t5.size_of(SIZES, size, "ul2"), mlp=MLPConfig(activation="silu"),
+    model = _t5.model(_common.size_of(SIZES, size, "ul2"), mlp=MLPConfig(activation="silu"),
                       tie_logits=False, dropout_rate=0.0)
     return _t5.pretraining(f"ul2_{size}", model, batch_size=1024, num_steps=2_000_000,
                            inputs_length=512, targets_length=512, train="c4_ul2")

@@ -12,14 +12,13 @@ and the ratio flatters us: `taskset -c 0 python scripts/bench_decode.py …` com
 one core. Needs torch and transformers.
 """
 
-import cpu_environment  # noqa: F401  first of all: it may start the script again
-
 import os
 import pathlib
 import statistics
 import tempfile
 import time
 
+import cpu_environment  # noqa: F401  first of all: it may start the script again
 from absl import flags
 
 from t5x_lite import cli
@@ -74,10 +73,11 @@ def main() -> None:
     import torch
     import transformers
 
-    from t5x_lite import steps, tree
-    from t5x_lite.convert import hf
-    from t5x_lite.decoding import DecodeConfig
-    from t5x_lite.models import Model
+    from t5x_lite import tree
+    from t5x_lite.decoding.decode import DecodeConfig
+    from t5x_lite.formats import hf
+    from t5x_lite.models.language_model import Model
+    from t5x_lite.training import steps
 
     inputs_length, length = map(int, _LENGTHS.value.split(","))
     config = cli.run_config(_CONFIG).model

@@ -41,8 +41,7 @@ def plain_step(mesh, rows: int, length: int):
     import jax
     import jax.numpy as jnp
     import optax
-    from jax.sharding import NamedSharding
-    from jax.sharding import PartitionSpec as P
+    from jax.sharding import NamedSharding, PartitionSpec as P
     s = Shape()
 
     def array(shape, *spec, dtype=jnp.float32):
@@ -82,8 +81,7 @@ def plain_step(mesh, rows: int, length: int):
 def _plain_loss(params, inputs, targets, mesh, s: Shape):
     import jax
     import jax.numpy as jnp
-    from jax.sharding import NamedSharding
-    from jax.sharding import PartitionSpec as P
+    from jax.sharding import NamedSharding, PartitionSpec as P
     rows = NamedSharding(mesh, P("all"))
 
     def split(x):
@@ -153,7 +151,7 @@ def main() -> None:
     import jax
     import numpy as np
 
-    from t5x_lite import rehearse
+    from t5x_lite.planning import rehearse
     jax.config.update("jax_platforms", "cpu")   # devices are described
     devices = rehearse.topology(_TOPOLOGY.value).devices
     rows = _BATCH.value * len(devices)

@@ -12,18 +12,16 @@ disturb less. All are timed in turn, so that what slows one slows all, and the b
                    quarter more tokens, which multiplies as much
 """
 
-import cpu_environment  # noqa: F401  first of all: it may start the script again
-
 import argparse
 import dataclasses
 import time
 
-from t5x_lite import cli  # noqa: F401  before JAX: it sets what that reads on import
-
+import cpu_environment  # noqa: F401  first of all: it may start the script again
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from t5x_lite import cli  # noqa: F401  before JAX: it sets what that reads on import
 from t5x_lite.layers.linear import InitConfig
 from t5x_lite.layers.mlp import MLP, MLPConfig
 from t5x_lite.layers.moe import MoE, MoEConfig

@@ -9,9 +9,9 @@ before the first step: import, initialisation and compilation. `--scan` keeps th
 scan; by default the layers are unrolled, which XLA's CPU backend runs faster.
 """
 
-import cpu_environment  # noqa: F401  first of all: it may start the script again
-
 import time
+
+import cpu_environment  # noqa: F401  first of all: it may start the script again
 
 START = time.perf_counter()
 

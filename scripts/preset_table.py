@@ -13,16 +13,15 @@ import math
 import pathlib
 from collections.abc import Iterator
 
-from t5x_lite import cli
-
 import jax
 
-from t5x_lite import rehearse
+from t5x_lite import cli
 from t5x_lite.build import build
 from t5x_lite.config import RunConfig, replace
 from t5x_lite.cost import tables
-from t5x_lite.schedules import BatchRampConfig
-from t5x_lite.sharding import MeshConfig
+from t5x_lite.parallel.sharding import MeshConfig
+from t5x_lite.planning import rehearse
+from t5x_lite.training.batch_ramp import BatchRampConfig
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 DEVICES = 16

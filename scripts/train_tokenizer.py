@@ -1,7 +1,7 @@
 """Trains a SentencePiece vocabulary (unigram, or BPE) that t5x_lite and seqio can use.
 
     python scripts/train_tokenizer.py --output=my.model --size=32000 corpus/*.txt
-    python scripts/train_tokenizer.py --output=tasks/vocab/python.model --size=4096
+    python scripts/train_tokenizer.py --output=t5x_lite/data/vocab/python.model --size=4096
 
 Without files it learns from the text that every Python installation holds (the training
 split of tasks/python_text.py); that is how the shipped vocabulary was made. Files may be
@@ -25,7 +25,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from t5x_lite import data_tasks  # noqa: E402
+from t5x_lite.data import tasks as data_tasks  # noqa: E402
 from t5x_lite.errors import UserError  # noqa: E402
 
 SENTINELS = 100
@@ -36,7 +36,8 @@ MAX_PIECE_BYTES = 4000   # SentencePiece drops longer sentences; documents are c
 def sentences(files: list[str]):
     """Pieces of documents short enough for the trainer, cut at line breaks."""
     data_tasks.tensorflow_side()   # quietly, before tasks imports it
-    from tasks import python_text, text_files
+    from t5x_lite.data import text_files
+    from tasks import python_text
     if files:
         documents = text_files.read_documents(text_files.find_files(files, "files"), "line")
     else:

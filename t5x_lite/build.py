@@ -13,15 +13,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from t5x_lite import (
-    fp8, models, objectives, peft, pipeline, precision, sharding, state, steps, tree)
+from t5x_lite import tree
 from t5x_lite.config import RunConfig
 from t5x_lite.cost import flops, hardware
 from t5x_lite.errors import UserError
-from t5x_lite.layers import moe
-from t5x_lite.models import Model, ParamInfo
-from t5x_lite.optim import Optimizer, make_optimizer
-from t5x_lite.sharding import Rules
+from t5x_lite.layers import fp8, moe
+from t5x_lite.models import language_model, peft
+from t5x_lite.models.language_model import Model
+from t5x_lite.models.params import ParamInfo
+from t5x_lite.parallel import pipeline, sharding
+from t5x_lite.parallel.sharding import Rules
+from t5x_lite.training import objectives, precision, state, steps
+from t5x_lite.training.optimizers import Optimizer, make_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Experiment:
     eval_step: Callable                  # (params, batch, token_bytes) -> sums
     # What evaluation and decoding read: the whole model's parameters, nested ShapeDtypeStructs.
     abstract_params: dict
-    merge_changed: Callable              # (trainable, frozen) -> {path: what peft.py computes}
+    merge_changed: Callable              # (trainable, frozen) -> {path: what models/peft.py computes}
 
     @property
     def table(self) -> dict[str, ParamInfo]:
@@ -49,7 +52,7 @@ class Experiment:
 
     @property
     def trainable(self) -> Mapping[str, ParamInfo]:
-        """The parameter table of state["params"]: the model's own, or what peft.py leaves of it
+        """The parameter table of state["params"]: the model's own, or what models/peft.py leaves of it
         and adds."""
         return self.optimizer.table
 
@@ -119,7 +122,7 @@ class Experiment:
     def start(self, params: Mapping, trained: Mapping | None = None) -> state.State:
         """The state of step 0 from parameters of the whole model, which it consumes.
 
-        trained: state["params"], where it is not to be what peft.py starts with.
+        trained: state["params"], where it is not to be what models/peft.py starts with.
         """
         start = jax.jit(lambda params, trained: state.start(
             params, self.model, self.optimizer, self.config.peft,
@@ -185,7 +188,7 @@ def build(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Exp
         UserError: whatever in the config cannot be, naming the field and the fix.
     """
     policy = precision.policy(config.precision)
-    models.validate(config.model)
+    language_model.validate(config.model)
     objectives.validate(config.objective, config.model.architecture)
     mesh = sharding.make_mesh(config.mesh, devices)
     _check_fp8(policy, mesh)

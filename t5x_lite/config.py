@@ -17,17 +17,17 @@ from typing import Any
 
 import ml_collections
 
-from t5x_lite.checkpoint import CheckpointConfig
-from t5x_lite.data import DataConfig
-from t5x_lite.decoding import DecodeConfig
+from t5x_lite.checkpoints.manager import CheckpointConfig
+from t5x_lite.data.config import DataConfig
+from t5x_lite.decoding.decode import DecodeConfig
 from t5x_lite.errors import UserError, nearest
-from t5x_lite.models import ModelConfig
-from t5x_lite.objectives import ObjectiveConfig
-from t5x_lite.optim import OptimizerConfig
-from t5x_lite.precision import LossScaleConfig
-from t5x_lite.peft import PeftConfig
-from t5x_lite.schedules import BatchRampConfig
-from t5x_lite.sharding import DEFAULT_RULES, MeshConfig
+from t5x_lite.models.language_model import ModelConfig
+from t5x_lite.models.peft import PeftConfig
+from t5x_lite.parallel.sharding import DEFAULT_RULES, MeshConfig
+from t5x_lite.training.batch_ramp import BatchRampConfig
+from t5x_lite.training.objectives import ObjectiveConfig
+from t5x_lite.training.optimizers import OptimizerConfig
+from t5x_lite.training.precision import LossScaleConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,20 +13,19 @@ import math
 import pathlib
 from collections.abc import Sequence
 
-from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read on import
-
 from absl import flags
 
-from t5x_lite import checkpoint, init_from, report
+from t5x_lite import cli, init_from, log, report
 from t5x_lite.build import build
+from t5x_lite.checkpoints import manager
 from t5x_lite.config import RunConfig
 from t5x_lite.errors import UserError
-from t5x_lite.evaluate import Evaluator
+from t5x_lite.evaluation.evaluator import Evaluator
 
 
 def steps_to_evaluate(workdir: pathlib.Path, step: str) -> list[int]:
     """The committed steps that "all", "last" or a number names, rising."""
-    steps = checkpoint.all_steps(workdir)
+    steps = manager.all_steps(workdir)
     if not steps:
         raise UserError(f"--workdir={workdir} holds no checkpoint.")
     if step == "all":
@@ -52,13 +51,13 @@ def run(config: RunConfig, workdir: pathlib.Path | None, steps: Sequence[int]
             params, _ = init_from.restore(experiment, workdir, step)
             results[step] = evaluator.evaluate(params)
             for task, values in results[step].items():
-                report.say(report.evaluation_line(step, task, values))
+                log.say(report.evaluation_line(step, task, values))
     return results
 
 
 def write(workdir: pathlib.Path, results: dict[int, dict[str, dict[str, float]]]) -> None:
     """Appends one JSON line a step and task to WORKDIR/eval.jsonl."""
-    if report.is_main():
+    if log.is_main():
         with open(workdir / "eval.jsonl", "a") as file:
             for step, tasks in results.items():
                 for task, values in tasks.items():

@@ -23,14 +23,13 @@ import re
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
-from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read on import
-
 from absl import flags
 
-from t5x_lite import checkpoint, metrics, report, train
-from t5x_lite import config as configs
+from t5x_lite import cli, config as configs, log, train
+from t5x_lite.checkpoints import manager
 from t5x_lite.config import RunConfig
 from t5x_lite.errors import UserError
+from t5x_lite.training import metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +67,7 @@ def load(path: str) -> tuple[ModuleType, str | None]:
 
 def is_finished(workdir: pathlib.Path, config: RunConfig) -> bool:
     """Whether the workdir holds the last step's checkpoint, which is written after all else."""
-    return config.train.num_steps in checkpoint.all_steps(workdir)
+    return config.train.num_steps in manager.all_steps(workdir)
 
 
 def execute(runs: Sequence[Run], workdir: pathlib.Path) -> None:
@@ -80,9 +79,9 @@ def execute(runs: Sequence[Run], workdir: pathlib.Path) -> None:
             source = workdir / dataclasses.replace(run, stage=run.after).folder
             config = dataclasses.replace(config, init_from=str(source))
         if is_finished(folder, config):
-            report.say(f"[{number}/{len(runs)}] {run.folder}: finished before")
+            log.say(f"[{number}/{len(runs)}] {run.folder}: finished before")
             continue
-        report.say(f"[{number}/{len(runs)}] {run.folder}")
+        log.say(f"[{number}/{len(runs)}] {run.folder}")
         train.run(config, folder)
 
 
@@ -185,13 +184,13 @@ def run(path: str, workdir: pathlib.Path, *, overrides: Sequence[str] = (), only
     text = summary(runs, workdir, shown)
     if hasattr(module, "conclude"):
         text += "\n" + module.conclude(runs, workdir)
-    if report.is_main():
+    if log.is_main():
         (workdir / "results.md").write_text(text)
         (workdir / "results.json").write_text(
             json.dumps(final_values(runs, workdir), indent=1) + "\n")
         draw(runs, workdir, getattr(module, "PLOTTED", f"eval/{shown[0]}"),
              workdir / "curves.png")
-    report.say(text)
+    log.say(text)
     return text
 
 

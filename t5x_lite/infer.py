@@ -32,21 +32,20 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read on import
-
-from absl import flags
 import jax
 import numpy as np
+from absl import flags
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-from t5x_lite import data, init_from, report, state
-from t5x_lite import config as configs
+from t5x_lite import cli, config as configs, init_from, log
 from t5x_lite.build import Experiment, build
 from t5x_lite.config import RunConfig
-from t5x_lite.decoding import DecodeConfig
+from t5x_lite.data import tasks as data_tasks, vocabulary as data_vocabulary
+from t5x_lite.decoding.decode import DecodeConfig
 from t5x_lite.errors import UserError, nearest
-from t5x_lite.predictor import Predictor, Text
+from t5x_lite.evaluation.predictor import Predictor, Text
+from t5x_lite.training import state
 
 FORMATS = ("jsonl", "json", "tsv", "text")
 MODES = ("predict", "score")
@@ -107,7 +106,7 @@ def _entries(lines: Iterable[bytes], kind: str, name: str) -> Iterator[tuple[int
         first = next(lines, b"").removeprefix(_BOM)
         lines = itertools.chain([first] if first else [], lines)
         if kind == "json":
-            yield from data.json_objects(b"".join(lines), name)
+            yield from data_tasks.json_objects(b"".join(lines), name)
             return
         for number, raw in enumerate(lines, 1):
             if raw.strip() or kind == "text":
@@ -174,21 +173,21 @@ def read_lines(lines: Iterable[bytes], kind: str, *, on_error: str, needs_target
             message = f"{name}, {'object' if kind == 'json' else 'line'} {number} {error}"
             if on_error == "refuse":
                 raise UserError(f"{message}; --on_error=skip leaves such lines out") from error
-            report.say(f"skipped: {message}")
+            log.say(f"skipped: {message}")
             continue
         yield Item(number, inputs, inputs, targets)
 
 
 def read_task(config: RunConfig, name: str, split: str) -> Iterator[Item]:
     """The examples of a seqio task; its inputs are the tokens that evaluation sees."""
-    task, examples = data.eval_examples(config.data, name, objective=config.objective.name,
+    task, examples = data_tasks.eval_examples(config.data, name, objective=config.objective.name,
                                         split=split, field="--task")
     vocabulary = task.output_features["targets"].vocabulary
 
     def text(example, feature) -> str:
         kept = example.get(f"{feature}_pretokenized")
         if kept is None:
-            return data.text_of(vocabulary, example.get(feature, ()))
+            return data_vocabulary.text_of(vocabulary, example.get(feature, ()))
         return kept.decode()
 
     for number, example in enumerate(examples, 1):
@@ -215,7 +214,7 @@ class Output:
     def _agree(self, belongs_to: dict[str, Any]) -> int:
         """Process 0 opens the file; the others hear where it ends and need not see it."""
         last, problem = -1, None
-        if report.is_main():
+        if log.is_main():
             try:
                 last = self._open(belongs_to)
             except UserError as error:
@@ -298,9 +297,9 @@ def run(predictor: Predictor, params, items: Iterable[Item], output: Output, mod
         count += len(batch)
         if time.monotonic() - shown > _SECONDS_BETWEEN_REPORTS:
             shown = time.monotonic()
-            report.say(f"line {batch[-1].line:,}: {count / (shown - began):.3g} lines/s")
+            log.say(f"line {batch[-1].line:,}: {count / (shown - began):.3g} lines/s")
     seconds = time.monotonic() - began
-    report.say(f"{count:,} lines in {seconds:.1f} s"
+    log.say(f"{count:,} lines in {seconds:.1f} s"
                + (f", behind {output.last_line:,} of before" if output.last_line else ""))
     predictor.say_misfits()
     return count
@@ -338,8 +337,8 @@ def infer(config: RunConfig, workdir: pathlib.Path | None, step: str, decode: De
     source: what the items are read from, for the record.
     """
     experiment = build(config)
-    vocabulary = data.vocabulary_of(config.data)
-    data.check_vocabulary(vocabulary, config.model.vocab_size, sentinels=False)
+    vocabulary = data_tasks.vocabulary_of(config.data)
+    data_vocabulary.check_vocabulary(vocabulary, config.model.vocab_size, sentinels=False)
     with experiment.activate():
         params, step = init_from.restore(experiment, workdir,
                                          int(step) if step.isdigit() else step)
@@ -360,9 +359,9 @@ def _gathered(experiment: Experiment, params: dict) -> dict:
         return params
     before = state.num_bytes_per_device(params)
     params = experiment.gathered(params)
-    report.say(f"parameters gathered over mesh.fsdp={ways} once: "
-               f"{report.si(state.num_bytes_per_device(params), 'B')} a device, before "
-               f"{report.si(before, 'B')} (eval.gather_params=false leaves them split)")
+    log.say(f"parameters gathered over mesh.fsdp={ways} once: "
+               f"{log.si(state.num_bytes_per_device(params), 'B')} a device, before "
+               f"{log.si(before, 'B')} (eval.gather_params=false leaves them split)")
     return params
 
 
@@ -381,7 +380,7 @@ def _items(config: RunConfig, values: Any) -> tuple[Iterator[Item], str]:
         raise UserError(f"--input={values.input}: {jax.process_count()} processes cannot share one "
                         f"{'pipe' if name == values.input else name}; write it to a file that all "
                         "of them see.")
-    report.say(f"reading {name} as {kind}")
+    log.say(f"reading {name} as {kind}")
     return read_lines(lines, kind, on_error=values.on_error, name=name,
                       needs_targets=values.mode == "score"), source_of(values.input, kind)
 

@@ -14,7 +14,7 @@ the same path. What the source holds beyond that is skipped.
     (("decoder/(.*self_attention.*)", r"encoder/\\1"),)        also start a decoder from an encoder
     ((r"(.*)/mlp/experts/(.*)", r"\\1/mlp/\\2"), (".*/router/.*", ""))   sparse upcycling
 
-A workdir of parameter-efficient tuning (peft.py) counts as the whole model, merged. Prompts and
+A workdir of parameter-efficient tuning (models/peft.py) counts as the whole model, merged. Prompts and
 adapters that the source does not hold are left fresh without a rule; a fresh prompt starts as
 the embeddings of common tokens.
 
@@ -41,17 +41,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5x_lite import checkpoint, data, peft, report, tree
+from t5x_lite import log, tree
 from t5x_lite.build import Experiment, build
+from t5x_lite.checkpoints import format as checkpoint_format, manager
 from t5x_lite.config import EvalConfig, RunConfig, ShardingConfig, TrainConfig, from_mapping
-from t5x_lite.convert import hf, t5x
-from t5x_lite.convert.functions import differences
-from t5x_lite.convert.mapping import (
-    ForeignModel, Layout, Placed, Shape, Slot, Tensors, like_segments, parse)
-from t5x_lite.data import DataConfig
+from t5x_lite.data import tasks as data_tasks, vocabulary as data_vocabulary
+from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError, nearest
-from t5x_lite.models import Model, ModelConfig, ParamInfo
-from t5x_lite.sharding import MeshConfig
+from t5x_lite.formats import hf, t5x
+from t5x_lite.formats.functions import differences
+from t5x_lite.formats.mapping import (
+    ForeignModel,
+    Layout,
+    Placed,
+    Shape,
+    Slot,
+    Tensors,
+    like_segments,
+    parse,
+)
+from t5x_lite.models import peft
+from t5x_lite.models.language_model import Model, ModelConfig
+from t5x_lite.models.params import ParamInfo
+from t5x_lite.parallel.sharding import MeshConfig
 
 InitMap = Sequence[tuple[str, str]]
 
@@ -93,7 +105,7 @@ def check_workdir(source: str) -> None:
 def read_workdir(workdir: str, like: ModelConfig | None = None, step: int | str = "last", *,
                  sharding: Any = None) -> ForeignModel:
     """The model in a checkpoint of ours, its layers regrouped as those of `like`."""
-    record = checkpoint.read_record(workdir, step)
+    record = manager.read_record(workdir, step)
     stored = from_mapping(ModelConfig, record.config["model"], "model")
     config = like_segments(stored, like)
     arrays = {path.removeprefix("params/"): info for path, info in record.arrays.items()
@@ -129,7 +141,7 @@ def read_workdir(workdir: str, like: ModelConfig | None = None, step: int | str 
         if last[0] != path:
             info = arrays[path]
             wanted = jax.ShapeDtypeStruct(info.shape, jnp.dtype(info.dtype), sharding=sharding)
-            params, _ = checkpoint.restore_params(workdir, tree.unflatten({path: wanted}),
+            params, _ = manager.restore_params(workdir, tree.unflatten({path: wanted}),
                                                   record.step, partial=True)
             last = (path, np.asarray(tree.flatten(params)[path].addressable_data(0)))
         return last[1]
@@ -141,7 +153,7 @@ def read_workdir(workdir: str, like: ModelConfig | None = None, step: int | str 
                         step=record.step)
 
 
-def _merged(workdir: os.PathLike | str, record: checkpoint.Record) -> dict[str, np.ndarray]:
+def _merged(workdir: os.PathLike | str, record: checkpoint_format.Record) -> dict[str, np.ndarray]:
     """The whole model of a checkpoint that refers to its frozen parameters."""
     params, _ = restore(alone(from_mapping(RunConfig, record.config)), workdir, record.step)
     return {path: np.asarray(x.addressable_data(0)) for path, x in tree.flatten(params).items()}
@@ -251,7 +263,7 @@ def _check_vocabulary(config: RunConfig, plan: Assignment, source: ForeignModel)
         return
     if not _names_one(config.data):
         return
-    vocabulary = data.vocabulary_of(config.data)
+    vocabulary = data_tasks.vocabulary_of(config.data)
     rows = source.shapes[plan.loaded[_TABLE]][0]
     # Sentinels that were added here to a tokenizer.json's own ids are new to any checkpoint.
     size = getattr(vocabulary, "required_size", vocabulary.vocab_size)
@@ -266,9 +278,9 @@ _FIX = ("Set data.vocabulary to that of the checkpoint, or leave the embeddings 
 
 
 def _compare_pieces(config: DataConfig, source: str) -> None:
-    ours, theirs = data.pieces_of(data.vocabulary_of(config)), _pieces_of_source(source)
+    ours, theirs = data_vocabulary.pieces_of(data_tasks.vocabulary_of(config)), _pieces_of_source(source)
     if not ours or not theirs:
-        report.say(f"  {source} names no vocabulary that {_named(config)} could be compared with")
+        log.say(f"  {source} names no vocabulary that {_named(config)} could be compared with")
     for i, (a, b) in enumerate(zip(ours, theirs, strict=False)):
         if a != b and "<extra_id_" not in a + b:
             raise UserError(f"{_named(config)} is not the vocabulary that {source} was trained "
@@ -280,14 +292,14 @@ def _pieces_of_source(source: str) -> Sequence[str]:
     if kind == "t5x":
         return []
     if kind == "hf":
-        return data.pieces_of_folder(pathlib.Path(rest).expanduser())
-    saved = from_mapping(DataConfig, checkpoint.read_record(source).config["data"], "data")
+        return data_vocabulary.pieces_of_folder(pathlib.Path(rest).expanduser())
+    saved = from_mapping(DataConfig, manager.read_record(source).config["data"], "data")
     if not _names_one(saved):
-        return data.pieces_of_folder(pathlib.Path(source) / "hf")
+        return data_vocabulary.pieces_of_folder(pathlib.Path(source) / "hf")
     try:
-        return data.pieces_of(data.vocabulary_of(saved))
+        return data_vocabulary.pieces_of(data_tasks.vocabulary_of(saved))
     except UserError as error:   # its file has gone since
-        report.say(f"  vocabulary of {source}: {error}")
+        log.say(f"  vocabulary of {source}: {error}")
         return []
 
 
@@ -333,12 +345,12 @@ def parameters(experiment: Experiment, fresh: Callable[[], Mapping] | None = Non
         raise UserError(f"init_map leaves {_some(plan.fresh)} fresh, that is random, which is "
                         "for training only.")
     for line in describe(plan, source, table, config.model):
-        report.say(line)
+        log.say(line)
     _check_vocabulary(config, plan, source)
     if source.tensors.collective and plan.loaded == {p: p for p in table} and all(
             source.tensors.shapes.get(path) == info.shape for path, info in table.items()):
         # A workdir's own layout: every process reads its shards, all parameters at once.
-        return checkpoint.restore_params(config.init_from, experiment.abstract_params)[0]
+        return manager.restore_params(config.init_from, experiment.abstract_params)[0]
     left = tree.flatten(fresh()) if plan.fresh else {}
     found = {path: _load(source, plan.loaded[path], info, abstract[path])
              if path in plan.loaded else left[path] for path, info in table.items()}
@@ -379,8 +391,8 @@ def restore_state(experiment: Experiment, workdir: os.PathLike | str, step: int 
     return experiment.start(trained), record.step
 
 
-def _restore_trained(experiment, workdir, step) -> tuple[dict, checkpoint.Record]:
-    params, record = checkpoint.restore_params(workdir, experiment.abstract_state["params"], step)
+def _restore_trained(experiment, workdir, step) -> tuple[dict, checkpoint_format.Record]:
+    params, record = manager.restore_params(workdir, experiment.abstract_state["params"], step)
     ours, saved = experiment.config.data, record.config["data"]
     if (ours.vocabulary, ours.train) != (saved["vocabulary"], saved["train"]) and _names_one(ours):
         _compare_pieces(ours, str(workdir))
@@ -390,7 +402,7 @@ def _restore_trained(experiment, workdir, step) -> tuple[dict, checkpoint.Record
 def _over_frozen(experiment, workdir, trained, record) -> dict:
     """A state with these trained parameters over the frozen ones that the checkpoint refers to."""
     state = experiment.start(_base(experiment), trained)
-    checkpoint.check_frozen(workdir, record, state["frozen"])
+    checkpoint_format.check_frozen(workdir, record, state["frozen"])
     return state
 
 

@@ -16,14 +16,17 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 
-from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read on import
-
-from absl import flags
 import jax
 import numpy as np
+from absl import flags
 
-from t5x_lite import data
-from t5x_lite.data import DataConfig
+from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read on import
+from t5x_lite.data import (
+    batches as data_batches,
+    tasks as data_tasks,
+    vocabulary as data_vocabulary,
+)
+from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError
 
 _IDS_A_LINE = 8
@@ -40,7 +43,7 @@ def side_by_side(ids: Sequence[int], vocabulary) -> Iterator[str]:
     for start in range(0, used, _IDS_A_LINE):
         part = ids[start:min(start + _IDS_A_LINE, used)]
         shown = " ".join(f"{i:>5}" for i in part)
-        text = data.text_of(vocabulary, part)
+        text = data_vocabulary.text_of(vocabulary, part)
         yield f"    {start:>5}  {shown:<{6 * _IDS_A_LINE}} {text!r}"
     if used < len(ids):
         yield f"    {used:>5}  {len(ids) - used} x padding"
@@ -49,7 +52,7 @@ def side_by_side(ids: Sequence[int], vocabulary) -> Iterator[str]:
 def describe(config: DataConfig, name: str, split: str, objective: str, rows: int,
              examples: int) -> str:
     """The whole report. Raises UserError for an unknown task or split."""
-    task, _ = data.eval_examples(config, name, objective=objective, split=split)
+    task, _ = data_tasks.eval_examples(config, name, objective=objective, split=split)
     features = task.output_features
     vocabulary = features["targets"].vocabulary
     lines = [f"task {task.name}",
@@ -58,7 +61,7 @@ def describe(config: DataConfig, name: str, split: str, objective: str, rows: in
              f"  vocabulary  {type(vocabulary).__name__}, {vocabulary.vocab_size} ids",
              f"  metrics     {', '.join(f.__name__ for f in task.metric_fns) or 'none'}"]
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    batch = next(data.eval_batches(config, name, objective=objective, batch_size=rows,
+    batch = next(data_batches.eval_batches(config, name, objective=objective, batch_size=rows,
                                    sharding=sharding, split=split, max_batches=1))
     lines.append(f"batch of {rows} rows, objective {objective}"
                  + (", packed" if config.packing else ""))
@@ -79,7 +82,7 @@ def describe(config: DataConfig, name: str, split: str, objective: str, rows: in
 def _lengths(config: DataConfig, name: str, split: str, objective: str, examples: int
              ) -> Iterator[str]:
     """How long inputs and targets are before they are cut."""
-    _, read = data.eval_examples(config, name, objective=objective, split=split)
+    _, read = data_tasks.eval_examples(config, name, objective=objective, split=split)
     found = list(itertools.islice(read, examples))
     if not found or "targets_pretokenized" not in found[0]:
         return   # no text-to-text task: it fills whatever lengths it is given
@@ -131,7 +134,7 @@ if __name__ == "__main__":
     def main() -> None:
         values = flags.FLAGS
         if values.list:
-            print("\n".join(data.task_names(DataConfig(task_modules=values.task_modules))))
+            print("\n".join(data_tasks.task_names(DataConfig(task_modules=values.task_modules))))
             return
         if not values.task:
             raise UserError("which task? python -m t5x_lite.inspect_task NAME; --list prints all.")

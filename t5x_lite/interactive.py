@@ -19,13 +19,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import jax
 import numpy as np
 
-from t5x_lite import cli, data, init_from, metrics
-from t5x_lite import config as configs
+from t5x_lite import cli, config as configs, init_from
 from t5x_lite.build import Experiment, build
 from t5x_lite.config import RunConfig
-from t5x_lite.decoding import DecodeConfig
+from t5x_lite.data import tasks as data_tasks, vocabulary as data_vocabulary
+from t5x_lite.decoding.decode import DecodeConfig
 from t5x_lite.errors import UserError, nearest
-from t5x_lite.predictor import Predictor
+from t5x_lite.evaluation.predictor import Predictor
+from t5x_lite.training import metrics
 
 Examples = Sequence[tuple[str, str]]   # (inputs, targets)
 
@@ -39,14 +40,14 @@ class Session:
     def __init__(self, experiment: Experiment, state: dict):
         self.experiment = experiment
         self.state = state
-        self._vocabulary = data.vocabulary_of(experiment.config.data)
-        data.check_vocabulary(self._vocabulary, experiment.config.model.vocab_size,
+        self._vocabulary = data_tasks.vocabulary_of(experiment.config.data)
+        data_vocabulary.check_vocabulary(self._vocabulary, experiment.config.model.vocab_size,
                               sentinels=False)
         self._train_step = experiment.jit_train_step()
 
     @property
     def params(self) -> dict:
-        """The whole model's parameters, nested; what peft.py trains is merged in."""
+        """The whole model's parameters, nested; what models/peft.py trains is merged in."""
         return self.experiment.whole_params(self.state)
 
     def train(self, examples: Examples, num_steps: int) -> list[float]:

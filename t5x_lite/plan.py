@@ -15,21 +15,20 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read on import
-
-from absl import flags
 import jax
+from absl import flags
 from rich.table import Column, Table
 
-from t5x_lite import rehearse, remedies, schedules
+from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read on import
 from t5x_lite.build import Experiment, build
 from t5x_lite.config import RunConfig, replace
-from t5x_lite.cost import energy, flops, hlo, tables
-from t5x_lite.cost import roofline as roofline_lib
+from t5x_lite.cost import energy, flops, hlo, roofline as roofline_lib, tables
 from t5x_lite.cost.roofline import Roofline
 from t5x_lite.errors import UserError
-from t5x_lite.layers import kernels
-from t5x_lite.rehearse import Compiled, Topology
+from t5x_lite.layers import attention_implementations
+from t5x_lite.planning import rehearse, remedies
+from t5x_lite.planning.rehearse import Compiled, Topology
+from t5x_lite.training import batch_ramp
 
 _log = logging.getLogger("t5x_lite.plan")   # also where this module is __main__
 
@@ -141,7 +140,7 @@ def make_plan(config: RunConfig, topology: Topology,
     if not topology.compiler:
         notes.append("GPUs have no compiler that works without one: temporaries and communication "
                      "are unknown, and the bound leaves them out")
-        if lacks := kernels.cudnn_lacks():
+        if lacks := attention_implementations.cudnn_lacks():
             notes.append(f"activations are counted without cuDNN's attention ({lacks})")
     elif hbm is not None and sum(arguments.values()) > hbm:
         notes.append("not compiled: parameters, optimizer state and batch alone are too large")
@@ -186,7 +185,7 @@ def _run_cost(experiment: Experiment, topology: Topology, given: Assumptions
     if peak is None:
         return None
     train = experiment.config.train
-    rows = schedules.sequences_before(train.batch_ramp, train.global_batch_size, train.num_steps)
+    rows = batch_ramp.sequences_before(train.batch_ramp, train.global_batch_size, train.num_steps)
     price = given.dollars_per_chip_hour
     return energy.estimate(
         total_flops=rows * experiment.flops_per_sequence, chips=topology.num_chips,

@@ -12,30 +12,9 @@ import jax
 from tqdm import tqdm
 
 from t5x_lite.build import Experiment
-
+from t5x_lite.log import is_main, say, si
 
 METRIC = "metric/"   # before the names of a task's own metrics, beside the model's loss and accuracy
-
-
-def is_main() -> bool:
-    """Whether this process is the one that prints and writes."""
-    return jax.process_index() == 0
-
-
-def say(line: str = "") -> None:
-    """One line on standard output, from process 0, above the progress line."""
-    if is_main():
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
-
-
-def si(number: float, unit: str = "") -> str:
-    """1.23e9 -> '1.23 G'."""
-    for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"),
-                           (1e3, "k")):
-        if abs(number) >= factor:
-            return f"{number / factor:.3g} {prefix}{unit}"
-    return f"{number:.3g} {unit}".rstrip()
 
 
 def header(experiment: Experiment) -> str:

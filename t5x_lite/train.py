@@ -7,7 +7,7 @@ from the newest checkpoint of the workdir and ends as if it had never stopped.
             parameters.txt     every parameter with shape, logical axes and sharding
             metrics.jsonl      one line every train.log_every steps and every evaluation
             tensorboard/       the same for TensorBoard
-            checkpoints/       see checkpoint.py
+            checkpoints/       see checkpoints/manager.py
 """
 
 import dataclasses
@@ -19,21 +19,24 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read on import
-
-from absl import flags
 import jax
+from absl import flags
 from jax.experimental import multihost_utils
 
-from t5x_lite import data, init_from, metrics, report, schedules
-from t5x_lite.blocks import LOAD_ENTROPY
+from t5x_lite import cli, init_from, log, report
 from t5x_lite.build import Experiment, build, param_report
-from t5x_lite.checkpoint import Checkpointer, restore_or_init
+from t5x_lite.checkpoints.manager import Checkpointer, restore_or_init
 from t5x_lite.config import RunConfig, to_json
 from t5x_lite.cost import hardware, usage
+from t5x_lite.data import (
+    batches as data_batches,
+    tasks as data_tasks,
+    vocabulary as data_vocabulary,
+)
 from t5x_lite.errors import UserError
-from t5x_lite.evaluate import Evaluator
-
+from t5x_lite.evaluation.evaluator import Evaluator
+from t5x_lite.models.blocks import LOAD_ENTROPY
+from t5x_lite.training import batch_ramp, metrics
 
 # Load entropy of a mixture, as a share of a uniform load's, below which a run warns: 8 experts
 # of which two share everything have a third.
@@ -77,12 +80,12 @@ def run(config: RunConfig, workdir: str | pathlib.Path) -> dict[str, dict[str, f
     """
     workdir = pathlib.Path(workdir)
     experiment = build(config)
-    train_data = data.TrainIterator(
+    train_data = data_batches.TrainIterator(
         config.data, objective=config.objective.name,
         global_batch_size=config.train.global_batch_size,
         sharding=experiment.batch_sharding, seed=config.train.seed)
-    data.check_vocabulary(data.vocabulary_of(config.data), config.model.vocab_size,
-                          data.uses_sentinels(config.data, config.objective.name))
+    data_vocabulary.check_vocabulary(data_tasks.vocabulary_of(config.data), config.model.vocab_size,
+                          data_tasks.uses_sentinels(config.data, config.objective.name))
     with Checkpointer(workdir, config.checkpoint) as checkpointer:
         start = functools.partial(init_from.start, experiment) if config.init_from else None
         state, iterator_states, _ = restore_or_init(
@@ -90,27 +93,27 @@ def run(config: RunConfig, workdir: str | pathlib.Path) -> dict[str, dict[str, f
             functools.partial(init_from.frozen, experiment))
         if iterator_states is not None:
             train_data.restore(iterator_states)
-        report.say(report.header(experiment))
-        if report.is_main():
-            rows = schedules.sequences_before(config.train.batch_ramp,
+        log.say(report.header(experiment))
+        if log.is_main():
+            rows = batch_ramp.sequences_before(config.train.batch_ramp,
                                               config.train.global_batch_size,
                                               config.train.num_steps)
-            for line in data.describe_training(config.data, config.objective.name, rows):
-                report.say(f"data        {line}")
+            for line in data_tasks.describe_training(config.data, config.objective.name, rows):
+                log.say(f"data        {line}")
         _write_description(experiment, workdir)
         with experiment.activate(), _Stop() as stop:
             return _loop(experiment, workdir, checkpointer, train_data, state, stop)
 
 
 def _write_description(experiment: Experiment, workdir: pathlib.Path) -> None:
-    if report.is_main():
+    if log.is_main():
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "config.json").write_text(to_json(experiment.config) + "\n")
         (workdir / "parameters.txt").write_text(param_report(experiment))
 
 
 def _loop(experiment: Experiment, workdir: pathlib.Path, checkpointer: Checkpointer,
-          train_data: data.TrainIterator, state: Mapping, stop: _Stop) -> dict[str, dict[str, float]]:
+          train_data: data_batches.TrainIterator, state: Mapping, stop: _Stop) -> dict[str, dict[str, float]]:
     """Steps, evaluations and checkpoints from the state's step to the last."""
     config = experiment.config
     first, last = int(state["step"]), config.train.num_steps
@@ -119,40 +122,40 @@ def _loop(experiment: Experiment, workdir: pathlib.Path, checkpointer: Checkpoin
     train_step = experiment.jit_train_step()
     held_out: dict[str, dict[str, float]] = {}
     with metrics.MetricsWriter(workdir, resume_step=first) as writer:
-        before = metrics.read_metrics(workdir / "metrics.jsonl") if report.is_main() else []
-        log = _Log(experiment, writer, checkpointer, first, before)
+        before = metrics.read_metrics(workdir / "metrics.jsonl") if log.is_main() else []
+        meter = _Log(experiment, writer, checkpointer, first, before)
         for step in range(first + 1, last + 1):
-            rows = schedules.batch_size_at(config.train.batch_ramp,
+            rows = batch_ramp.batch_size_at(config.train.batch_ramp,
                                            config.train.global_batch_size, step - 1)
             state, sums = train_step(state, train_data.take(rows))
             # The device works on this step while the one before it is read and shown.
-            log.read_pending()
-            log.pending = (step, sums)
+            meter.read_pending()
+            meter.pending = (step, sums)
             stopping = step < last and stop.now(step)
             evaluating = step % config.eval.every == 0 or step == last
             saving = step % config.checkpoint.every == 0 or step == last or stopping
             if evaluating or saving:
-                log.read_pending()   # nothing is saved before its own loss was read as finite
+                meter.read_pending()   # nothing is saved before its own loss was read as finite
             # Evaluated before it is saved: a kill in between repeats the evaluation, where the
             # other order would leave it out. A SIGTERM leaves no time for it.
             if evaluating and evaluator.has_data and not stopping:
                 held_out = evaluator.evaluate(experiment.whole_params(state))
                 for task, values in held_out.items():
-                    report.say(report.evaluation_line(step, task, values))
-                    writer.write(log.stamp(step), values, prefix=f"eval/{task}/")
-                log.progress.restart_clock(step)
+                    log.say(report.evaluation_line(step, task, values))
+                    writer.write(meter.stamp(step), values, prefix=f"eval/{task}/")
+                meter.progress.restart_clock(step)
             if saving:
                 checkpointer.save(step, state, train_data.state(), config_json)
             if stopping:
                 checkpointer.wait()
-                report.say(f"stopped by SIGTERM after step {step}, which is saved; the same "
+                log.say(f"stopped by SIGTERM after step {step}, which is saved; the same "
                            f"command goes on from there")
-                log.close()
+                meter.close()
                 return held_out
-        log.close()
+        meter.close()
     checkpointer.wait()
     if config.eval.samples and evaluator.has_data:
-        report.say(report.samples(evaluator.samples(experiment.whole_params(state),
+        log.say(report.samples(evaluator.samples(experiment.whole_params(state),
                                                     config.eval.samples)))
     return held_out
 
@@ -182,7 +185,7 @@ class _Log:
 
     def _rows_seen(self, step: int) -> int:
         train = self._experiment.config.train
-        return schedules.sequences_before(train.batch_ramp, train.global_batch_size, step)
+        return batch_ramp.sequences_before(train.batch_ramp, train.global_batch_size, step)
 
     def _tokens_seen(self, step: int) -> int:
         return self._rows_seen(step) * self._experiment.tokens_per_sequence
@@ -218,8 +221,8 @@ class _Log:
                 f"Lower optimizer.schedule.base_learning_rate (or lengthen its warm-up), set "
                 f"optimizer.clip_norm=1.0, or use precision=float32, and run the same command.")
         self._sums = metrics.add(self._sums, sums)
-        log = step % self._every == 0
-        if log:
+        due = step % self._every == 0
+        if due:
             means = metrics.divide(self._sums)
             self._writer.write({**self.stamp(step), **self._used(step)}, means, prefix="train/")
             self._sums = {}
@@ -227,7 +230,7 @@ class _Log:
         if self._fresh:   # the first step's time is compilation
             self.progress.restart_clock(step)
             self._fresh = False
-        self.progress.update(step, loss, log)
+        self.progress.update(step, loss, due)
 
     def _warn_of_collapse(self, step: int, means: Mapping[str, float]) -> None:
         """Once for every layer whose experts have collapsed."""
@@ -238,7 +241,7 @@ class _Log:
         if fresh:
             self._warned |= fresh.keys()
             listed = ", ".join(f"{layer} {mean:.2f}" for layer, mean in fresh.items())
-            report.say(f"warning: at step {step} few experts get nearly all tokens (load entropy, "
+            log.say(f"warning: at step {step} few experts get nearly all tokens (load entropy, "
                        f"1 where even: {listed}); raise moe.balance_weight or moe.jitter, or lower "
                        f"the learning rate")
 
@@ -247,7 +250,7 @@ class _Log:
         self.read_pending()
         self.progress.close()
         if not self._fresh:
-            report.say(f"used {usage.describe(self._used(self._usage_step))}")
+            log.say(f"used {usage.describe(self._used(self._usage_step))}")
 
 
 if __name__ == "__main__":

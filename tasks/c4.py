@@ -2,7 +2,7 @@
 
     c4_span_corruption        T5's pre-training task
     c4_span_corruption_byt5   the same over bytes, in ByT5's spans of 20
-    c4_causal_lm, c4_prefix_lm, c4_bert, c4_bart, c4_ul2   other denoisers (tasks/denoising.py)
+    c4_causal_lm, c4_prefix_lm, c4_bert, c4_bart, c4_ul2   other denoisers (data/denoising.py)
 
 TFDS_DATA_DIR must hold c4/en:3.0.1 (a local folder or gs://); T5X_LITE_T5_VOCAB names the
 vocabulary where the network does not reach gs://t5-data.
@@ -14,8 +14,8 @@ import seqio
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from t5x_lite.data import denoising, vocabularies
 from t5x_lite.errors import UserError
-from tasks import denoising, vocabularies
 
 
 class PreparedTfdsDataSource(seqio.TfdsDataSource):

@@ -18,8 +18,8 @@ trivia_qa_open_test trains on train + validation as the paper does for the leade
 import seqio
 import tensorflow as tf
 
-from tasks import metrics, text_to_text
-from tasks.text_to_text import TfdsSource, each
+from t5x_lite.data import task_metrics, text_to_text
+from t5x_lite.data.text_to_text import TfdsSource, each
 
 
 @each
@@ -58,11 +58,11 @@ _NQ, _WQ = "natural_questions_open:1.0.0", "web_questions:1.0.0"
 _TRIVIA = "trivia_qa/unfiltered.nocontext:1.1.0"
 _HELD_OUT = {   # task: (TFDS name, splits, format, metric)
     "natural_questions_open": (_NQ, {"train": "train[:79168]", "validation": "train[79168:]",
-                                     "test": "validation"}, natural_questions, metrics.squad),
+                                     "test": "validation"}, natural_questions, task_metrics.squad),
     "web_questions_open": (_WQ, {"train": "train[:3417]", "validation": "train[3417:]",
-                                 "test": "test"}, web_questions, metrics.squad),
+                                 "test": "test"}, web_questions, task_metrics.squad),
     "trivia_qa_open": (_TRIVIA, {"train": "train[:78785]", "validation": "train[78785:]",
-                                 "test": "validation"}, trivia_qa, metrics.trivia_qa),
+                                 "test": "validation"}, trivia_qa, task_metrics.trivia_qa),
 }
 _TEST_SPLITS = {
     "natural_questions_open": {"train": "train", "validation": "validation"},

@@ -28,10 +28,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import seqio
 
-from tasks import metrics, preprocessors, records, salient_spans, text_to_text
-from tasks.document_cache import DocumentSource
-from tasks.records import unpack
-from tasks.span_corruption import span_corruption
+from t5x_lite.data import preprocessors, records, salient_spans, task_metrics, text_to_text
+from t5x_lite.data.document_cache import DocumentSource
+from t5x_lite.data.records import unpack
+from t5x_lite.data.span_corruption import span_corruption
 
 FOLDER = pathlib.Path(__file__).parent / "facts"
 PREFIX = "fact question: "
@@ -148,7 +148,7 @@ def majority_exact_match() -> float:
         seen = collections.Counter(f.answers[0] for f in members if not is_held_out(f.name))
         asked = [f for f in members if is_held_out(f.name)]
         guess = seen.most_common(1)[0][0] if seen else ""
-        hits += sum(metrics.exact_match([f.answers], [guess])["exact_match"] == 100 for f in asked)
+        hits += sum(task_metrics.exact_match([f.answers], [guess])["exact_match"] == 100 for f in asked)
         total += len(asked)
     return 100 * hits / total
 
@@ -204,7 +204,7 @@ def _register() -> None:
             ("closed_book_qa_dev", lambda n: not is_held_out(n) and not _is_dev(n),
              lambda n: not is_held_out(n) and _is_dev(n))):
         text_to_text.register(name, _questions_source(name, train, validation), records.with_answers,
-                              metric_fns=[metrics.squad], vocabulary="facts",
+                              metric_fns=[task_metrics.squad], vocabulary="facts",
                               postprocess_fn=text_to_text.answers)
 
 

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from tasks import metrics, prompts, text_to_text
-from tasks.text_to_text import TfdsSource
+from t5x_lite.data import prompts, task_metrics, text_to_text
+from t5x_lite.data.text_to_text import TfdsSource
 
 _plain = tf.autograph.experimental.do_not_convert
 
@@ -93,7 +93,7 @@ def _register() -> None:
         splits = {"train": "train", "validation": (
             "validation_matched" if name == "mnli" else "validation")}
         text_to_text.register(f"flan_{name}", TfdsSource(dataset.tfds, splits),
-                              instructed(dataset), metric_fns=[metrics.accuracy])
+                              instructed(dataset), metric_fns=[task_metrics.accuracy])
     prompts.flan_mixture("flan", {f"flan_{n}": d.size for n, d in DATASETS.items()})
 
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 import seqio
 import tensorflow as tf
 
-from tasks import metrics, text_to_text
-from tasks.text_to_text import Format, TfdsSource, each
+from t5x_lite.data import task_metrics, text_to_text
+from t5x_lite.data.text_to_text import Format, TfdsSource, each
 
 _UNLABELLED = "<unk>"
 _BOOLEAN = ("False", "True")
@@ -24,25 +24,25 @@ _ENTAILED = ("entailment", "not_entailment")
 
 # name: (label names, metrics, training examples), in the order of TFDS's classes
 GLUE = {
-    "cola": (("unacceptable", "acceptable"), [metrics.matthews], 8_551),
-    "sst2": (("negative", "positive"), [metrics.accuracy], 67_349),
-    "mrpc": (("not_equivalent", "equivalent"), [metrics.f1, metrics.accuracy], 3_668),
-    "qqp": (("not_duplicate", "duplicate"), [metrics.f1, metrics.accuracy], 363_849),
-    "mnli": (("entailment", "neutral", "contradiction"), [metrics.accuracy], 392_702),
-    "mnli_matched": (("entailment", "neutral", "contradiction"), [metrics.accuracy], 0),
-    "mnli_mismatched": (("entailment", "neutral", "contradiction"), [metrics.accuracy], 0),
-    "qnli": (_ENTAILED, [metrics.accuracy], 104_743),
-    "rte": (_ENTAILED, [metrics.accuracy], 2_490),
-    "wnli": (("not_entailment", "entailment"), [metrics.accuracy], 0),
+    "cola": (("unacceptable", "acceptable"), [task_metrics.matthews], 8_551),
+    "sst2": (("negative", "positive"), [task_metrics.accuracy], 67_349),
+    "mrpc": (("not_equivalent", "equivalent"), [task_metrics.f1, task_metrics.accuracy], 3_668),
+    "qqp": (("not_duplicate", "duplicate"), [task_metrics.f1, task_metrics.accuracy], 363_849),
+    "mnli": (("entailment", "neutral", "contradiction"), [task_metrics.accuracy], 392_702),
+    "mnli_matched": (("entailment", "neutral", "contradiction"), [task_metrics.accuracy], 0),
+    "mnli_mismatched": (("entailment", "neutral", "contradiction"), [task_metrics.accuracy], 0),
+    "qnli": (_ENTAILED, [task_metrics.accuracy], 104_743),
+    "rte": (_ENTAILED, [task_metrics.accuracy], 2_490),
+    "wnli": (("not_entailment", "entailment"), [task_metrics.accuracy], 0),
     "ax": (("entailment", "neutral", "contradiction"), [], 0),
 }
 SUPER_GLUE = {
-    "boolq": (_BOOLEAN, [metrics.accuracy], 9_427),
+    "boolq": (_BOOLEAN, [task_metrics.accuracy], 9_427),
     "cb": (("entailment", "contradiction", "neutral"),
-           [metrics.mean_class_f1(3), metrics.accuracy], 250),
-    "copa": (("choice1", "choice2"), [metrics.accuracy], 400),
-    "rte": (_ENTAILED, [metrics.accuracy], 2_490),
-    "wic": (_BOOLEAN, [metrics.accuracy], 5_428),
+           [task_metrics.mean_class_f1(3), task_metrics.accuracy], 250),
+    "copa": (("choice1", "choice2"), [task_metrics.accuracy], 400),
+    "rte": (_ENTAILED, [task_metrics.accuracy], 2_490),
+    "wic": (_BOOLEAN, [task_metrics.accuracy], 5_428),
     "axb": (_ENTAILED, [], 0),
     "axg": (_ENTAILED, [], 0),
 }
@@ -218,24 +218,24 @@ def _register() -> None:
                 rates[suite].append((f"{suite}_{name}", size))
     text_to_text.register(
         "glue_stsb", TfdsSource("glue/stsb:2.0.0", _LABELLED), stsb,
-        metric_fns=[metrics.pearson, metrics.spearman], postprocess_fn=text_to_text.number)
+        metric_fns=[task_metrics.pearson, task_metrics.spearman], postprocess_fn=text_to_text.number)
     text_to_text.register(
         "super_glue_multirc", TfdsSource("super_glue/multirc:1.0.2", _LABELLED), multirc,
-        metric_fns=[metrics.multirc_f1, metrics.group_exact_match],
+        metric_fns=[task_metrics.multirc_f1, task_metrics.group_exact_match],
         postprocess_fn=grouped(text_to_text.class_number(_BOOLEAN)))
     text_to_text.register(
         "super_glue_record", TfdsSource("super_glue/record:1.0.2", _LABELLED), record,
-        metric_fns=[metrics.first_of_group(metrics.squad)],
+        metric_fns=[task_metrics.first_of_group(task_metrics.squad)],
         postprocess_fn=grouped(text_to_text.answers))
     wsc_source = lambda *splits: TfdsSource("super_glue/wsc.fixed:1.0.2", splits)
     text_to_text.register("super_glue_wsc_train", wsc_source("train"),
                           lambda dataset: wsc(dataset, right_only=True))
     text_to_text.register("super_glue_wsc_eval", wsc_source("validation", "test"),
                           lambda dataset: wsc(dataset, right_only=False),
-                          metric_fns=[metrics.accuracy], postprocess_fn=wsc_answer)
+                          metric_fns=[task_metrics.accuracy], postprocess_fn=wsc_answer)
     text_to_text.register(
         "dpr", TfdsSource("definite_pronoun_resolution:1.1.0", ("train", "test")),
-        definite_pronoun, metric_fns=[metrics.accuracy])
+        definite_pronoun, metric_fns=[task_metrics.accuracy])
     rates["super_glue"] += [
         ("super_glue_multirc", _MULTIRC_EXAMPLES), ("super_glue_record", _RECORD_EXAMPLES),
         ("super_glue_wsc_train", _WSC_EXAMPLES), ("dpr", _DPR_EXAMPLES)]

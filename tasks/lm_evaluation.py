@@ -17,9 +17,16 @@ from collections.abc import Iterator
 import seqio
 import tensorflow as tf
 
-from tasks import metrics, preprocessors, records, text_files, text_to_text, vocabularies
-from tasks.document_cache import DocumentSource
-from tasks.text_to_text import TfdsSource, each
+from t5x_lite.data import (
+    preprocessors,
+    records,
+    task_metrics,
+    text_files,
+    text_to_text,
+    vocabularies,
+)
+from t5x_lite.data.document_cache import DocumentSource
+from t5x_lite.data.text_to_text import TfdsSource, each
 
 _HEADING = re.compile(r" = [^=].*[^=] = $")
 _WIKITEXT = "https://www.salesforce.com/products/einstein/ai-research/the-wikitext-dependency"
@@ -72,7 +79,7 @@ def _register() -> None:
     _running_text("pg19", TfdsSource("pg19:0.1.1", ("train", "validation", "test")), "book_text")
     text_to_text.register(
         "lambada", TfdsSource("lambada:1.0.0", {"train": "train", "validation": "test"}), last_word,
-        metric_fns=[metrics.last_word_accuracy, metrics.bits_per_byte])
+        metric_fns=[task_metrics.last_word_accuracy, task_metrics.bits_per_byte])
 
 
 _register()

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import seqio
 
+from t5x_lite.data import prompts, records
 from t5x_lite.errors import UserError
-from tasks import prompts, records, t5_benchmarks
+from tasks import t5_benchmarks
 
 Reader = Callable[[str], Iterable[Mapping]]
 

@@ -9,7 +9,7 @@ tests, IDLE, installed packages and the codec tables of `encodings` are left out
     python_source_span_corruption    … on the source
     python_span_corruption           mixture of the two, by size
     …_byt5                           the same over bytes, with ByT5's mean span of 20
-    …_causal_lm, …_prefix_lm, …_bert, …_bart, …_ul2   other denoisers (tasks/denoising.py)
+    …_causal_lm, …_prefix_lm, …_bert, …_bart, …_ul2   other denoisers (data/denoising.py)
 
 A module's documentation and source fall on the same side of the train/validation split.
 """
@@ -24,8 +24,8 @@ from collections.abc import Iterator
 
 import seqio
 
-from tasks import denoising, vocabularies
-from tasks.document_cache import DocumentSource
+from t5x_lite.data import denoising, vocabularies
+from t5x_lite.data.document_cache import DocumentSource
 
 _VERSION = 1   # raise it whenever other documents come out, so that caches are made anew
 _SKIPPED_FOLDERS = frozenset({

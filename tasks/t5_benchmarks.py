@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import tensorflow as tf
 
-from tasks import metrics, records, text_to_text
-from tasks.text_to_text import Format, TfdsSource, each
+from t5x_lite.data import records, task_metrics, text_to_text
+from t5x_lite.data.text_to_text import Format, TfdsSource, each
 
 XQUAD_LANGUAGES = ("ar", "de", "el", "en", "es", "hi", "ru", "th", "tr", "vi", "zh")
 _LANGUAGES = {"de": "German", "en": "English", "fr": "French", "ro": "Romanian"}
@@ -89,7 +89,7 @@ def read_squad(path: str) -> Iterator[tuple[str, str, str, list[str]]]:
 
 
 def _register() -> None:
-    answered = dict(metric_fns=[metrics.squad], postprocess_fn=text_to_text.answers)
+    answered = dict(metric_fns=[task_metrics.squad], postprocess_fn=text_to_text.answers)
     source = TfdsSource("squad/v1.1:3.0.0", ("train", "validation"))
     text_to_text.register("squad", source, squad, **answered)
     text_to_text.register("squad_context_free", source, squad_context_free, **answered)
@@ -97,13 +97,13 @@ def _register() -> None:
         text_to_text.register(f"xquad_{language}", TfdsSource(
             f"xquad/{language}:3.0.0", {"validation": "test"}), squad, **answered)
     text_to_text.register("cnn_dailymail", TfdsSource("cnn_dailymail:3.4.0", _SPLITS),
-                          summarize("article", "highlights"), metric_fns=[metrics.rouge])
+                          summarize("article", "highlights"), metric_fns=[task_metrics.rouge])
     text_to_text.register("xsum", TfdsSource("xsum:1.1.0", _SPLITS),
-                          summarize("document", "summary"), metric_fns=[metrics.rouge])
+                          summarize("document", "summary"), metric_fns=[task_metrics.rouge])
     text_to_text.register(
         "scitldr", records.RecordSource("scitldr", _scitldr_files, read_scitldr,
                                         splits=("validation",)),
-        _scitldr, metric_fns=[metrics.rouge])
+        _scitldr, metric_fns=[task_metrics.rouge])
     for name, other, tfds_name in (
             ("wmt14_ende", "de", "wmt14_translate/de-en:1.0.0"),
             ("wmt14_enfr", "fr", "wmt14_translate/fr-en:1.0.0"),
@@ -111,7 +111,7 @@ def _register() -> None:
             ("wmt16_enro", "ro", "wmt16_translate/ro-en:1.0.0"),
             ("wmt_t2t_ende", "de", "wmt_t2t_translate/de-en:1.0.0")):
         text_to_text.register(name, TfdsSource(tfds_name, _SPLITS), translate("en", other),
-                              metric_fns=[metrics.bleu])
+                              metric_fns=[task_metrics.bleu])
 
 
 _register()

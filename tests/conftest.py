@@ -18,3 +18,6 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 def text_cache(tmp_path_factory):
     """Gathered text goes to a folder of the session (subprocesses included), not to ~/.cache."""
     os.environ.setdefault("T5X_LITE_CACHE", str(tmp_path_factory.mktemp("text_cache")))
+
+
+pytest_plugins = ["tests.fixtures_tfds"]

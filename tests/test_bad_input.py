@@ -3,17 +3,16 @@
 import dataclasses
 import subprocess
 
-from absl import flags
 import jax
-from ml_collections import config_flags
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from configs import quickstart
-from t5x_lite import build as build_lib
-from t5x_lite import checkpoint, cli, train
-from t5x_lite import config as configs
+from t5x_lite import build as build_lib, cli, config as configs, train
+from t5x_lite.checkpoints import manager
 from t5x_lite.errors import UserError
-from t5x_lite.sharding import MeshConfig
+from t5x_lite.parallel.sharding import MeshConfig
 from tests import tiny_config
 from tests.test_train import ROOT, command
 
@@ -73,14 +72,14 @@ def test_another_model_or_a_nan_loss_is_refused_and_the_last_good_checkpoint_kep
     other = configs.replace(config, "model.embed_dim", 24)
     refused(other, tmp_path, "holds another model", "params/decoder/final_norm/scale",
             "expected float32[24], found float32[16]", "Use a new --workdir")
-    assert checkpoint.all_steps(tmp_path) == [2]
+    assert manager.all_steps(tmp_path) == [2]
     # A learning rate of 1e30 makes the parameters of step 3, and so the loss of step 4, overflow.
     broken = configs.replace(config, "optimizer.schedule.base_learning_rate", 1e30)
     refused(broken, tmp_path, "the loss of step", "last good checkpoint is of step 2",
             "learning_rate")
-    assert checkpoint.all_steps(tmp_path) == [2]
+    assert manager.all_steps(tmp_path) == [2]
     train.run(configs.replace(config, "train.num_steps", 4), tmp_path)
-    assert checkpoint.all_steps(tmp_path)[-1] == 4
+    assert manager.all_steps(tmp_path)[-1] == 4
 
 
 def test_heads_are_checked_in_units(config):

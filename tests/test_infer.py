@@ -13,17 +13,25 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from t5x_lite import (
-    checkpoint, data, infer, init_from, inspect_task, interactive, steps, train, tree)
-from t5x_lite import config as configs
-from t5x_lite import eval as eval_main
+    config as configs,
+    eval as eval_main,
+    infer,
+    init_from,
+    inspect_task,
+    interactive,
+    train,
+    tree,
+)
 from t5x_lite.build import build
 from t5x_lite.config import EvalConfig
-from t5x_lite.data import DataConfig
-from t5x_lite.decoding import DecodeConfig
+from t5x_lite.data import tasks as data_tasks
+from t5x_lite.data.config import DataConfig
+from t5x_lite.decoding.decode import DecodeConfig
 from t5x_lite.errors import UserError
-from t5x_lite.evaluate import Evaluator
-from t5x_lite.predictor import Predictor
-from t5x_lite.sharding import MeshConfig
+from t5x_lite.evaluation.evaluator import Evaluator
+from t5x_lite.evaluation.predictor import Predictor
+from t5x_lite.parallel.sharding import MeshConfig
+from t5x_lite.training import steps
 from tests import tiny_config
 from tests.test_train import free_port
 
@@ -145,7 +153,7 @@ def test_another_vocabulary_than_the_models_is_refused_by_name(run):
 
 def test_a_score_is_the_loss_of_its_row(run, session):
     experiment = session.experiment
-    vocabulary = data.vocabulary_of(experiment.config.data)
+    vocabulary = data_tasks.vocabulary_of(experiment.config.data)
     with experiment.activate():
         predictor = Predictor(experiment, vocabulary, DecodeConfig())
         batch = predictor.place(predictor.training_rows(["1+2"], ["3"]))
@@ -223,11 +231,11 @@ def test_every_target_is_scored(run, tmp_path, session):
 
 
 def test_a_rank_classification_tasks_lines_give_its_accuracy(run, tmp_path):
-    from tasks import rank_classification
+    from t5x_lite.data import choices
     path = tmp_path / "questions.jsonl"
     path.write_text("".join(json.dumps({"question": q, "choices": ["yes", "no"], "label": i % 2})
                             + "\n" for i, q in enumerate(("a", "b", "c"))))
-    task = rank_classification.register_files("data_test_infer_choices", {"validation": [str(path)]})
+    task = choices.register_files("data_test_infer_choices", {"validation": [str(path)]})
     output = tmp_path / "out.jsonl"
     go(run, infer.read_task(run[0], task.name, "validation"), output, mode="score")
     rows = written(output)
@@ -279,7 +287,7 @@ def test_what_stands_before_a_malformed_line_is_written(run, files, tmp_path):
 def test_rows_of_causal_and_prefix_models_by_hand(session, capsys):
     """[inputs, targets] in one row, as long as training's; loss on the targets; a prefix sees its
     own EOS."""
-    vocabulary = data.vocabulary_of(session.experiment.config.data)   # byt5: "a" is 100
+    vocabulary = data_tasks.vocabulary_of(session.experiment.config.data)   # byt5: "a" is 100
     config = session.experiment.config
     config = dataclasses.replace(config, data=dataclasses.replace(
         config.data, inputs_length=3, targets_length=6))
@@ -321,11 +329,11 @@ def test_rows_of_causal_and_prefix_models_by_hand(session, capsys):
 
 
 def test_a_session_learns_predicts_and_evaluates(run, capsys):
-    from tasks import metrics
+    from t5x_lite.data import task_metrics
     session = interactive.start(configs.replace(run[0], "objective.z_loss", 0.0))
     losses = session.train([("x", "y")], 30)
     assert losses[-1] < losses[0] / 2 and int(session.state["step"]) == 30
-    found = session.evaluate([("x", "y")], [metrics.accuracy])
+    found = session.evaluate([("x", "y")], [task_metrics.accuracy])
     assert found["score"] == session.score(["x"], ["y"])[0] and "accuracy" in found
     assert len(session.predict_many(["x"], method="beam", num_samples=2, max_length=4)[0].texts) == 2
     for call, message in (

@@ -43,7 +43,7 @@ def test_malformed_lines_are_numbered_and_skipped_or_refused(line, kind, message
 ])
 @pytest.mark.parametrize("zipped", [False, True])
 def test_a_file_reads_as_in_training(name, kind, content, zipped, tmp_path):
-    from tasks import records
+    from t5x_lite.data import records
     (tmp_path / name).write_bytes(content)
     expected = [(inputs, tuple(targets)) for inputs, targets in records.read_examples(
         str(tmp_path / name))]

@@ -11,20 +11,21 @@ import jax
 import numpy as np
 import pytest
 
-from t5x_lite import build, init_from, interactive, objectives, train, tree
-from t5x_lite import eval as eval_main
+from t5x_lite import build, eval as eval_main, init_from, interactive, train, tree
 from t5x_lite.config import RunConfig, from_mapping, to_json
 from t5x_lite.errors import UserError
 from t5x_lite.layers.moe import MoEConfig
-from t5x_lite.models import Model, SegmentConfig
-from t5x_lite.sharding import MeshConfig
+from t5x_lite.models.blocks import SegmentConfig
+from t5x_lite.models.language_model import Model
+from t5x_lite.parallel.sharding import MeshConfig
+from t5x_lite.training import objectives
 from tests import tiny, tiny_config
-from tests.convert import folders
+from tests.formats import folders
 
 RUN = tiny.seq2seq()
 TABLE = Model(RUN.model).table
 SHAPES = {path: info.shape for path, info in TABLE.items()}
-PYTHON_VOCABULARY = pathlib.Path(__file__).parents[1] / "tasks" / "vocab" / "python.model"
+PYTHON_VOCABULARY = pathlib.Path(__file__).parents[1] / "t5x_lite" / "data" / "vocab" / "python.model"
 MLP = "decoder/segment_0/block_0/mlp/wo/kernel"
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 
-from t5x_lite import data, inspect_task
-from t5x_lite.data import DataConfig
+from t5x_lite import inspect_task
+from t5x_lite.data import tasks as data_tasks
+from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError
 
 
@@ -29,7 +30,7 @@ def test_targets_of_a_decoder_only_model_have_what_inputs_leave(tmp_path):
 def test_the_commands_own_lengths_fit_every_task(name, objective):
     targets_length = inspect_task.default_targets_length(objective, 512)
     config = DataConfig(inputs_length=512, targets_length=targets_length)
-    example = next(data.eval_examples(config, name, objective=objective, split="train")[1])
+    example = next(data_tasks.eval_examples(config, name, objective=objective, split="train")[1])
     assert example["targets"].size and "inputs" in example
 
 
@@ -41,6 +42,6 @@ def test_errors_name_the_commands_flags():
     with pytest.raises(UserError) as error:
         inspect("zzzzzzzz", "seq2seq", 8, 8)
     said = inspect_task.in_flags(str(error.value))
-    names = data.task_names(DataConfig())
+    names = data_tasks.task_names(DataConfig())
     assert said.startswith("--task: no task or mixture is called 'zzzzzzzz'; ") and len(said) < 500
     assert f"{len(names)} are known, such as {names[0]}, " in said and "--list prints them" in said

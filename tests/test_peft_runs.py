@@ -6,17 +6,25 @@ import jax
 import numpy as np
 import pytest
 
-from t5x_lite import build as build_lib
-from t5x_lite import checkpoint, init_from, interactive, metrics, peft, state, train, tree
-from t5x_lite import config as configs
-from t5x_lite import eval as eval_main
+from t5x_lite import (
+    build as build_lib,
+    config as configs,
+    eval as eval_main,
+    init_from,
+    interactive,
+    train,
+    tree,
+)
+from t5x_lite.checkpoints import manager
 from t5x_lite.errors import UserError
 from t5x_lite.layers.moe import MoEConfig
-from t5x_lite.models import SegmentConfig
-from t5x_lite.optim import OptimizerConfig
-from t5x_lite.peft import PeftConfig
-from t5x_lite.schedules import ScheduleConfig
-from t5x_lite.sharding import MeshConfig
+from t5x_lite.models import peft
+from t5x_lite.models.blocks import SegmentConfig
+from t5x_lite.models.peft import PeftConfig
+from t5x_lite.parallel.sharding import MeshConfig
+from t5x_lite.training import metrics, state
+from t5x_lite.training.optimizers import OptimizerConfig
+from t5x_lite.training.schedules import ScheduleConfig
 from tests import tiny, tiny_config
 
 LORA = PeftConfig("lora", rank=2)
@@ -109,7 +117,7 @@ def whole(base, tmp_path_factory):
 
 def stored(workdir, step, config) -> dict:
     experiment = build_lib.build(config)
-    params, _ = checkpoint.restore_params(workdir, experiment.abstract_state["params"], step)
+    params, _ = manager.restore_params(workdir, experiment.abstract_state["params"], step)
     return {p: np.asarray(x) for p, x in tree.flatten(params).items()}
 
 
@@ -140,7 +148,7 @@ def test_only_what_trains_has_optimizer_state_and_checkpoints(base, whole):
     assert numbers == 3 * 2 * 2 * 2 * (16 + 16)
     moments = {n: x for n, x in experiment.abstract_state["opt_state"].items() if n != "count"}
     assert state.num_bytes_per_device(moments) == 2 * 4 * numbers
-    record = checkpoint.read_record(workdir)
+    record = manager.read_record(workdir)
     held = {p for p in record.arrays if not p.startswith(("opt_state", "frozen", "step"))}
     assert held == {f"params/{p}" for p in experiment.trainable}
     names = " ".join(p.name for p in (workdir / "checkpoints/4/state").iterdir())

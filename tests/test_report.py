@@ -5,7 +5,7 @@ import pty
 import subprocess
 import sys
 
-from t5x_lite import report
+from t5x_lite import log, report
 
 SHOW = '''
 import fcntl, struct, sys, termios
@@ -19,7 +19,7 @@ bar.close()
 
 
 def test_si():
-    assert [report.si(x, "FLOP") for x in (0.5, 12.0, 1234.0, 5.9e10)] == [
+    assert [log.si(x, "FLOP") for x in (0.5, 12.0, 1234.0, 5.9e10)] == [
         "0.5 FLOP", "12 FLOP", "1.23 kFLOP", "59 GFLOP"]
 
 

@@ -15,13 +15,13 @@ import jax
 import numpy as np
 import pytest
 
-from t5x_lite import checkpoint, metrics, train, tree
-from t5x_lite import config as configs
-from t5x_lite import eval as eval_main
+from t5x_lite import config as configs, eval as eval_main, train, tree
 from t5x_lite.build import build
+from t5x_lite.checkpoints import manager
 from t5x_lite.errors import UserError
-from t5x_lite.evaluate import Evaluator
-from t5x_lite.sharding import MeshConfig
+from t5x_lite.evaluation.evaluator import Evaluator
+from t5x_lite.parallel.sharding import MeshConfig
+from t5x_lite.training import metrics
 from tests import tiny_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -48,7 +48,7 @@ def on_one_device(config):
 
 def params_of(workdir, step, config):
     experiment = build(config)
-    params, _ = checkpoint.restore_params(workdir, experiment.abstract_state["params"], step)
+    params, _ = manager.restore_params(workdir, experiment.abstract_state["params"], step)
     return {p: np.asarray(x) for p, x in tree.flatten(params).items()}
 
 
@@ -68,7 +68,7 @@ def test_writes_what_the_readme_promises(whole):
     assert json.loads((workdir / "config.json").read_text())["train"]["num_steps"] == 6
     table = (workdir / "parameters.txt").read_text()
     assert "decoder/segment_0/block_0/mlp/wo/kernel" in table and "total" in table
-    assert checkpoint.all_steps(workdir) == [4, 6]
+    assert manager.all_steps(workdir) == [4, 6]
     assert any((workdir / "tensorboard").iterdir())
     lines = metrics.read_metrics(workdir / "metrics.jsonl")
     assert sorted(losses(workdir)) == [1, 2, 3, 4, 5, 6]
@@ -197,7 +197,7 @@ def test_sigterm_saves_and_exits_cleanly(text_file, tmp_path):
     process.send_signal(signal.SIGTERM)
     out, _ = finish(process)
     assert "stopped by SIGTERM after step" in out
-    (step,) = checkpoint.all_steps(tmp_path)
+    (step,) = manager.all_steps(tmp_path)
     assert step >= 20
 
 
@@ -219,7 +219,7 @@ def test_two_processes_train_as_one(whole, text_file, tmp_path):
         assert losses(tmp_path)[step] == pytest.approx(loss, rel=1e-5)
     # … and one process goes on from what two saved.
     config = on_one_device(configs.load(tmp_path / "config.json"))
-    assert checkpoint.read_record(tmp_path, 6).step == 6
+    assert manager.read_record(tmp_path, 6).step == 6
     train.run(configs.replace(config, "train.num_steps", 7), tmp_path)
     assert sorted(losses(tmp_path))[-1] == 7
     assert jax.process_count() == 1

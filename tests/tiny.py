@@ -10,12 +10,13 @@ import numpy as np
 from t5x_lite import tree
 from t5x_lite.build import Experiment
 from t5x_lite.config import RunConfig, TrainConfig
-from t5x_lite.data import DataConfig
+from t5x_lite.data.config import DataConfig
 from t5x_lite.layers.attention import AttentionConfig
 from t5x_lite.layers.mlp import MLPConfig
-from t5x_lite.models import BlockConfig, Model, ModelConfig, SegmentConfig, StackConfig
-from t5x_lite.optim import OptimizerConfig
-from t5x_lite.schedules import ScheduleConfig
+from t5x_lite.models.blocks import BlockConfig, SegmentConfig, StackConfig
+from t5x_lite.models.language_model import Model, ModelConfig
+from t5x_lite.training.optimizers import OptimizerConfig
+from t5x_lite.training.schedules import ScheduleConfig
 
 ROWS, INPUTS, TARGETS, VOCAB = 16, 12, 8, 64
 

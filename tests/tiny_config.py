@@ -5,10 +5,10 @@
 
 import dataclasses
 
-from t5x_lite.checkpoint import CheckpointConfig
+from t5x_lite.checkpoints.manager import CheckpointConfig
 from t5x_lite.config import EvalConfig, RunConfig, TrainConfig, to_config_dict
-from t5x_lite.data import DataConfig
-from t5x_lite.sharding import MeshConfig
+from t5x_lite.data.config import DataConfig
+from t5x_lite.parallel.sharding import MeshConfig
 from tests import tiny
 
 

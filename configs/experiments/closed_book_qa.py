@@ -34,18 +34,20 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
-from t5x_lite import data_tasks, experiment
-from t5x_lite.checkpoint import CheckpointConfig
+from t5x_lite import experiment
+from t5x_lite.checkpoints.manager import CheckpointConfig
 from t5x_lite.config import EvalConfig, RunConfig, TrainConfig
-from t5x_lite.data import DataConfig
-from t5x_lite.decoding import DecodeConfig
+from t5x_lite.data import tasks as data_tasks
+from t5x_lite.data.config import DataConfig
+from t5x_lite.decoding.decode import DecodeConfig
 from t5x_lite.errors import UserError, nearest
 from t5x_lite.experiment import Run
 from t5x_lite.layers.attention import AttentionConfig
 from t5x_lite.layers.mlp import MLPConfig
-from t5x_lite.models import BlockConfig, ModelConfig, SegmentConfig, StackConfig
-from t5x_lite.optim import OptimizerConfig
-from t5x_lite.schedules import ScheduleConfig
+from t5x_lite.models.blocks import BlockConfig, SegmentConfig, StackConfig
+from t5x_lite.models.language_model import ModelConfig
+from t5x_lite.training.optimizers import OptimizerConfig
+from t5x_lite.training.schedules import ScheduleConfig
 
 SEEDS = (0, 1, 2)
 SHOWN = ("*/metric/em", "*/metric/f1")

@@ -14,9 +14,9 @@ import pathlib
 from collections.abc import Sequence
 
 from configs import quickstart
-from t5x_lite import config as configs
-from t5x_lite import experiment, precision
+from t5x_lite import config as configs, experiment
 from t5x_lite.experiment import Run
+from t5x_lite.training import precision
 
 SHOWN = ("all/loss", "all/accuracy")
 SEEDS = (0, 1, 2)

@@ -17,8 +17,7 @@ import pathlib
 from collections.abc import Sequence
 
 from configs import quickstart
-from t5x_lite import config as configs
-from t5x_lite import experiment
+from t5x_lite import config as configs, experiment
 from t5x_lite.experiment import Run
 
 SHOWN = ("all/loss", "all/accuracy")

@@ -24,11 +24,12 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from t5x_lite.blocks import StackConfig
     from t5x_lite.layers.attention import AttentionConfig
     from t5x_lite.layers.mlp import MLPConfig
     from t5x_lite.layers.moe import MoEConfig
-    from t5x_lite.models import ModelConfig, ParamInfo
+    from t5x_lite.models.blocks import StackConfig
+    from t5x_lite.models.language_model import ModelConfig
+    from t5x_lite.models.params import ParamInfo
 
 
 _LAYER = re.compile(r"(encoder|decoder)/segment_(\d+)/block_(\d+)/")

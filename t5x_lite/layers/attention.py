@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from t5x_lite import sharding
 from t5x_lite.errors import UserError, nearest
-from t5x_lite.layers import kernels
+from t5x_lite.layers import attention_implementations
 from t5x_lite.layers.dot_product import Relative, Terms
 from t5x_lite.layers.linear import Dense, InitConfig, RowKey, dropout, kernel_std, param
 from t5x_lite.layers.masks import Masking
 from t5x_lite.layers.norm import Norm, NormConfig
 from t5x_lite.layers.position import PositionBias, PositionConfig, rotate, sinusoids
-from t5x_lite.remat import tag
+from t5x_lite.parallel import sharding
+from t5x_lite.parallel.remat import tag
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +54,10 @@ def validate(config: AttentionConfig, where: str) -> None:
     if config.num_heads % config.kv_heads:
         raise UserError(f"{where}: num_heads={config.num_heads} must be a multiple of "
                         f"num_kv_heads={config.kv_heads}.")
-    if config.implementation not in kernels.IMPLEMENTATIONS:
+    if config.implementation not in attention_implementations.IMPLEMENTATIONS:
         raise UserError(f"{where}.implementation={config.implementation!r}: must be one of "
-                        f"{', '.join(kernels.IMPLEMENTATIONS)}."
-                        f"{nearest(config.implementation, kernels.IMPLEMENTATIONS)}")
+                        f"{', '.join(attention_implementations.IMPLEMENTATIONS)}."
+                        f"{nearest(config.implementation, attention_implementations.IMPLEMENTATIONS)}")
     for field, least in (("window", 0), ("logit_softcap", 0.0), ("chunk", 1)):
         if getattr(config, field) < least:
             raise UserError(f"{where}.{field}={getattr(config, field)}: must be at least {least}.")
@@ -191,10 +191,10 @@ class Attention(nnx.Module):
         v = dropout(v.astype(self.dtype), config.dropout_rate, key, "act_batch", "act_kv_heads",
                     "act_keys", None, broadcast_dims=(3,))
         k, v = _for_queries(k.astype(self.dtype), v, config)
-        chosen = kernels.choose(config.implementation, q, k, masking=masking,
+        chosen = attention_implementations.choose(config.implementation, q, k, masking=masking,
                                 bias=bias is not None or relative is not None,
                                 softcap=config.logit_softcap)
-        y = kernels.attend(chosen, q, k, v, Terms(bias, relative, config.logit_softcap), masking,
+        y = attention_implementations.attend(chosen, q, k, v, Terms(bias, relative, config.logit_softcap), masking,
                            config.chunk)
         y = y.transpose(0, 2, 1, 3)
         y = sharding.reshape(y, (*y.shape[:2], config.num_heads * config.head_dim), *flat)

@@ -12,9 +12,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from t5x_lite import sharding
 from t5x_lite.layers.masks import Masking, allowed
 from t5x_lite.layers.position import PositionBias, skew
+from t5x_lite.parallel import sharding
 
 # Large enough to vanish in the softmax, small enough to stay finite in bfloat16.
 MASKED = -1e10

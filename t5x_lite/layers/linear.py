@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from t5x_lite import fp8, sharding
-
+from t5x_lite.layers import fp8
+from t5x_lite.parallel import sharding
 
 INIT_KERNELS = ("fan_in", "fan_avg", "fixed")
 

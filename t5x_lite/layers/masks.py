@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from t5x_lite import sharding
+from t5x_lite.parallel import sharding
 
 
 @dataclasses.dataclass(frozen=True)

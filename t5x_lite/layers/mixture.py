@@ -24,8 +24,8 @@ import jax.numpy as jnp
 from jax.extend.random import threefry_2x32
 from jax.sharding import PartitionSpec
 
-from t5x_lite import sharding
 from t5x_lite.layers import dispatch, routing
+from t5x_lite.parallel import sharding
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from t5x_lite.layers.linear import Dense, InitConfig, RowKey, dropout, kernel_std
-from t5x_lite.remat import tag
+from t5x_lite.parallel.remat import tag
 
 ACTIVATIONS = {
     "relu": jax.nn.relu,

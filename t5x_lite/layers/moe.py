@@ -20,12 +20,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from t5x_lite import sharding
 from t5x_lite.errors import UserError, nearest
 from t5x_lite.layers import routing
 from t5x_lite.layers.linear import Dense, InitConfig, RowKey, kernel_std, param
 from t5x_lite.layers.mixture import Run, mixture, placement, weight_spec
 from t5x_lite.layers.mlp import ACTIVATIONS, MLP, MLPConfig
+from t5x_lite.parallel import sharding
 
 ROUTERS = ("switch", "top_2", "top_k", "expert_choice", "hash")
 

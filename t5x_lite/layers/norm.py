@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from t5x_lite import sharding
 from t5x_lite.layers.linear import param
-
+from t5x_lite.parallel import sharding
 
 KINDS = ("rms", "layer")
 

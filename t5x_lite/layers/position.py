@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from t5x_lite import sharding
 from t5x_lite.errors import UserError, nearest
 from t5x_lite.layers.linear import InitConfig, param
+from t5x_lite.parallel import sharding
 
 KINDS = ("none", "t5_bias", "alibi", "rotary", "learned", "sinusoidal", "transformer_xl")
 ROTARY_SCALINGS = ("none", "linear", "ntk", "llama3", "yarn")

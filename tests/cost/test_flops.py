@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from t5x_lite.blocks import BlockConfig, SegmentConfig, StackConfig
 from t5x_lite.cost import flops
 from t5x_lite.layers.attention import AttentionConfig
 from t5x_lite.layers.mlp import MLPConfig
 from t5x_lite.layers.moe import MoEConfig
-from t5x_lite.models import Model, ModelConfig, ParamInfo
-from t5x_lite.pipeline import PipelineConfig
+from t5x_lite.models.blocks import BlockConfig, SegmentConfig, StackConfig
+from t5x_lite.models.language_model import Model, ModelConfig
+from t5x_lite.models.params import ParamInfo
+from t5x_lite.parallel.pipeline import PipelineConfig
 
 _HEADS = AttentionConfig(num_heads=4, head_dim=32)
 

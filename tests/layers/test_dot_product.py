@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5x_lite import sharding
 from t5x_lite.errors import UserError
-from t5x_lite.layers import dot_product, kernels
+from t5x_lite.layers import attention_implementations, dot_product
 from t5x_lite.layers.dot_product import Relative, Terms
 from t5x_lite.layers.masks import Masking
 from t5x_lite.layers.position import PositionBias, PositionConfig, skew
+from t5x_lite.parallel import sharding
 
 
 def inputs(length, keys, heads, kv_heads, head_dim=4, batch=2, seed=0):
@@ -135,7 +135,7 @@ def test_cudnn_is_asked_the_right_question(mask):
     weights = jnp.cos(jnp.arange(arrays[0].size, dtype=jnp.float32)).reshape(arrays[0].shape)
     plain, found = both(
         [lambda q, k, v: dot_product.plain(q, k, v, Terms(), where),
-         lambda q, k, v: kernels.cudnn(q, k, v, where, implementation="xla")], arrays, weights)
+         lambda q, k, v: attention_implementations.cudnn(q, k, v, where, implementation="xla")], arrays, weights)
     assert_close(found, plain)
 
 
@@ -149,7 +149,7 @@ def test_splash_equals_plain(mask, softcap):
     weights = jnp.cos(jnp.arange(arrays[0].size, dtype=jnp.float32)).reshape(arrays[0].shape)
     plain, found = both(
         [lambda q, k, v: dot_product.plain(q, k, v, Terms(softcap=softcap), where),
-         lambda q, k, v: kernels.splash(q, k, v, where, softcap=softcap, interpret=True)],
+         lambda q, k, v: attention_implementations.splash(q, k, v, where, softcap=softcap, interpret=True)],
         arrays, weights)
     assert_close(found, plain)
 
@@ -157,12 +157,12 @@ def test_splash_equals_plain(mask, softcap):
 def choice(monkeypatch, backend, implementation="auto", length=4096, dtype=jnp.bfloat16,
            lacks="", **kwargs):
     """What runs on a backend, from shapes alone."""
-    monkeypatch.setattr(kernels, "platform", lambda: backend)
-    monkeypatch.setattr(kernels, "cudnn_lacks", lambda: lacks)
+    monkeypatch.setattr(attention_implementations, "platform", lambda: backend)
+    monkeypatch.setattr(attention_implementations, "cudnn_lacks", lambda: lacks)
     q, k = (jax.ShapeDtypeStruct((2, 8, length, 64), dtype) for _ in range(2))
     settings = {"bias": False, "softcap": 0.0, **{k: v for k, v in kwargs.items() if k != "prefix"}}
     prefix = [[1] * length] * 2 if kwargs.get("prefix") else None
-    return kernels.choose(implementation, q, k, **settings,
+    return attention_implementations.choose(implementation, q, k, **settings,
                           masking=masking(length, length, causal=True, prefix=prefix))
 
 
@@ -182,17 +182,17 @@ def test_rows_at_different_positions_are_plain(monkeypatch):
     """Cached decoding, whatever the config asks for."""
     q = jax.ShapeDtypeStruct((2, 8, 1, 64), jnp.bfloat16)
     where = Masking(jnp.array([[3], [7]]), jnp.arange(4096)[None], causal=True)
-    assert kernels.choose("splash", q, q, bias=False, softcap=0.0, masking=where) == "plain"
+    assert attention_implementations.choose("splash", q, q, bias=False, softcap=0.0, masking=where) == "plain"
 
 
 @pytest.mark.parametrize("backend,name", [("gpu", "cudnn"), ("tpu", "splash")])
 @pytest.mark.parametrize("implementation", ["auto", "named"])
 def test_one_row_behind_a_cache_takes_no_fused_kernel(monkeypatch, backend, name, implementation):
     """Their causal masks begin at the first key, where this query sees all."""
-    monkeypatch.setattr(kernels, "platform", lambda: backend)
+    monkeypatch.setattr(attention_implementations, "platform", lambda: backend)
     q, k = (jax.ShapeDtypeStruct((1, 8, n, 64), jnp.bfloat16) for n in (128, 4096))
     where = Masking(jnp.arange(900, 1028)[None], jnp.arange(4096)[None], causal=True)
-    assert kernels.choose(name if implementation == "named" else "auto", q, k, bias=False,
+    assert attention_implementations.choose(name if implementation == "named" else "auto", q, k, bias=False,
                           softcap=0.0, masking=where) == "plain"
 
 
@@ -209,7 +209,7 @@ def test_what_cannot_run_is_refused(monkeypatch, backend, name, kwargs, message)
 
 
 def test_the_choice_is_logged_once(monkeypatch, caplog):
-    kernels._log_once.cache_clear()
+    attention_implementations._log_once.cache_clear()
     with caplog.at_level("INFO", logger="t5x_lite"):
         choice(monkeypatch, "cpu")
         choice(monkeypatch, "cpu")
@@ -235,7 +235,7 @@ def test_a_split_length_leaves_every_device_the_same_work(monkeypatch, window):
     with sharding.activate(mesh, sharding.Rules()):
         split = [sharding.shard(q, "act_batch", "act_heads", "act_length", None),
                  *(sharding.shard(x, "act_batch", "act_heads", "act_keys", None) for x in (k, v))]
-        y = jax.jit(lambda *qkv: kernels.attend("chunked", *qkv, Terms(), where, 4))(*split)
+        y = jax.jit(lambda *qkv: attention_implementations.attend("chunked", *qkv, Terms(), where, 4))(*split)
         jax.effects_barrier()
     np.testing.assert_allclose(y, dot_product.plain(q, k, v, Terms(), where), atol=1e-6)
     visited = [sum(n for device, n in visits if device == i) for i in range(4)]

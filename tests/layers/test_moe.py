@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from t5x_lite import sharding
 from t5x_lite.cost import hlo
 from t5x_lite.errors import UserError
 from t5x_lite.layers import dispatch, routing
 from t5x_lite.layers.linear import InitConfig, RowKey
 from t5x_lite.layers.mlp import ACTIVATIONS, MLP, MLPConfig
 from t5x_lite.layers.moe import MoE, MoEConfig, capacity, group_tokens, validate
+from t5x_lite.parallel import sharding
 
 B, L, D, F, E = 8, 12, 8, 16, 4
 MLP_CONFIG = MLPConfig(mlp_dim=F, activation="gelu_tanh", gated=True)

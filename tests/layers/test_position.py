@@ -10,8 +10,17 @@ import pytest
 from t5x_lite.errors import UserError
 from t5x_lite.layers.linear import InitConfig
 from t5x_lite.layers.position import (
-    LearnedPositions, PositionBias, PositionConfig, RotaryScalingConfig, alibi_slopes, frequencies,
-    relative_position_bucket, rotate, sinusoids, validate)
+    LearnedPositions,
+    PositionBias,
+    PositionConfig,
+    RotaryScalingConfig,
+    alibi_slopes,
+    frequencies,
+    relative_position_bucket,
+    rotate,
+    sinusoids,
+    validate,
+)
 
 INDEX = jnp.arange(6)[None]
 

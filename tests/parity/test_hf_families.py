@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from t5x_lite import tree
-from t5x_lite.convert import hf
-from t5x_lite.convert.functions import differences
-from t5x_lite.convert.mapping import read_parameter
-from t5x_lite.convert.safetensors import INDEX
-from t5x_lite.models import Model
-from t5x_lite.objectives import ObjectiveConfig, loss, totals
+from t5x_lite.formats import hf
+from t5x_lite.formats.functions import differences
+from t5x_lite.formats.mapping import read_parameter
+from t5x_lite.formats.safetensors import INDEX
+from t5x_lite.models.language_model import Model
+from t5x_lite.training.objectives import ObjectiveConfig, loss, totals
 from tests.parity import hf_cases
 from tests.parity.hf_cases import CASES, torch, transformers
 

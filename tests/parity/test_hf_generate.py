@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from t5x_lite import steps, tree
-from t5x_lite.convert import hf
-from t5x_lite.decoding import DecodeConfig
-from t5x_lite.models import Model
+from t5x_lite import tree
+from t5x_lite.decoding.decode import DecodeConfig
+from t5x_lite.formats import hf
+from t5x_lite.models.language_model import Model
+from t5x_lite.training import steps
 from tests.parity import hf_cases
 from tests.parity.hf_cases import CASES, VOCAB, torch
 

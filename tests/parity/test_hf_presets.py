@@ -4,8 +4,8 @@ import importlib
 
 import pytest
 
-from t5x_lite.convert import hf
-from t5x_lite.convert.functions import differences
+from t5x_lite.formats import hf
+from t5x_lite.formats.functions import differences
 
 _T5_1_1 = {"model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 _LLAMA_3_1 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,

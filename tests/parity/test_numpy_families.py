@@ -12,8 +12,8 @@ import pytest
 
 from configs import deepnet, gopher, palm
 from t5x_lite import tree
-from t5x_lite.blocks import deepnorm_constants
-from t5x_lite.models import Model
+from t5x_lite.models.blocks import deepnorm_constants
+from t5x_lite.models.language_model import Model
 from tests.parity import numpy_deepnet, numpy_gopher, numpy_palm
 
 VOCAB, LENGTH, SOURCE = 40, 7, 9

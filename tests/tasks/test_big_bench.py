@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from t5x_lite import data_tasks
-from t5x_lite.data import DataConfig
+from t5x_lite.data import tasks as data_tasks
+from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError
 from tests.helpers import shared_data
 from tests.tasks.test_formats import registered  # noqa: F401  fixture
@@ -36,7 +36,7 @@ def check_ranked(task, found):
 
 def test_target_scores_are_choices_by_path_by_name_and_as_published(
         registered, tmp_path, monkeypatch):  # noqa: F811
-    from tasks import big_bench
+    from t5x_lite.data import big_bench
     path = tmp_path / "navigate" / "sub" / "task.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(SCORED))

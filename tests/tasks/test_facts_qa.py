@@ -5,8 +5,9 @@ import csv
 
 import pytest
 
-from t5x_lite import data_tasks
-from t5x_lite.data import DataConfig, eval_examples, train_mixture
+from t5x_lite.data import tasks as data_tasks
+from t5x_lite.data.config import DataConfig
+from t5x_lite.data.tasks import eval_examples, train_mixture
 
 data_tasks.tensorflow_side()
 

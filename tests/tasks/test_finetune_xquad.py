@@ -4,20 +4,22 @@ import dataclasses
 
 import pytest
 
-from t5x_lite import data_tasks, train
-from t5x_lite.data import DataConfig
-from t5x_lite.sharding import MeshConfig
+from t5x_lite import train
+from t5x_lite.data import tasks as data_tasks
+from t5x_lite.data.config import DataConfig
+from t5x_lite.parallel.sharding import MeshConfig
 from tests import tiny_config
 
 
 @pytest.mark.slow
 def test_a_t5_is_fine_tuned_on_xquad(offline_tfds, tmp_path, capsys):
     data_tasks.tensorflow_side()
-    from tasks import metrics, t5_benchmarks, text_to_text
+    from t5x_lite.data import task_metrics, text_to_text
+    from tasks import t5_benchmarks
     text_to_text.register(
         "data_test_xquad", text_to_text.TfdsSource("xquad/en:3.0.0", {
             "train": "test[:90%]", "validation": "test[90%:]"}), t5_benchmarks.squad,
-        metric_fns=[metrics.squad], postprocess_fn=text_to_text.answers)
+        metric_fns=[task_metrics.squad], postprocess_fn=text_to_text.answers)
     base = tiny_config.run("")
     config = dataclasses.replace(
         base, model=dataclasses.replace(base.model, vocab_size=32128), mesh=MeshConfig(data=8),

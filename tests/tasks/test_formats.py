@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from t5x_lite import data, data_tasks
-from t5x_lite.data import DataConfig
+from t5x_lite.data import batches as data_batches, tasks as data_tasks
+from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError
 from tests.helpers import shared_data
 
@@ -114,7 +114,8 @@ OTHERS = {   # tested by name further down or beside, and in test_choices.py
 def names() -> set[str]:
     """Every text-to-text task that is registered; the rest is in test_registered, and what the
     shipped facts make in test_facts_qa."""
-    from tasks import big_bench, choice_files, flan
+    from t5x_lite.data import choice_files
+    from tasks import big_bench, flan
     facts = {"fact_passages", "fact_passages_permuted", "fact_passages_salient",
              "closed_book_qa", "closed_book_qa_dev"}
     ranked = {*choice_files.PUBLISHED, "hellaswag", "winogrande", "arc_easy", "arc_challenge",
@@ -130,6 +131,7 @@ def names() -> set[str]:
 def registered():
     data_tasks.tensorflow_side()
     import seqio
+
     import tasks
     tasks.register_all()
     return seqio.TaskRegistry
@@ -222,7 +224,7 @@ def batches(name, objective="seq2seq", split="validation", config=None, batch_si
     import jax
     config = config or DataConfig(validation=name, inputs_length=96, targets_length=64)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    found = data.eval_batches(config, name, objective=objective, batch_size=batch_size,
+    found = data_batches.eval_batches(config, name, objective=objective, batch_size=batch_size,
                               sharding=sharding, split=split, max_batches=limit)
     vocabulary = data_tasks.validation_task(config, name, objective).output_features[
         "targets"].vocabulary
@@ -244,7 +246,7 @@ def test_natural_questions_through_tfds(registered, offline_tfds):
 
 
 def test_web_questions_records(registered, tmp_path):
-    from tasks import records
+    from t5x_lite.data import records
     path = tmp_path / "webquestions.json"
     path.symlink_to(shared_data("cbqa/web_questions/webquestions.train"))
     content = {q: answers for q, answers in records.read_examples(str(path))}
@@ -297,7 +299,8 @@ def test_a_missing_file_is_named_with_its_origin(registered, monkeypatch, tmp_pa
 
 def test_unprepared_tfds_data_names_the_folder(registered, tmp_path, monkeypatch):
     import seqio
-    from tasks.text_to_text import TfdsSource
+
+    from t5x_lite.data.text_to_text import TfdsSource
     seqio.set_tfds_data_dir_override(str(tmp_path))
     try:
         with pytest.raises(UserError, match="no_such_data.* set TFDS_DATA_DIR"):

@@ -2,8 +2,10 @@
 
 import pytest
 
-from t5x_lite import data_tasks
-from t5x_lite.data import DataConfig, ShardedRows, vocabulary_of
+from t5x_lite.data import tasks as data_tasks
+from t5x_lite.data.batches import ShardedRows
+from t5x_lite.data.config import DataConfig
+from t5x_lite.data.tasks import vocabulary_of
 from t5x_lite.errors import UserError
 from tests.helpers import shared_data
 

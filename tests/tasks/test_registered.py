@@ -7,8 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from t5x_lite import data, data_tasks
-from t5x_lite.data import DataConfig, ShardedRows
+from t5x_lite.data import (
+    batches as data_batches,
+    tasks as data_tasks,
+    vocabulary as data_vocabulary,
+)
+from t5x_lite.data.batches import ShardedRows
+from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError
 from tests.helpers import shared_data
 from tests.tasks import test_formats
@@ -37,6 +42,7 @@ def check_saving(config, objective, steps=4):
 
 def training_names(prefix):
     import seqio
+
     import tasks
     data_tasks.tensorflow_side()
     tasks.register_all()
@@ -75,12 +81,12 @@ def test_c4_through_tfds_is_saved_and_restored(offline_tfds):
 
 def test_c4_rows_decode_to_its_pages(offline_tfds):
     config = DataConfig(train="c4_span_corruption", validation="c4_span_corruption", **LENGTHS)
-    vocabulary = data.vocabulary_of(config)
+    vocabulary = data_tasks.vocabulary_of(config)
     assert vocabulary.vocab_size == 32100
     pages = shared_data("corpora/wikitext-2.valid.txt").read_text()
     squeeze = lambda text: "".join(text.split()).replace("<unk>", "")
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    batch = next(data.eval_batches(config, "c4_span_corruption", objective="seq2seq",
+    batch = next(data_batches.eval_batches(config, "c4_span_corruption", objective="seq2seq",
                                    batch_size=4, sharding=sharding))
     for tokens in np.asarray(batch["encoder_input_tokens"]):
         tokens = tokens[tokens > 0]
@@ -107,8 +113,8 @@ def test_wikipedia_is_read_article_by_article(offline_tfds, tmp_path):
         _, examples = data_tasks.eval_examples(DataConfig(targets_length=16), split=split,
                                                task="wikipedia_causal_lm", objective="lm")
         rows[split] = np.concatenate([e["targets"] for e in examples])   # windows end to end
-    vocabulary = data.vocabulary_of(DataConfig(vocabulary="t5"))
-    text = data.text_of(vocabulary, rows["train"])
+    vocabulary = data_tasks.vocabulary_of(DataConfig(vocabulary="t5"))
+    text = data_vocabulary.text_of(vocabulary, rows["train"])
     assert [t for t in titles if t in text] == titles[5000:]
     assert (rows["validation"] == vocabulary.eos_id).sum() == 5000
 
@@ -128,7 +134,7 @@ def test_c4_without_data_names_the_folder(tmp_path, monkeypatch):
 
 def test_t5_vocabulary_that_is_not_there(monkeypatch, tmp_path):
     data_tasks.tensorflow_side()
-    from tasks import vocabularies
+    from t5x_lite.data import vocabularies
     monkeypatch.setenv("T5X_LITE_T5_VOCAB", str(tmp_path / "t5.model"))
     with pytest.raises(UserError, match="T5X_LITE_T5_VOCAB=.*t5.model does not exist"):
         _ = vocabularies.T5Vocabulary().vocab_size
@@ -147,15 +153,15 @@ def _unreachable(url, timeout):
 def test_your_own_sentencepiece_file(tmp_path):
     plain = shared_data("vocab/cc_all.32000.sentencepiece.model")
     ready = shared_data("vocab/cc_all.32000.100extra.sentencepiece.model")
-    sizes = {data.vocabulary_of(DataConfig(vocabulary=str(p))).vocab_size for p in (plain, ready)}
+    sizes = {data_tasks.vocabulary_of(DataConfig(vocabulary=str(p))).vocab_size for p in (plain, ready)}
     assert sizes == {32100}
     with pytest.raises(UserError, match="pad, eos, unk = -1, 2, 0"):
-        data.vocabulary_of(DataConfig(vocabulary=str(shared_data("vocab/sp_test_1000.model"))))
+        data_tasks.vocabulary_of(DataConfig(vocabulary=str(shared_data("vocab/sp_test_1000.model"))))
 
 
 def test_text_files_are_saved_and_restored_and_keep_their_state_on_a_copy(tmp_path):
     """The content counts, not where a file lies or when it was written."""
-    from tasks import document_cache
+    from t5x_lite.data import document_cache
     lines = [f"line {i} of a text about nothing in particular" for i in range(40)]
     states = {}
     for folder in ("a", "b"):

@@ -1,0 +1,390 @@
+"""What one checkpoint is on disk, and how it is written, read and verified.
+
+    1200/                           a committed step: orbax renames the whole folder into place
+        state/                      the arrays, in a layout that any mesh can read
+        record/record.json          format version, step, config, {path: shape, dtype, digest}
+        record/iterators-0-of-2.npz {virtual shard: iterator state}, one file a process
+
+The iterator states stand inside the commit, never beside it: a crash between two writes
+would otherwise pair the parameters of one step with the data position of another.
+
+Every array carries a digest of its bits, computed on the devices at save and again at
+restore. It does not depend on the mesh. This catches what orbax itself lets pass: missing
+chunks read back as zeros, arrays of another shape cut or padded to fit, bits that rotted,
+and buffers overwritten while a background write still read them.
+
+Parameters that a run never changes (state["frozen"], see models/peft.py) are not written: the record
+holds their digests, by which what init_from gives at a restore is seen to be the same.
+
+manager.py says when to write one, which to keep and which to read. In a job of several
+processes, every process calls the functions here together.
+"""
+
+import dataclasses
+import io
+import json
+import logging
+import os
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from t5x_lite import tree
+from t5x_lite.errors import UserError
+from t5x_lite.parallel import offload
+
+FORMAT_VERSION = 1
+FROZEN = "frozen"   # the part of the state that is recorded and not written
+
+def _from_orbax(text: str) -> bool:
+    return f"{os.sep}orbax{os.sep}" in text
+
+
+def _quiet_orbax():
+    """Keeps orbax from burying our messages; what it raises still reaches us.
+
+    A save logs dozens of lines through absl. Where a file is damaged or the disk is full,
+    the reads and writes begun beside the one that failed each complain for a page.
+    """
+    def errors_in_a_line(record: logging.LogRecord) -> bool:
+        if _from_orbax(record.pathname):
+            record.exc_info = None
+        return record.levelno >= logging.ERROR or not _from_orbax(record.pathname)
+
+    def hook(unraisable):
+        code = getattr(unraisable.object, "cr_code", None)
+        abandoned = code is not None and _from_orbax(code.co_filename)
+        if not abandoned and str(unraisable.exc_value) != "Event loop is closed":
+            previous_hook(unraisable)
+
+    previous_hook, sys.unraisablehook = sys.unraisablehook, hook
+    logging.getLogger("absl").addFilter(errors_in_a_line)
+    logging.getLogger("asyncio").addFilter(lambda record: not _from_orbax(record.getMessage()))
+
+
+_quiet_orbax()
+
+# What orbax, tensorstore, json and zipfile raise on files that are missing, cut or scrambled.
+_DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+
+
+class Unreadable(Exception):
+    """A committed step whose files are missing, cut or not what was saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayInfo:
+    """What a checkpoint says of one array."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    digest: int = 0  # see _digest
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What record.json holds."""
+
+    step: int
+    config: dict[str, Any]  # the resolved config of the run
+    arrays: dict[str, ArrayInfo]  # by slash path: "params/…", "opt_state/…", "step"
+    format_version: int = FORMAT_VERSION
+
+
+class Restored(NamedTuple):
+    """One checkpoint, read whole."""
+
+    state: Any  # the structure and shardings of the abstract state
+    iterator_states: dict[int, bytes]  # every virtual shard, on every process
+    record: Record
+
+
+# --- arrays --------------------------------------------------------------------------------
+
+
+def named_leaves(pytree: Any) -> dict[str, Any]:
+    """{slash path: leaf} of any pytree (optax's named tuples too), in flattening order.
+
+    The checkpoint stores plain nested dicts by these paths, so that it outlives the classes
+    of the optimizer's state.
+    """
+    pairs, _ = jax.tree_util.tree_flatten_with_path(pytree)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in pairs}
+    assert len(named) == len(pairs), "two leaves share a path: a key holds a slash"
+    return named
+
+
+@jax.jit
+def _digest(x: jax.Array) -> jax.Array:
+    """uint32 checksum of an array's bits: sum_i bits_i * w_i mod 2^32, w_i odd and unlike.
+
+    Integer addition has no rounding, so every mesh computes the same number. The weights
+    depend on the index, so that exchanged or shifted blocks are noticed.
+    """
+    x = offload.to_device(x)
+    if jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool:
+        bits = x.astype(jnp.uint32)
+    else:
+        width = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+        bits = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
+    weight = jnp.uint32(1)
+    for dim, size in enumerate(bits.shape):
+        shape = [size if d == dim else 1 for d in range(bits.ndim)]
+        index = jax.lax.broadcasted_iota(jnp.uint32, shape, dim)
+        weight = weight * jnp.uint32(2654435761) + 2 * index  # odd * odd + even: stays odd
+    return jnp.sum(bits * weight, dtype=jnp.uint32)
+
+
+def _digests(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    # One after the other: simulated CPU devices stand still for ever once more than 32 programs
+    # with collectives have been started and none has ended.
+    return {path: jax.block_until_ready(_digest(x)) for path, x in arrays.items()}
+
+
+# --- writing -------------------------------------------------------------------------------
+
+
+class RecordHandler(ocp.AsyncCheckpointHandler):
+    """Writes record.json and each process's iterator states inside orbax's commit."""
+
+    async def async_save(self, directory: epath.Path, args: "RecordSave"):
+        return [ocp.future.CommitFutureAwaitingContractedSignals(
+            self._write(directory, args), name="t5x_lite_record")]
+
+    def save(self, directory: epath.Path, args: "RecordSave"):
+        raise NotImplementedError("orbax calls async_save, for synchronous saves too")
+
+    async def _write(self, directory: epath.Path, args: "RecordSave"):
+        process, count = jax.process_index(), jax.process_count()
+        buffer = io.BytesIO()  # npz, because a zip file carries a checksum of each member
+        np.savez(buffer, **{str(shard): np.frombuffer(state, np.uint8)
+                            for shard, state in args.iterator_states.items()})
+        (directory / f"iterators-{process}-of-{count}.npz").write_bytes(buffer.getvalue())
+        if process == 0:
+            digests = jax.device_get(args.digests)  # waits for the devices here, not in save()
+            arrays = {path: dataclasses.replace(info, digest=int(digests[path]))
+                      for path, info in args.record.arrays.items()}
+            fields = dataclasses.asdict(dataclasses.replace(args.record, arrays=arrays))
+            (directory / "record.json").write_text(
+                json.dumps({"crc32": _crc32(fields), **fields}, indent=1))
+
+    def restore(self, directory: epath.Path, args: Any = None) -> dict[int, bytes]:
+        """The iterator states of every virtual shard, whichever process saved it."""
+        del args
+        files = sorted(directory.glob("iterators-*.npz"))
+        count = int(files[0].stem.split("-")[-1]) if files else 1
+        if len(files) != count:
+            raise FileNotFoundError(f"{len(files)} of {count} iterator files in {directory}")
+        states = {}
+        for file in files:
+            with np.load(io.BytesIO(file.read_bytes())) as archive:
+                states.update({int(shard): archive[shard].tobytes() for shard in archive})
+        return dict(sorted(states.items()))
+
+
+@ocp.args.register_with_handler(RecordHandler, for_save=True)
+@dataclasses.dataclass
+class RecordSave(ocp.args.CheckpointArgs):
+    """What RecordHandler writes; `digests` are arrays that may still be being computed."""
+
+    record: Record
+    digests: dict[str, jax.Array]
+    iterator_states: Mapping[int, bytes]
+
+
+@ocp.args.register_with_handler(RecordHandler, for_restore=True)
+@dataclasses.dataclass
+class RecordRestore(ocp.args.CheckpointArgs):
+    """Nothing to say: orbax wants a pair of argument classes for each handler."""
+
+
+def save_args(step: int, state: Any, iterator_states: Mapping[int, bytes],
+              config_json: str) -> ocp.args.Composite:
+    """One checkpoint as orbax's CheckpointManager.save takes it.
+
+    Args:
+      state: pytree of jax.Arrays on the mesh.
+      iterator_states: {virtual shard: state} of the shards that this process reads.
+      config_json: the resolved config.
+    """
+    arrays = named_leaves(state)
+    written = {p: x for p, x in arrays.items() if not p.startswith(f"{FROZEN}/")}
+    infos = {p: ArrayInfo(tuple(x.shape), str(x.dtype)) for p, x in arrays.items()}
+    return ocp.args.Composite(
+        state=ocp.args.PyTreeSave(tree.unflatten(written)),
+        record=RecordSave(Record(step, json.loads(config_json), infos), _digests(arrays),
+                          dict(iterator_states)))
+
+
+# --- reading -------------------------------------------------------------------------------
+
+
+def read_record(folder: epath.Path) -> Record:
+    """The record of the checkpoint in `folder`.
+
+    Raises Unreadable, or UserError where its format is from the future.
+    """
+    fields, problem = _attempt(lambda: _parse_record((folder / "record/record.json").read_text()))
+    _agree(problem)
+    if fields["format_version"] > FORMAT_VERSION:
+        raise UserError(
+            f"{folder} has checkpoint format {fields['format_version']}; this t5x_lite reads "
+            f"formats up to {FORMAT_VERSION}. Use the t5x_lite that wrote it, or a newer one.")
+    arrays = {path: ArrayInfo(tuple(info["shape"]), info["dtype"], info["digest"])
+              for path, info in fields["arrays"].items()}
+    return Record(fields["step"], fields["config"], arrays, fields["format_version"])
+
+
+def _parse_record(text: str) -> dict:
+    fields = json.loads(text)
+    if fields["format_version"] <= FORMAT_VERSION and fields.pop("crc32") != _crc32(fields):
+        raise ValueError("record.json is not what was saved")
+    return fields
+
+
+def _crc32(fields: Mapping) -> int:
+    return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
+
+
+def read_step(folder: epath.Path, abstract_state: Any,
+              frozen_fn: Callable[[], Mapping] | None = None) -> Restored:
+    """Everything in one checkpoint. Raises Unreadable, or UserError for another model's.
+
+    frozen_fn: gives state["frozen"], where the abstract state has it.
+    """
+    expected = named_leaves(abstract_state)
+    record = read_record(folder)
+    _check_same(folder, expected, record.arrays)
+    iterator_states, problem = _attempt(lambda: RecordHandler().restore(folder / "record"))
+    _agree(problem)
+    arrays = _read_arrays(folder, record, {
+        p: x for p, x in expected.items() if not p.startswith(f"{FROZEN}/")})
+    if len(arrays) < len(expected):
+        frozen = {FROZEN: frozen_fn()}
+        check_frozen(folder, record, frozen[FROZEN])
+        arrays |= named_leaves(frozen)
+    state = jax.tree.unflatten(jax.tree.structure(abstract_state), [arrays[p] for p in expected])
+    return Restored(state, iterator_states, record)
+
+
+def check_frozen(where: os.PathLike | str, record: Record, frozen: Mapping) -> None:
+    """Raises UserError unless the frozen parameters are those that the checkpoint was made with.
+
+    Where the config asks for another dtype than the run had, only their shapes can be compared.
+    """
+    arrays = named_leaves({FROZEN: frozen})
+    recorded = {p: i for p, i in record.arrays.items() if p.startswith(f"{FROZEN}/")}
+    _check_same(where, arrays, recorded, with_dtype=False)
+    same_type = {p: x for p, x in arrays.items() if str(x.dtype) == recorded[p].dtype}
+    wrong = [p.removeprefix(f"{FROZEN}/") for p, digest in jax.device_get(
+        _digests(same_type)).items() if int(digest) != recorded[p].digest]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(
+            f"{where} was trained over frozen parameters that init_from no longer gives: "
+            f"{', '.join(wrong[:3])}{more} differ. Set init_from to what the run started from (of "
+            "a workdir that trained on since then, the folder of the step: DIR/checkpoints/N), or "
+            "start a new workdir.")
+
+
+def read_params(folder: epath.Path, abstract_params: Any, partial: bool) -> tuple[Any, Record]:
+    """Only the parameters, cast to the dtypes asked for; see checkpoint.restore_params."""
+    expected = named_leaves({"params": abstract_params})
+    record = read_record(folder)
+    found = {p: info for p, info in record.arrays.items() if p.startswith("params/")}
+    _check_same(folder, expected, found, with_dtype=False, with_extra=not partial)
+    arrays = _read_arrays(folder, record, expected)
+    cast = jax.jit(lambda x, dtype: x.astype(dtype), static_argnums=1)
+    leaves = [arrays[p] if arrays[p].dtype == x.dtype else cast(arrays[p], x.dtype)
+              for p, x in expected.items()]
+    return jax.tree.unflatten(jax.tree.structure(abstract_params), leaves), record
+
+
+def _check_same(folder: epath.Path, expected: Mapping[str, Any], found: Mapping[str, ArrayInfo],
+                *, with_dtype: bool = True, with_extra: bool = True):
+    """Raises UserError unless the checkpoint holds the arrays that the model wants.
+
+    Orbax would cut or zero-pad an array of another shape to fit, without a word.
+    """
+    wanted = {p: ArrayInfo(tuple(x.shape), str(x.dtype)) for p, x in expected.items()}
+
+    def compare(prefix):
+        return tree.diff(*({p: x for p, x in arrays.items() if p.startswith(prefix)}
+                           for arrays in (wanted, found)),
+                         same=lambda a, b: a.shape == b.shape and (
+                             a.dtype == b.dtype or not with_dtype))
+
+    # Moments differ wherever their parameters do: show those alone.
+    difference = compare("params/") or compare("")
+    if difference.missing or difference.mismatched or (difference.extra and with_extra):
+        raise UserError(
+            f"{folder} holds another model than this config describes "
+            f"(expected: the config's; found: the checkpoint's):\n{difference}\n"
+            "Use a new --workdir, or the config that the checkpoint was made with (it is in "
+            "record/record.json). To start from these parameters, set init_from.")
+
+
+def _read_arrays(folder: epath.Path, record: Record,
+                 expected: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The arrays at the paths of `expected`, placed by its shardings, in their stored dtype.
+
+    They are verified bit for bit. Raises Unreadable.
+    """
+    single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    item = tree.unflatten({
+        p: jax.ShapeDtypeStruct(x.shape, record.arrays[p].dtype,
+                                sharding=getattr(x, "sharding", None) or single)
+        for p, x in expected.items()})
+    args = ocp.args.PyTreeRestore(
+        item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+        partial_restore=True)
+    # The handler itself, not a Checkpointer around it: that one ends in a barrier, where the
+    # others would wait for a process that failed to read.
+    restored, problem = _attempt(
+        lambda: ocp.PyTreeCheckpointHandler().restore(folder / "state", args=args))
+    _agree(problem)
+    arrays = named_leaves(restored)
+    digests = jax.device_get(_digests(arrays))
+    wrong = [p for p, digest in digests.items() if int(digest) != record.arrays[p].digest]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise Unreadable(f"the bits of {', '.join(wrong[:3])}{more} are not those saved")
+    return arrays
+
+
+def _attempt(read: Callable[[], Any]) -> tuple[Any, str | None]:
+    """(read(), None), or (None, what is wrong) where the files are damaged."""
+    try:
+        return read(), None
+    except Exception as error:  # orbax wraps whatever it met while reading in a bare Exception
+        cause = error.__cause__ if type(error) is Exception else error
+        if not isinstance(cause, _DAMAGE):
+            raise
+        return None, brief(cause)
+
+
+def _agree(problem: str | None):
+    """Raises Unreadable on every process where any of them met a problem."""
+    bad = problem is not None
+    if jax.process_count() > 1:
+        bad = bool(np.any(multihost_utils.process_allgather(np.array(bad))))
+    if bad:
+        raise Unreadable(problem or "another process could not read it")
+
+
+def brief(error: Exception) -> str:
+    """One line of an error: tensorstore's carry a page of specification."""
+    text = str(error).split("[tensorstore_spec")[0].split("[source locations")[0]
+    return f"{type(error).__name__}: {' '.join(text.split())[:400]}"

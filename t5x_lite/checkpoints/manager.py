@@ -1,0 +1,339 @@
+"""When a run is saved, what is kept, and where it resumes from.
+
+    WORKDIR/checkpoints/
+        1200/                           a committed step, see format.py
+        1300.orbax-checkpoint-tmp-…/    what an interrupted save leaves: removed by the next run
+        1250.unreadable/                a committed step that could not be read: set aside, kept
+
+`Checkpointer` belongs to the one job that trains in a workdir. Anything else (eval, infer,
+init_from) reads through the module's functions, which never write, rename or delete. In a
+job of several processes every process makes the same calls.
+"""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from t5x_lite.checkpoints import format as checkpoint_format
+from t5x_lite.checkpoints.format import Record, Restored, Unreadable
+from t5x_lite.errors import UserError, nearest
+
+_log = logging.getLogger(__name__)
+
+# Orbax's own limit, 600 s, is short for a large model on a slow shared disk.
+_COMMIT_TIMEOUT_SECONDS = 3600
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep. The last step of a run is always saved."""
+
+    every: int = 1000  # steps between two checkpoints
+    keep_last: int = 3  # the newest ones that stay
+    keep_every: int | None = None  # steps divisible by this stay for good
+    async_save: bool = True  # write in the background while training goes on
+
+    def __post_init__(self):
+        for name, lowest in (("every", 1), ("keep_last", 1), ("keep_every", 1)):
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise UserError(f"checkpoint.{name}={value}: must be at least {lowest}")
+
+
+# --- finding checkpoints (reads only) ------------------------------------------------------
+
+
+def _absolute(path: os.PathLike | str) -> epath.Path:
+    text = os.fspath(path)
+    if "://" not in text:  # epath would resolve gs://… against the working directory
+        text = os.path.abspath(os.path.expanduser(text))
+    return epath.Path(text)
+
+
+def _step_paths(path: os.PathLike | str) -> dict[int, epath.Path]:
+    """{step: folder} of the committed checkpoints at `path`, in rising order.
+
+    `path` is a workdir, its checkpoints/ folder, or the folder of one step.
+    """
+    path = _absolute(path)
+    if path.name.isdigit() and (path / "record").exists():
+        return {int(path.name): path}
+    root = path / "checkpoints" if (path / "checkpoints").exists() else path
+    if not root.exists():
+        return {}
+    found = ocp.path.step.standard_name_format().find_all(root)
+    return {m.step: epath.Path(m.path) for m in sorted(found, key=lambda m: m.step)}
+
+
+def all_steps(path: os.PathLike | str) -> list[int]:
+    """The committed steps at a workdir, a checkpoints folder or a step's folder, rising."""
+    return list(_step_paths(path))
+
+
+def _candidates(path: os.PathLike | str, step: int | str) -> dict[int, epath.Path]:
+    """The folders to try for `step` ("last" or a number), newest first."""
+    found = _step_paths(path)
+    if not found:
+        raise UserError(
+            f"no checkpoint at {path}: expected a workdir of t5x_lite.train (it has "
+            "checkpoints/STEP/ in it) or the folder of one step. A run that was stopped before "
+            "its first save has none.")
+    if step == "last":
+        return dict(reversed(found.items()))
+    if step not in found:
+        raise UserError(f"{path} has no checkpoint of step {step!r}: it has {_list(found)}, "
+                        f"or say 'last'.{nearest(step, found)}")
+    return {step: found[step]}
+
+
+def _list(steps: Sequence[int]) -> str:
+    steps = list(steps)
+    shown = steps if len(steps) <= 12 else [*steps[:4], "…", *steps[-7:]]
+    return ", ".join(map(str, shown))
+
+
+def read_record(path: os.PathLike | str, step: int | str = "last") -> Record:
+    """The record of a checkpoint without its arrays: config, and what shapes it holds.
+
+    Raises UserError where there is none, none is readable, or its format is from the future.
+    """
+    return _first_readable(path, step, checkpoint_format.read_record)
+
+
+def restore_params(path: os.PathLike | str, abstract_params: Mapping, step: int | str = "last", *,
+                   partial: bool = False) -> tuple[dict, Record]:
+    """Reads parameters only, for evaluation, inference and init_from.
+
+    Args:
+      path: a workdir, its checkpoints folder, or the folder of one step.
+      abstract_params: nested dict of jax.ShapeDtypeStruct with shardings (none: one device).
+        A dtype that differs from the stored one is cast to after reading.
+      step: "last" (falls back to an older one, with a message, where it is unreadable) or N.
+      partial: the checkpoint may hold parameters that are not asked for.
+
+    Returns:
+      (params, record): arrays placed by the shardings of abstract_params, and the Record.
+
+    Raises:
+      UserError: no (readable) checkpoint, or it holds other parameters than asked for.
+    """
+    return _first_readable(
+        path, step, lambda folder: checkpoint_format.read_params(folder, abstract_params, partial))
+
+
+def _first_readable(path, step, read: Callable[[epath.Path], Any]):
+    """read(folder) of the newest candidate that can be read; the others are logged."""
+    failures = {}
+    for number, folder in _candidates(path, step).items():
+        try:
+            return read(folder)
+        except Unreadable as error:
+            failures[number] = error
+            _say(logging.WARNING, "checkpoint %s is unreadable (%s)", folder, error)
+    raise _none_readable(path, failures)
+
+
+def _none_readable(path, failures: Mapping[int, Unreadable]) -> UserError:
+    reasons = "\n".join(f"  {number}: {error}" for number, error in failures.items())
+    return UserError(f"no checkpoint at {path} can be read:\n{reasons}\n"
+                     "Nothing was changed or deleted. Restore the files from a copy, or start "
+                     "again in a new --workdir.")
+
+
+class Checkpointer:
+    """Saves to and resumes from one workdir; every process of the job makes one.
+
+    Making it logs and clears away what an interrupted save left behind.
+    """
+
+    def __init__(self, workdir: os.PathLike | str, config: CheckpointConfig):
+        self.directory = _absolute(workdir) / "checkpoints"
+        self._saving: int | None = None
+        half_written = sorted(self.directory.glob("*.orbax-checkpoint-tmp*"))
+        for path in half_written:
+            _say(logging.WARNING, "%s is a half-written checkpoint of an interrupted run: "
+                 "skipped and removed", path)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep_last, keep_period=config.keep_every,
+            enable_async_checkpointing=config.async_save, cleanup_tmp_directories=False,
+            async_options=ocp.AsyncOptions(timeout_secs=_COMMIT_TIMEOUT_SECONDS),
+            save_root_metadata=False)
+        try:
+            # Not by Orbax, whose thread may still be at it when another Checkpointer is made.
+            if jax.process_index() == 0:
+                for path in half_written:
+                    path.rmtree()
+            multihost_utils.sync_global_devices("t5x_lite: half-written checkpoints removed")
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        except OSError as error:
+            raise UserError(f"cannot make {self.directory}: {error}. Choose a --workdir that can "
+                            "be written to.") from error
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def all_steps(self) -> list[int]:
+        """The steps committed to disk, rising; a save in progress is not among them."""
+        return all_steps(self.directory)
+
+    def latest(self) -> int | None:
+        """The newest step committed to disk."""
+        return max(self.all_steps(), default=None)
+
+    def save(self, step: int, state: Any, iterator_states: Mapping[int, bytes], config_json: str):
+        """Starts one commit of everything; every process calls it with the same step.
+
+        Returns once the state may be donated to the next step. Call it only after the loss
+        of `step` was read as finite. Waits first for the save before it. Does nothing where
+        the step is saved already (a run that is stopped right after a periodic save).
+
+        Args:
+          step: the number of steps taken.
+          state: pytree of jax.Arrays on the mesh.
+          iterator_states: {virtual shard: state} of the shards that this process reads.
+          config_json: the resolved config.
+
+        Raises:
+          UserError: this save, or the one before it, could not be written.
+        """
+        self.wait()
+        if step in self._manager.all_steps():
+            return
+        self._saving = step
+        try:
+            self._manager.save(step, force=True, args=checkpoint_format.save_args(
+                step, state, iterator_states, config_json))
+        except OSError as error:
+            raise self._not_written(error) from error
+
+    def wait(self):
+        """Blocks until the save in progress, if any, is committed.
+
+        Raises UserError if it could not be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:  # tensorstore reports a full disk as ValueError
+            raise self._not_written(error) from error
+
+    def _not_written(self, error: Exception) -> UserError:
+        return UserError(
+            f"the checkpoint of step {self._saving} could not be written to {self.directory}: "
+            f"{checkpoint_format.brief(error)}. The last good one is of step {self.latest()}. Free "
+            "some space and run the same command again: it resumes from there.")
+
+    def restore(self, step: int, abstract_state: Any) -> Restored:
+        """Reads one step, on any mesh and any number of processes.
+
+        Args:
+          step: a committed step.
+          abstract_state: pytree of jax.ShapeDtypeStruct whose shardings say where to place
+            the arrays, whatever mesh saved them.
+
+        Raises:
+          UserError: no such step, unreadable, another model's, or of a future format.
+        """
+        self.wait()
+        (folder,) = _candidates(self.directory, step).values()
+        try:
+            return checkpoint_format.read_step(folder, abstract_state)
+        except Unreadable as error:
+            raise _none_readable(self.directory, {step: error}) from error
+
+    def restore_latest(self, abstract_state: Any,
+                       frozen_fn: Callable[[], Mapping] | None = None) -> Restored | None:
+        """Reads the newest readable step; None where nothing was ever committed.
+
+        frozen_fn: gives the parameters that checkpoints refer to (see format.py).
+
+        An unreadable newer step is logged and set aside as STEP.unreadable, for training
+        will come by that step again and save it anew.
+
+        Raises:
+          UserError: another model's, of a future format, or checkpoints exist and none can
+            be read (starting from scratch would bury them).
+        """
+        self.wait()
+        failures = {}
+        for step, folder in reversed(_step_paths(self.directory).items()):
+            try:
+                restored = checkpoint_format.read_step(folder, abstract_state, frozen_fn)
+            except Unreadable as error:
+                failures[step] = error
+                _say(logging.WARNING, "checkpoint %s is unreadable (%s): using the one before",
+                     folder, error)
+                continue
+            self._set_aside(list(failures))
+            return restored
+        if failures:
+            raise _none_readable(self.directory, failures)
+        return None
+
+    def _set_aside(self, steps: Sequence[int]):
+        if not steps:
+            return
+        if jax.process_index() == 0:
+            for step in steps:
+                names = (f"{step}.unreadable{suffix}" for suffix in ("", *range(2, 1000)))
+                free = next(n for n in names if not (self.directory / n).exists())
+                (self.directory / str(step)).rename(self.directory / free)
+        multihost_utils.sync_global_devices("t5x_lite: unreadable checkpoints set aside")
+        self._manager.reload()
+
+    def close(self):
+        """Waits for the save in progress and frees orbax's threads."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+
+def restore_or_init(checkpointer: Checkpointer, abstract_state: Any, init_fn: Callable[[], Any],
+                    init_from_fn: Callable[[], Any] | None = None,
+                    frozen_fn: Callable[[], Mapping] | None = None,
+                    ) -> tuple[Any, dict[int, bytes] | None, str]:
+    """Where a run starts. The first of these that there is:
+
+    1. the newest readable checkpoint in the run's own workdir: the run goes on. A preempted
+       fine-tuning must not start over from the pre-trained model;
+    2. init_from_fn(), the state from another checkpoint, at step 0 and with a new optimizer;
+    3. init_fn(), the state from the seed.
+
+    Args:
+      frozen_fn: state["frozen"] of the first case, where the abstract state has it.
+
+    Returns:
+      (state, iterator states or None where the data starts at its beginning, and a line that
+      says where the state comes from, which is also logged).
+
+    Raises:
+      UserError: see Checkpointer.restore_latest. Never falls from 1 to 2 or 3 because the
+        workdir's checkpoints are damaged.
+    """
+    restored = checkpointer.restore_latest(abstract_state, frozen_fn)
+    if restored is not None:
+        source = f"resumed from step {restored.record.step} of {checkpointer.directory}"
+        state, iterator_states = restored.state, restored.iterator_states
+    elif init_from_fn is not None:
+        source = "started from init_from"
+        state, iterator_states = init_from_fn(), None
+    else:
+        source = "started from scratch"
+        state, iterator_states = init_fn(), None
+    _say(logging.INFO, "%s", source)
+    return state, iterator_states, source
+
+
+def _say(level: int, message: str, *args):
+    if jax.process_index() == 0:
+        _log.log(level, message, *args)

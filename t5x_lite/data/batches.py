@@ -1,0 +1,284 @@
+"""From seqio tasks to global batches of jax.Arrays whose order belongs to the run.
+
+The training stream is `data.num_shards` virtual shards. Each is an endless tf.data pipeline
+over its share of the examples, with its own seed and its own place. With B rows in a global
+batch and V shards, rows [s * B/V, (s + 1) * B/V) come from shard s. A process reads the
+shards that its devices' rows come from, so that one process or eight see the same batches
+row for row, and a run may resume on another number of them. Two processes that need the
+same rows (tensor parallelism across hosts) both read that shard; the one with the lower
+index owns it, and its state in a checkpoint.
+
+    iterator = TrainIterator(config.data, objective="seq2seq", global_batch_size=128,
+                             sharding=batch_sharding, seed=config.train.seed)
+    batch = next(iterator)              # {feature: jax.Array [B, L]}
+    states = iterator.state()           # {shard: bytes} of the shards this process owns
+    iterator.restore(all_states)        # {shard: bytes} of at least the shards it reads
+    for batch in eval_batches(...): ... # finite, in order, the same on any process count
+
+Features of a batch, int32 [B, L] but for the float32 weights. L is inputs_length on the
+encoder's side and targets_length on the decoder's. Padding is 0, with weight 0.
+
+    encoder_input_tokens                            seq2seq, mlm
+    decoder_input_tokens                            seq2seq, lm, prefix_lm: targets shifted right
+    decoder_target_tokens, decoder_loss_weights     all (mlm: [B, inputs_length])
+    decoder_segment_ids, decoder_positions          choices: the number of each choice from 1
+    decoder_prefix                                  prefix_lm: 1 where attention looks both ways
+    {side}_segment_ids, {side}_positions            with packing: ids from 1, positions from 0
+
+Reading ahead happens in tf.data's own threads and is part of the saved place: a state
+corresponds to the batches handed out, whatever was prepared beyond them.
+
+This module imports without TensorFlow, which it needs only once data are read.
+"""
+
+import concurrent.futures
+import functools
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from t5x_lite.data import tasks as data_tasks, vocabulary as data_vocabulary
+from t5x_lite.data.config import DataConfig
+from t5x_lite.data.tasks import train_mixture
+from t5x_lite.errors import UserError
+
+Batch = dict[str, jax.Array]
+
+
+# --- training batches -----------------------------------------------------------------------
+
+def shards_of_processes(sharding: jax.sharding.Sharding, shape: tuple[int, int],
+                        num_shards: int) -> dict[int, set[int]]:
+    """{process index: virtual shards that rows on its devices come from}."""
+    share = shape[0] // num_shards
+    found: dict[int, set[int]] = {}
+    for device, index in sharding.devices_indices_map(shape).items():
+        start, stop, _ = index[0].indices(shape[0])
+        found.setdefault(device.process_index, set()).update(
+            range(start // share, -(-stop // share)))
+    return found
+
+
+def owned_shards(readers: Mapping[int, set[int]], process: int) -> list[int]:
+    """The shards whose places a process saves: those that no process before it reads."""
+    before = set().union(*(shards for other, shards in readers.items() if other < process))
+    return sorted(readers[process] - before)
+
+
+def check_same_data(digests: Sequence[int]) -> None:
+    """Raises UserError where processes would read other data, given a digest of each one's."""
+    others = [process for process, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        raise UserError(f"processes {others} see other data than process 0: the same files, the "
+                        "same tasks and, for the python_ tasks, the same Python version must be "
+                        "on every machine")
+
+
+def _check_shards(config: DataConfig, global_batch_size: int) -> None:
+    shards = config.num_shards
+    if shards < 1 or global_batch_size % shards:
+        divisors = [n for n in range(1, global_batch_size + 1) if global_batch_size % n == 0]
+        raise UserError(f"train.global_batch_size={global_batch_size} must be a multiple of "
+                        f"data.num_shards={shards}; shards could be "
+                        f"{min(divisors, key=lambda n: abs(n - shards))}")
+
+
+class ShardedRows:
+    """The rows of some virtual shards, on the host: {shard: {feature: array [B/V, L]}}.
+
+    shards: which ones to read; reading fewer or more never changes what each holds.
+    identity: what the rows are a function of, as JSON values.
+    """
+
+    def __init__(self, config: DataConfig, *, objective: str, global_batch_size: int, seed: int,
+                 shards: Sequence[int]):
+        _check_shards(config, global_batch_size)
+        pipeline = data_tasks.tensorflow_side()
+        mixture = train_mixture(config, objective)
+        converter = pipeline.converter_of(objective)
+        seed = seed if config.seed is None else config.seed
+        make = functools.partial(
+            pipeline.rows_dataset, mixture, "train", converter, config.inputs_length,
+            config.targets_length, config.packing, seed)
+        pipeline.check_documents(mixture, "train", config.num_shards)
+        pipeline.check_not_empty(make(training=False), config.train or "data.train_files")
+        vocabulary = mixture[0].task.output_features["targets"].vocabulary
+        identity = {
+            "tasks": {task.name: round(weight, 6) for task, weight in mixture},
+            "preprocessors": {task.name: pipeline.description(task) for task, _ in mixture},
+            "objective": objective, "packing": config.packing, "seed": seed,
+            "inputs_length": config.inputs_length, "targets_length": config.targets_length,
+            "num_shards": config.num_shards, "shuffle_buffer": config.shuffle_buffer,
+            "vocabulary": data_vocabulary.vocabulary_identity(vocabulary),
+            "source files": pipeline.files_digest(mixture, "train")}
+        cores = os.cpu_count() or 1
+        threads = max(1, cores // len(shards))
+        self._share = global_batch_size // config.num_shards
+        self._readers = {
+            shard: pipeline.ShardReader(
+                make(shard, config.num_shards, training=True, threads=threads,
+                     shuffle_buffer=config.shuffle_buffer, read_ahead=2 * self._share),
+                {**identity, "shard": shard})
+            for shard in sorted(shards)}
+        self.identity = identity
+        self._batch_size, self._num_shards = global_batch_size, config.num_shards
+        # tf.data works outside Python's lock: the first batch fills every shard's buffer.
+        self._pool = concurrent.futures.ThreadPoolExecutor(min(cores, len(shards)))
+
+    def __next__(self) -> dict[int, dict[str, np.ndarray]]:
+        return self.take(self._batch_size)
+
+    def take(self, rows: int) -> dict[int, dict[str, np.ndarray]]:
+        """The next `rows` of the stream, a multiple of V: rows / V of every shard."""
+        share = rows // self._num_shards
+        parts = self._pool.map(lambda reader: reader.take(share), self._readers.values())
+        return dict(zip(self._readers, parts))
+
+    def state(self, shards: Sequence[int]) -> dict[int, bytes]:
+        """The places of some of the shards after the rows handed out."""
+        return dict(zip(shards, self._pool.map(lambda s: self._readers[s].state(), shards)))
+
+    def restore(self, states: Mapping[int, bytes]) -> None:
+        """Puts every shard at its place; UserError where one is missing or of other data."""
+        missing = sorted(self._readers.keys() - states.keys())
+        if missing:
+            raise UserError(f"the checkpoint has no place in the data for virtual shards {missing} "
+                            f"(it has {sorted(states)}); data.num_shards must stay what it was")
+        list(self._pool.map(lambda shard: self._readers[shard].restore(states[shard]),
+                            self._readers))
+
+
+class TrainIterator:
+    """Endless global batches {feature: jax.Array [B, L]}; see the head of this module.
+
+    Args:
+        config: what to read.
+        objective: seq2seq, choices, lm, prefix_lm or mlm; decides the features of a batch.
+        global_batch_size: B, rows over all processes; a multiple of config.num_shards.
+        sharding: of a [B, L] array; decides which rows this process reads.
+        seed: used where config.seed is None.
+    Raises:
+        UserError: unknown or empty tasks, unreadable files, sizes that do not divide.
+    """
+
+    def __init__(self, config: DataConfig, *, objective: str, global_batch_size: int,
+                 sharding: jax.sharding.Sharding, seed: int):
+        self._sharding = sharding
+        self._batch_size, self._num_shards = global_batch_size, config.num_shards
+        _check_shards(config, global_batch_size)
+        length = max(config.inputs_length, config.targets_length)
+        readers = shards_of_processes(sharding, (global_batch_size, length), config.num_shards)
+        self._owned = owned_shards(readers, jax.process_index())
+        self._rows = ShardedRows(config, objective=objective, global_batch_size=global_batch_size,
+                                 seed=seed, shards=sorted(readers[jax.process_index()]))
+        if jax.process_count() > 1:
+            digest = zlib.crc32(json.dumps(self._rows.identity).encode())
+            check_same_data(multihost_utils.process_allgather(np.uint32(digest)).tolist())
+
+    def __iter__(self) -> "TrainIterator":
+        return self
+
+    def __next__(self) -> Batch:
+        return self.take(self._batch_size)
+
+    def take(self, batch_size: int) -> Batch:
+        """The next global batch, of this many rows: a multiple of num_shards and of the ways
+        that the mesh splits a batch."""
+        by_shard = self._rows.take(batch_size)
+        share = batch_size // self._num_shards
+
+        def rows(name: str, start: int, stop: int) -> np.ndarray:
+            parts = []
+            for shard in range(start // share, -(-stop // share)):
+                first = shard * share
+                parts.append(by_shard[shard][name][max(0, start - first):stop - first])
+            return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+        features = next(iter(by_shard.values()))
+        return {name: _global_array(functools.partial(rows, name),
+                                    (batch_size, *features[name].shape[1:]), self._sharding)
+                for name in features}
+
+    def state(self) -> dict[int, bytes]:
+        """{shard: bytes} of the shards that this process owns, after the last batch given.
+
+        Over all processes, every virtual shard occurs exactly once.
+        """
+        return self._rows.state(self._owned)
+
+    def restore(self, states: Mapping[int, bytes]) -> None:
+        """Continues after the batch at which `states` were taken, on any process count.
+
+        states: those of all processes together (others' shards may be left out).
+        Raises UserError where they belong to other data, seeds or lengths.
+        """
+        self._rows.restore(states)
+
+
+def _global_array(rows, shape: tuple[int, ...], sharding) -> jax.Array:
+    """A global array from rows(start, stop), called for the rows on this process's devices."""
+    def block(index):
+        start, stop, _ = index[0].indices(shape[0])
+        return rows(start, stop)[(slice(None), *index[1:])]
+    return jax.make_array_from_callback(shape, sharding, block)
+
+
+# --- evaluation batches ---------------------------------------------------------------------
+
+def eval_batches(config: DataConfig, task: str, *, objective: str, batch_size: int,
+                 sharding: jax.sharding.Sharding, split: str = "validation",
+                 max_batches: int | None = None) -> Iterator[Batch]:
+    """The split once, in the source's order, the same on every process count and every call.
+
+    Every process reads all of it and keeps its devices' rows. The last batch is filled up
+    with rows of zeros, whose weights are 0. Random preprocessors use a fixed seed, so all
+    runs and steps are measured on the same targets.
+
+    task: one of validation_tasks(config), or any registered task.
+    Raises UserError (on the first batch) for an unknown task or an empty split.
+    """
+    pipeline = data_tasks.tensorflow_side()
+    found = data_tasks.validation_task(config, task, objective)
+    converter = pipeline.converter_of(objective)
+    pipeline.check_task(found, split, converter.features, "data.validation")
+    mixture = [pipeline.Weighted(found, 1.0)]
+    pipeline.check_documents(mixture, split, 1)
+    dataset = pipeline.rows_dataset(
+        mixture, split, converter, config.inputs_length,
+        config.targets_length, config.packing, pipeline.EVAL_SEED, training=False)
+    blocks = pipeline.finite_batches(dataset, batch_size)
+    count = 0
+    for count, batch in enumerate(blocks, 1):
+        yield {name: _global_array(lambda a, b, v=value: v[a:b], value.shape, sharding)
+               for name, value in batch.items()}
+        if count == max_batches:
+            return
+    if not count:
+        raise UserError(f"the split {split!r} of {task!r} holds no examples")
+
+
+def unigram_entropy(batches: Sequence[Mapping]) -> float:
+    """Nats a target token of the best predictor that knows token frequencies only.
+
+    batches: as eval_batches gives them (global arrays). The entropy of the empirical
+    distribution of the weighted targets, sentinels and EOS included: what a model must
+    beat to have learned anything from context.
+    """
+    targets, weights = (
+        np.concatenate([whole(batch[name]).ravel() for batch in batches])
+        for name in ("decoder_target_tokens", "decoder_loss_weights"))
+    counts = np.bincount(targets, weights)
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
+
+
+def whole(array: jax.Array | np.ndarray) -> np.ndarray:
+    """All of a global array, also where other processes hold parts of it."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)

@@ -1,0 +1,60 @@
+"""What is read: the fields of a config's section `data`. Imports no TensorFlow."""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is read, and how it becomes rows. Lists are comma-separated strings, because a
+    command line cannot give tuples safely; in Python, tuples are joined for you."""
+
+    # What to train on: names of seqio tasks or mixtures, each with its share of the examples,
+    # "a=1,b=3"; without shares, in proportion to their numbers of examples. With a published
+    # mixture's shares: "gpt3(common_crawl=a,wikipedia=b)" (published_mixtures.py).
+    # The path of a .jsonl, .json or .tsv file of examples is a task too (example_files.py).
+    train: str = ""
+    # Tasks or mixtures whose "validation" split is evaluated, each task on its own.
+    validation: str = ""
+    # Solved examples before every input of them, k-shot (demonstrations.py): how many, of
+    # "train" where a task has it, and which.
+    shots: int = 0
+    shots_seed: int = 0
+    # Text files instead of `train` / `validation`: paths or globs of .txt or .jsonl, also .gz.
+    train_files: str = ""
+    validation_files: str = ""
+    text_document: str = "line"         # a document of a .txt file: line, paragraph or file
+    # What is hidden of text files: causal_lm, prefix_lm, span_corruption, bert, bart or ul2
+    # (denoising.py), or salient (dates and names, tasks/salient_spans.py); "": the
+    # objective's usual one. Registered tasks are made for one each: c4_ul2, python_bart.
+    denoising: str = ""
+    noise_density: float = 0.0          # share of the tokens that it hides …
+    mean_span_length: float = 0.0       # … in spans of so many; 0: its own figure
+    # Folders that seqio_cache_tasks wrote: tasks are read from there, tokenised (cached.py).
+    cached_tasks: str = ""
+    task_modules: str = ""              # your Python modules that register seqio tasks
+    # "": the task's own. Else python, byt5, t5, or the path of a SentencePiece .model file or of
+    # a tokenizer.json (tokenizer_json.py).
+    vocabulary: str = ""
+    inputs_length: int = 512            # tokens of the encoder's row, EOS included
+    targets_length: int = 114           # tokens of the decoder's row, EOS included
+    packing: bool = False               # several examples in a row where they fit
+    # Mixing: shares or numbers of examples n_i become min(n_i, rate_cap)^(1/temperature).
+    temperature: float = 1.0
+    rate_cap: float = 0.0               # K of T5's examples-proportional mixing; 0: none
+    # The order of the data is a function of these two alone. num_shards divides
+    # train.global_batch_size; take a multiple of the largest process count you may use.
+    num_shards: int = 8
+    seed: int | None = None             # None: train.seed
+    shuffle_buffer: int = 1000          # examples a shard holds to shuffle; saved in checkpoints
+    cache_dir: str = ""                 # of gathered text; "": $T5X_LITE_CACHE or ~/.cache/t5x_lite
+
+    def __post_init__(self):
+        for name in ("train", "validation", "train_files", "validation_files", "task_modules"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                parts = (v if isinstance(v, str) else f"{v[0]}={v[1]}" for v in value)
+                object.__setattr__(self, name, ",".join(parts))

@@ -1,0 +1,473 @@
+"""The TensorFlow side of batches.py: one virtual shard as one saveable tf.data pipeline.
+
+    files or examples of the shard -> repeat for ever -> the task's preprocessors, seeded
+    -> trim -> shuffle -> mixture of tasks -> model features -> pack or pad -> blocks of rows
+
+batches.py imports this module lazily, because it imports TensorFlow.
+
+Shape legend: L positions of one side (encoder or decoder) of a row.
+"""
+
+import hashlib
+import io
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from t5x_lite.errors import UserError, nearest
+
+BLOCK_ROWS = 8   # rows a pipeline yields at once; states do not depend on the batch size
+EVAL_SEED = 0    # evaluation masks the same tokens in every run and at every step
+UNCUT = 1 << 16  # tokens: no example of a text-to-text task is longer
+
+# Calls into Python (from_generator is a GeneratorDataset over PyFunc) and random kernels
+# whose state lives outside the iterator: a restored iterator would go on differently.
+_UNSAVEABLE_OPS = frozenset({
+    "PyFunc", "PyFuncStateless", "EagerPyFunc", "GeneratorDataset",
+    "RandomUniform", "RandomUniformInt", "RandomStandardNormal", "TruncatedNormal",
+    "ParameterizedTruncatedNormal", "RandomShuffle", "Multinomial", "RandomGamma",
+    "RandomPoissonV2"})
+
+_plain = tf.autograph.experimental.do_not_convert   # no Python control flow in the graphs below
+
+
+class Weighted(NamedTuple):
+    """A task and its share of a mixture; shares need not sum to one."""
+    task: seqio.Task
+    weight: float
+
+
+# --- objectives: what a row holds -----------------------------------------------------------
+
+class Converter(NamedTuple):
+    """How an objective turns a seqio example into model features.
+
+    features: output features a task must have.
+    task_lengths: (task, inputs_length, targets_length) -> {feature: tokens a task may give it},
+        and "row": the length of the row that inputs and targets share.
+    row_lengths: (inputs_length, targets_length) -> {side: L}.
+    convert: ({feature: int32 tokens}, the vocabulary's EOS) -> {side: {model feature: 1-D array}};
+        the first array of a side holds its tokens.
+    pairs: whether inputs are read and targets written.
+    """
+    features: tuple[str, ...]
+    task_lengths: Callable[[seqio.Task, int, int], dict[str, int]]
+    row_lengths: Callable[[int, int], dict[str, int]]
+    convert: Callable[[dict, int], dict[str, dict]]
+    pairs: bool = True
+
+
+def _predict(tokens, weights=None):
+    weights = tf.ones_like(tokens, tf.float32) if weights is None else weights
+    return {"decoder_target_tokens": tokens, "decoder_loss_weights": weights}
+
+
+def _seq2seq(example, eos_id):
+    return {"encoder": {"encoder_input_tokens": example["inputs"]},
+            "decoder": _predict(example["targets"])}
+
+
+def _choices(example, eos_id):
+    """Targets are choices, each ending in EOS: segments that all read the same inputs."""
+    tokens = example["targets"]
+    ends = tokens == eos_id
+    segments = 1 + tf.cumsum(tf.cast(ends, tf.int32), exclusive=True)
+    starts = tf.concat([[0], 1 + tf.cast(tf.where(ends)[:, 0], tf.int32)], 0)
+    positions = tf.range(tf.size(tokens)) - tf.gather(starts, segments - 1)
+    is_right = tf.cast(segments == 1, tf.float32)
+    return {"encoder": {"encoder_input_tokens": example["inputs"]},
+            "decoder": {**_predict(tokens, is_right), "decoder_segment_ids": segments,
+                        "decoder_positions": positions}}
+
+
+def _lm(example, eos_id):
+    if "inputs" not in example:
+        return {"decoder": _predict(example["targets"])}
+    inputs, targets = example["inputs"], example["targets"]
+    weights = tf.concat([tf.zeros_like(inputs, tf.float32), tf.ones_like(targets, tf.float32)], 0)
+    return {"decoder": _predict(tf.concat([inputs, targets], 0), weights)}
+
+
+def _prefix_lm(example, eos_id):
+    decoder = _lm(example, eos_id)["decoder"]
+    # Inputs are read one place later: the last of them where the first target is predicted.
+    places = tf.range(tf.size(decoder["decoder_target_tokens"]))
+    prefix = tf.cast(places <= tf.size(example["inputs"]), tf.int32)
+    return {"decoder": {**decoder, "decoder_prefix": prefix}}
+
+
+def _mlm(example, eos_id):
+    # Targets are 0 wherever the input token was not chosen for prediction.
+    chosen = tf.cast(example["targets"] != 0, tf.float32)
+    return {"encoder": {"encoder_input_tokens": example["inputs"],
+                        **_predict(example["targets"], chosen)}}
+
+
+def _one_row(task: seqio.Task, inputs_length: int, targets_length: int) -> dict[str, int]:
+    """Lengths where inputs and targets share a row of targets_length."""
+    if "inputs" not in task.output_features:
+        return {"targets": targets_length}
+    if targets_length < inputs_length + 2:
+        raise UserError(f"data.targets_length={targets_length} is the whole row of a decoder-only "
+                        f"model: data.inputs_length={inputs_length} of it are for the inputs of "
+                        f"{task.name!r}, and at least 2 more for targets")
+    return {"inputs": inputs_length, "targets": targets_length - inputs_length,
+            "row": targets_length}
+
+
+CONVERTERS = {
+    "seq2seq": Converter(("inputs", "targets"), lambda task, i, t: {"inputs": i, "targets": t},
+                         lambda i, t: {"encoder": i, "decoder": t}, _seq2seq),
+    "choices": Converter(("inputs", "targets"), lambda task, i, t: {"inputs": i, "targets": t},
+                         lambda i, t: {"encoder": i, "decoder": t}, _choices),
+    "lm": Converter(("targets",), _one_row, lambda i, t: {"decoder": t}, _lm),
+    "prefix_lm": Converter(("inputs", "targets"), _one_row,
+                           lambda i, t: {"decoder": t}, _prefix_lm),
+    "mlm": Converter(("inputs", "targets"), lambda task, i, t: {"inputs": i, "targets": i},
+                     lambda i, t: {"encoder": i}, _mlm, pairs=False),
+}
+
+
+def _finish_row(sides: dict[str, dict], lengths: dict[str, int], start: int = 0,
+                mark: bool = False) -> dict:
+    """Flat, zero-padded model features [L], decoder_input_tokens among them.
+
+    start: what a decoder reads first. mark: whether an encoder's row has segment ids even where
+    it is not packed, because id 0 is text.
+    """
+    row = {}
+    if mark and "encoder" in sides and "encoder_segment_ids" not in sides["encoder"]:
+        tokens = sides["encoder"]["encoder_input_tokens"]
+        sides["encoder"]["encoder_segment_ids"] = tf.ones_like(tokens)
+    for side, features in sides.items():
+        for name, value in features.items():
+            value = value[:lengths[side]]
+            row[name] = tf.ensure_shape(
+                tf.pad(value, [[0, lengths[side] - tf.size(value)]]), [lengths[side]])
+    if "decoder" in sides:
+        shifted = tf.concat([[start], row["decoder_target_tokens"][:-1]], 0)
+        if "decoder_positions" in row:   # packed: nothing leaks from one example to the next
+            shifted = tf.where(row["decoder_positions"] == 0, start, shifted)
+        row["decoder_input_tokens"] = shifted
+    return row
+
+
+def pack(dataset: tf.data.Dataset, lengths: dict[str, int]) -> tf.data.Dataset:
+    """Lays examples side by side in rows, in order, and adds segment ids and positions.
+
+    A row takes examples as long as every side has room for the next one (next fit); then
+    it is closed. The open row is the state of a tf.data scan, so it is saved with the
+    iterator. seqio instead packs groups of as many examples as the longest side has
+    tokens, and closes a row at each group's end.
+
+    dataset: {side: {feature: 1-D array}}, as Converter.convert gives them. Each side gains
+    {side}_segment_ids, 1, 2, … along a row, and {side}_positions, counted from 0 in each
+    segment; both are 0 on padding.
+    """
+    spec = {side: {name: tensor.dtype for name, tensor in features.items()}
+            for side, features in dataset.element_spec.items()}
+    nothing = {side: {name: tf.zeros([0], dtype) for name, dtype in features.items()}
+               for side, features in spec.items()}
+    empty_row = {side: {**features, f"{side}_segment_ids": tf.zeros([0], tf.int32),
+                        f"{side}_positions": tf.zeros([0], tf.int32)}
+                 for side, features in nothing.items()}
+
+    def add(row, element):
+        example, is_last = element
+        used = {side: tf.size(row[side][f"{side}_segment_ids"]) for side in lengths}
+        sizes = {side: tf.size(next(iter(example[side].values()))) for side in lengths}
+        fits = ~is_last
+        for side, length in lengths.items():
+            fits &= used[side] + sizes[side] <= length
+        last_segment = tf.reduce_max(tf.concat(
+            [[0], *(row[side][f"{side}_segment_ids"] for side in lengths)], 0))
+        segment = tf.where(fits, last_segment, 0) + 1
+        next_row = {}
+        for side in lengths:
+            added = {**example[side],
+                     f"{side}_segment_ids": tf.fill([sizes[side]], segment),
+                     f"{side}_positions": tf.range(sizes[side])}
+            kept = tf.where(fits, used[side], 0)
+            next_row[side] = {name: tf.concat([row[side][name][:kept], added[name]], 0)
+                              for name in row[side]}
+        return next_row, (row, ~fits & (last_segment > 0))
+
+    flush = tf.data.Dataset.from_tensors((nothing, True))
+    return (dataset.map(_plain(lambda example: (example, False))).concatenate(flush)
+            .scan(empty_row, _plain(add))
+            .filter(_plain(lambda row, closed: closed)).map(_plain(lambda row, closed: row)))
+
+
+def converter_of(objective: str) -> Converter:
+    """The converter of an objective, by name; UserError for an unknown one."""
+    if objective not in CONVERTERS:
+        raise UserError(f"objective.name={objective!r} is unknown: one of {', '.join(CONVERTERS)};"
+                        f"{nearest(objective, CONVERTERS)}")
+    return CONVERTERS[objective]
+
+
+# --- one task, one shard --------------------------------------------------------------------
+
+def seed_of(*parts) -> int:
+    """A seed in [0, 2^31) from any printable parts: the same in every process and run."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+def check_task(task: seqio.Task, split: str, features: Sequence[str], field: str) -> None:
+    """Raises UserError where the task lacks the split or a feature."""
+    if split not in task.splits:
+        raise UserError(f"{field}={task.name!r} has no split {split!r}; it has "
+                        f"{', '.join(sorted(task.splits))}")
+    missing = [f for f in features if f not in task.output_features]
+    if missing:
+        raise UserError(f"{field}={task.name!r} gives {', '.join(task.output_features)}, but the "
+                        f"objective needs {', '.join(features)}; take a task made for it")
+
+
+def task_dataset(task: seqio.Task, split: str, lengths: dict[str, int], seed: int,
+                 shard: int, num_shards: int, *, training: bool, shuffle_buffer: int
+                 ) -> tf.data.Dataset:
+    """Examples {feature: int32 tokens} of one shard: endless and shuffled, or once in order.
+
+    Sources of at least num_shards files are split by file; smaller ones by example, for
+    which every shard must read them in the same order, hence with the same seed.
+    """
+    dataset = _preprocessed(task, split, lengths, seed, shard, num_shards, training)
+    dataset = dataset.map(_plain(
+        lambda x: {f: tf.cast(tokens, tf.int32) for f, tokens in trimmed(x, lengths).items()}))
+    if training and shuffle_buffer > 1:
+        shard_seed = seed_of(seed, task.name, shard)
+        dataset = dataset.shuffle(shuffle_buffer, seed=seed_of(shard_seed, "shuffle"))
+    return dataset
+
+
+def trimmed(example: dict, lengths: dict[str, int]) -> dict:
+    """The features that have lengths, cut to them; targets to what inputs leave of a row."""
+    found = {f: example[f][:length] for f, length in lengths.items() if f != "row"}
+    if "row" in lengths:
+        found["targets"] = example["targets"][:lengths["row"] - tf.size(found["inputs"])]
+    return found
+
+
+def _preprocessed(task: seqio.Task, split: str, lengths: dict[str, int], seed: int, shard: int,
+                  num_shards: int, training: bool, records: int | None = None) -> tf.data.Dataset:
+    """Examples of one shard with every field that the task's preprocessors keep.
+
+    records: how many the source gives at most; None: all.
+    """
+    source = task.source
+    info = seqio.ShardInfo(shard, num_shards)
+    shard_seed = seed_of(seed, task.name, shard)
+    if source.supports_arbitrary_sharding or len(source.list_shards(split)) >= num_shards:
+        dataset = source.get_dataset(split=split, shuffle=training, seed=shard_seed,
+                                     shard_info=info)
+    else:
+        dataset = source.get_dataset(split=split, shuffle=training, seed=seed_of(seed, task.name))
+        dataset = dataset.shard(num_shards, shard)
+    if records is not None:
+        dataset = dataset.take(records)
+    dataset = task.preprocess_precache(dataset, seed=shard_seed)
+    if training:   # before the random preprocessors, so that every epoch draws anew
+        dataset = dataset.repeat()
+    return task.preprocess_postcache(dataset, sequence_length=lengths, seed=shard_seed)
+
+
+def examples(task: seqio.Task, split: str, lengths: dict[str, int]) -> Iterator[dict]:
+    """The examples that evaluation's rows are made of, as numpy, in their order, with all fields:
+    what a postprocessor reads. Features are int32 tokens: whole those of pairs of texts; others,
+    which fill whatever lengths they are given, have those."""
+    dataset = _preprocessed(task, split, lengths, EVAL_SEED, 0, 1, False)
+    if "targets_pretokenized" in dataset.element_spec:
+        whole = dict.fromkeys(lengths, UNCUT)
+        yield from _preprocessed(task, split, whole, EVAL_SEED, 0, 1, False).as_numpy_iterator()
+        return
+    for example in dataset.as_numpy_iterator():
+        yield {**example, **trimmed(example, lengths)}
+
+
+def first_examples(task: seqio.Task, split: str, lengths: dict[str, int], records: int
+                   ) -> tf.data.Dataset:
+    """What the preprocessors make of the first so many records, uncut, with all fields."""
+    return _preprocessed(task, split, lengths, EVAL_SEED, 0, 1, False, records)
+
+
+def rows_dataset(mixture: Sequence[Weighted], split: str, converter: Converter,
+                 inputs_length: int, targets_length: int, packing: bool, seed: int,
+                 shard: int = 0, num_shards: int = 1, *, training: bool, shuffle_buffer: int = 0,
+                 read_ahead: int = 0, threads: int = 1) -> tf.data.Dataset:
+    """Blocks of up to BLOCK_ROWS rows of model features of one shard.
+
+    read_ahead: rows to prepare in the background; they are part of the saved place.
+    """
+    vocabulary = mixture[0].task.output_features["targets"].vocabulary
+    eos_id = vocabulary.eos_id
+    parts = [task_dataset(task, split, converter.task_lengths(task, inputs_length, targets_length),
+                          seed, shard, num_shards, training=training, shuffle_buffer=shuffle_buffer
+                          ).map(_plain(lambda example: converter.convert(example, eos_id)))
+             for task, _ in mixture]
+    dataset = parts[0]
+    if len(parts) > 1:
+        total = sum(weight for _, weight in mixture)
+        dataset = tf.data.Dataset.sample_from_datasets(
+            parts, [weight / total for _, weight in mixture],
+            seed=seed_of(seed, "mixture", shard))
+    row_lengths = converter.row_lengths(inputs_length, targets_length)
+    if packing:
+        dataset = pack(dataset, row_lengths)
+    start = 0 if "encoder" in row_lengths else getattr(vocabulary, "start_id", 0)
+    mark = getattr(vocabulary, "zero_is_text", False)
+    dataset = dataset.map(_plain(lambda sides: _finish_row(sides, row_lengths, start, mark)))
+    dataset = dataset.batch(BLOCK_ROWS).prefetch(2 + read_ahead // BLOCK_ROWS)
+    check_saveable(dataset, ", ".join(task.name for task, _ in mixture))
+    options = tf.data.Options()
+    options.deterministic = True
+    # Tuning costs a quarter of the CPU time of these small functions, and gains nothing.
+    options.autotune.enabled = False
+    options.threading.private_threadpool_size = threads
+    options.threading.max_intra_op_parallelism = 1
+    return dataset.with_options(options)
+
+
+def check_documents(mixture: Sequence[Weighted], split: str, num_shards: int) -> None:
+    """Raises UserError where a shard would get no document of a source that counts its own."""
+    for task, _ in mixture:
+        documents = task.num_input_examples(split)
+        if documents is not None and documents < num_shards:
+            raise UserError(f"{task.name!r} has {documents} documents in {split!r}, too few for "
+                            f"data.num_shards={num_shards}; lower it, give more text, or cut the "
+                            "text into more documents (data.text_document)")
+
+
+def check_not_empty(once: tf.data.Dataset, name: str) -> None:
+    """Raises UserError where one epoch holds no row.
+
+    A task that filters everything away would search its endless source for ever.
+    """
+    if next(iter(once.take(1)), None) is None:
+        raise UserError(f"the training split of {name} holds no examples once preprocessed")
+
+
+def check_saveable(dataset: tf.data.Dataset, name: str) -> None:
+    """Raises UserError where the pipeline calls Python or stateful random ops."""
+    found = sorted(_ops(dataset) & _UNSAVEABLE_OPS)
+    if found:
+        raise UserError(
+            f"the pipeline of {name} contains {', '.join(found)}: tf.data cannot save its place in "
+            "it, and a resumed run would see other examples. Run Python code ahead of tf.data "
+            "(document_cache.py) instead of py_function, numpy_function or from_generator; "
+            "draw random numbers with tf.random.stateless_* and seqio.map_over_dataset(num_seeds=1)")
+
+
+def _ops(dataset: tf.data.Dataset) -> set[str]:
+    """Types of all ops in the graphs of the pipeline's functions, and of its datasets."""
+    graph_def = tf.compat.v1.GraphDef.FromString(tf.raw_ops.DatasetToGraphV2(
+        input_dataset=dataset._variant_tensor, external_state_policy=1).numpy())
+    nodes = list(graph_def.node)
+    for function in graph_def.library.function:
+        nodes += function.node_def
+    return {node.op for node in nodes}
+
+
+# --- iterators ------------------------------------------------------------------------------
+
+class ShardReader:
+    """Rows of one virtual shard, with a place that can be saved.
+
+    dataset: endless blocks of rows. identity: what the rows are a function of, checked when
+    a place is restored.
+    """
+
+    def __init__(self, dataset: tf.data.Dataset, identity: dict):
+        self._iterator = iter(dataset)
+        self._identity = identity
+        self._pending: dict[str, np.ndarray] = {}   # rows read and not yet handed out
+
+    def take(self, num_rows: int) -> dict[str, np.ndarray]:
+        """The next rows: {feature: array [num_rows, L]}."""
+        blocks, have = [], 0
+        if self._pending:
+            blocks, have = [self._pending], _num_rows(self._pending)
+        while have < num_rows:
+            try:
+                block = next(self._iterator)
+            except StopIteration:
+                raise UserError(
+                    f"shard {self._identity['shard']} of {self._identity['tasks']} holds no "
+                    f"examples; lower data.num_shards={self._identity['num_shards']} or give more "
+                    "text") from None
+            blocks.append({name: value.numpy() for name, value in block.items()})
+            have += _num_rows(blocks[-1])
+        rows = {name: np.concatenate([b[name] for b in blocks]) if len(blocks) > 1
+                else blocks[0][name] for name in blocks[0]}
+        self._pending = {name: value[num_rows:] for name, value in rows.items()}
+        return {name: value[:num_rows] for name, value in rows.items()}
+
+    def state(self) -> bytes:
+        """The place after the last row handed out: tf.data's own state and pending rows."""
+        iterator = tf.io.serialize_tensor(tf.raw_ops.SerializeIterator(
+            resource_handle=self._iterator._iterator_resource, external_state_policy=1)).numpy()
+        file = io.BytesIO()
+        np.savez(file, identity=np.bytes_(json.dumps(self._identity).encode()),
+                 iterator=np.frombuffer(iterator, np.uint8), **self._pending)
+        return zlib.compress(file.getvalue(), 1)
+
+    def restore(self, state: bytes) -> None:
+        """Goes to a place that state() gave; UserError where it is of another pipeline."""
+        with np.load(io.BytesIO(zlib.decompress(state))) as saved:
+            arrays = dict(saved)
+        identity = json.loads(arrays.pop("identity").item())
+        changed = [f"{key}: {identity.get(key)!r} in the checkpoint, {self._identity.get(key)!r} now"
+                   for key in sorted(identity.keys() | self._identity.keys())
+                   if identity.get(key) != self._identity.get(key)]
+        if changed:
+            raise UserError("the checkpoint's place in the data cannot be resumed, because the "
+                            "data are others:\n  " + "\n  ".join(changed) + "\nGo back to the "
+                            "run's own data settings, or start a new workdir with init_from.")
+        iterator = arrays.pop("iterator").tobytes()
+        tf.raw_ops.DeserializeIterator(
+            resource_handle=self._iterator._iterator_resource,
+            serialized=tf.io.parse_tensor(iterator, tf.variant))
+        self._pending = arrays
+
+
+def finite_batches(dataset: tf.data.Dataset, batch_size: int
+                   ) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of exactly batch_size rows; the last one filled up with rows of zeros."""
+    pending: dict[str, np.ndarray] = {}
+    for block in dataset.as_numpy_iterator():
+        pending = ({name: np.concatenate([pending[name], block[name]]) for name in block}
+                   if pending else block)
+        while _num_rows(pending) >= batch_size:
+            yield {name: value[:batch_size] for name, value in pending.items()}
+            pending = {name: value[batch_size:] for name, value in pending.items()}
+    if pending and _num_rows(pending):
+        missing = batch_size - _num_rows(pending)
+        yield {name: np.pad(value, [(0, missing), (0, 0)]) for name, value in pending.items()}
+
+
+def _num_rows(block: dict[str, np.ndarray]) -> int:
+    return len(next(iter(block.values())))
+
+
+def description(task: seqio.Task) -> list[str]:
+    """The task's preprocessors by name, with their plain settings."""
+    found = []
+    for step in task.preprocessors:
+        settings = {n: v for n, v in getattr(step, "keywords", {}).items()
+                    if isinstance(v, (bool, int, float, str))}
+        name = getattr(getattr(step, "func", step), "__name__", type(step).__name__)
+        found.append(name + str(settings or ""))
+    return found
+
+
+def files_digest(mixture: Sequence[Weighted], split: str) -> str:
+    """Changes with the names of the source files; cached text is named by its content."""
+    names = [os.path.basename(str(f)) for task, _ in mixture for f in task.source.list_shards(split)]
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]

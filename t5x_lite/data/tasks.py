@@ -1,0 +1,420 @@
+"""What is read: DataConfig, and the tasks, mixtures and vocabularies that it names.
+
+Imports TensorFlow and seqio inside functions only, so that a config can be made, checked and
+planned with on a machine without them.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from t5x_lite.data import vocabulary as data_vocabulary
+from t5x_lite.data.config import DataConfig
+from t5x_lite.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    import seqio
+
+    from t5x_lite.data import pipeline as data_pipeline
+
+
+# --- TensorFlow, late and quiet -------------------------------------------------------------
+
+@functools.lru_cache(maxsize=None)
+def tensorflow_side():
+    """data_pipeline, which needs TensorFlow: about 4 s on first use."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    with _captured_stderr():
+        import seqio
+        import tensorflow as tf
+        import tensorflow_datasets as tfds
+
+        from t5x_lite.data import pipeline as data_pipeline
+        # The accelerators belong to JAX; TensorFlow would take their memory.
+        tf.config.set_visible_devices([], "GPU")
+        with contextlib.suppress(ValueError):   # this TensorFlow knows no TPU
+            tf.config.set_visible_devices([], "TPU")
+        # TFDS keeps small data sets in memory, and thus in every saved iterator.
+        seqio.set_tfds_read_config_override(tfds.ReadConfig(try_autocache=False))
+    return data_pipeline
+
+
+@contextlib.contextmanager
+def _captured_stderr():
+    """Holds back what TensorFlow's C++ prints on import; shows it if the import fails."""
+    with tempfile.TemporaryFile() as file:
+        saved = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            os.dup2(saved, 2)
+            file.seek(0)
+            os.write(2, file.read())
+            raise
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+# --- which tasks ----------------------------------------------------------------------------
+
+ZOO = "tasks"   # the shipped tasks, loaded by name as a user's own modules are
+
+
+def _registered(config: DataConfig) -> dict[str, "seqio.Task | seqio.Mixture"]:
+    """All registered tasks and mixtures by name, those of data.task_modules included."""
+    tensorflow_side()
+    import seqio
+
+    from t5x_lite.data import document_cache
+    document_cache.set_root(config.cache_dir)
+    for name in (ZOO, *filter(None, config.task_modules.split(","))):
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if name == ZOO or not name.startswith(str(error.name)):
+                raise
+            raise UserError(f"data.task_modules={config.task_modules!r}: no module named "
+                            f"{error.name!r} on PYTHONPATH") from error
+        # Importing a module registers its tasks; a package of many says how in register_all.
+        getattr(module, "register_all", lambda: None)()
+    registries = (seqio.MixtureRegistry, seqio.TaskRegistry)
+    return {name: registry.get(name) for registry in registries for name in registry.names()}
+
+
+def task_names(config: DataConfig) -> list[str]:
+    """The names of all registered tasks and mixtures, those of data.task_modules included."""
+    return sorted(_registered(config))
+
+
+def _find(name: str, field: str, config: DataConfig):
+    registered = _registered(config)
+    if name not in registered:
+        from t5x_lite.data import example_files  # a file of examples is a task by its path
+        if example_files.is_path(name):
+            return example_files.task(name, field)
+    if name not in registered:
+        hint = nearest(name, registered)   # all the names fill a screen
+        known = "" if hint else (
+            f". {len(registered)} are known, such as {', '.join(sorted(registered)[::97][:5])}; "
+            "python -m t5x_lite.inspect_task --list prints them")
+        raise UserError(f"{field}: no task or mixture is called {name!r};{hint} P3's are found with "
+                        "data.task_modules=tasks.p3, your own when it names the module that "
+                        f"registers them{known}")
+    return registered[name]
+
+
+def _subtasks(provider) -> dict["seqio.Task", float]:
+    """The tasks of a task or mixture with their shares, which sum to one."""
+    import seqio
+    if isinstance(provider, seqio.Task):
+        return {provider: 1.0}
+    rates = {task: provider.get_rate(task) for task in provider.tasks}
+    return {task: rate / sum(rates.values()) for task, rate in rates.items()}
+
+
+def mixing_rates(sizes: Sequence[float], temperature: float, cap: float) -> list[float]:
+    """Shares proportional to min(n_i, cap)^(1/temperature), summing to one; cap 0 is none.
+
+    Temperature 1 mixes in proportion to size, infinity equally (Raffel et al. 2020, §3.5.2).
+    """
+    scaled = [(min(n, cap) if cap else n) ** (1 / temperature) for n in sizes]
+    return [s / sum(scaled) for s in scaled]
+
+
+def train_mixture(config: DataConfig, objective: str) -> tuple["data_pipeline.Weighted", ...]:
+    """What data.train or data.train_files means: tasks and their shares, summing to one."""
+    pipeline = tensorflow_side()
+    if config.train_files:
+        return (pipeline.Weighted(_text_task(config, "train", objective), 1.0),)
+    if not config.train:
+        raise UserError("nothing to train on: set data.train to a task or mixture, or "
+                        "data.train_files to text files")
+    entries = _entries(config)
+    providers = [_find(name, "data.train", config) for name, _, _ in entries]
+    if config.temperature <= 0 or config.rate_cap < 0:
+        raise UserError(f"data.temperature={config.temperature} must be positive and "
+                        f"data.rate_cap={config.rate_cap} not negative")
+    if len(entries) == 1:
+        if config.temperature != 1 or config.rate_cap:
+            raise UserError(f"data.temperature={config.temperature} and data.rate_cap="
+                            f"{config.rate_cap} mix the entries of data.train, which has only "
+                            f"{config.train!r}; list the tasks, or leave them at 1.0 and 0.0")
+        shares = [1.0]
+    else:
+        sizes = [_size(entry, provider) for entry, provider in zip(entries, providers)]
+        shares = mixing_rates(sizes, config.temperature, config.rate_cap)
+    weights: dict = {}
+    for provider, share in zip(providers, shares):
+        for task, part in _subtasks(provider).items():
+            weights[task] = weights.get(task, 0.0) + share * part
+    mixture = tuple(pipeline.Weighted(_adapted(task, config, objective, "data.train"), weight)
+                    for task, weight in weights.items() if weight)
+    features = pipeline.converter_of(objective).features
+    for task, _ in mixture:
+        pipeline.check_task(task, "train", features, "data.train")
+        for name in features:
+            if task.output_features[name].vocabulary != (
+                    mixture[0].task.output_features[name].vocabulary):
+                raise UserError(f"data.train mixes vocabularies: {task.name!r} and "
+                                f"{mixture[0].task.name!r} differ; set data.vocabulary")
+    return mixture
+
+
+def _published(config: DataConfig) -> tuple[str, dict[str, str]] | None:
+    """("gpt3", {part: task}) of data.train=gpt3(part=task,…), None of another data.train."""
+    match = re.fullmatch(r"(\w+)\((.*)\)", config.train.strip())
+    if match is None:
+        return None
+    return match[1], dict(map(str.strip, part.partition("=")[::2]) for part in match[2].split(","))
+
+
+def _entries(config: DataConfig) -> list[tuple[str, str, str]]:
+    """(task, "=", share) of each entry of data.train; without a share ("", "")."""
+    text = config.train
+    if published := _published(config):
+        tensorflow_side()
+        from t5x_lite.data import published_mixtures
+        text = published_mixtures.weights(*published)
+    return [part.strip().partition("=") for part in text.split(",")]
+
+
+def _size(entry: tuple[str, str, str], provider) -> float:
+    """The share written behind "=", else the number of training examples."""
+    name, equals, text = entry
+    if equals:
+        try:
+            share = float(text)
+        except ValueError:
+            share = -1.0
+        if not 0 < share < math.inf:
+            raise UserError(f"data.train: {name}={text} must be a positive share")
+        return share
+    examples = [task.num_input_examples("train") for task in _subtasks(provider)]
+    if any(n is None or not 0 < n < math.inf for n in examples):
+        raise UserError(f"data.train: {name!r} does not know its number of examples; give every "
+                        f"entry a share, as in {name}=1")
+    return sum(examples)
+
+
+_MEASURED = 200   # records of a task whose lengths are looked at when a run starts
+
+
+def describe_training(config: DataConfig, objective: str, num_rows: int) -> list[str]:
+    """A line a task, of at most twenty: its share; of a text-to-text task also how often `num_rows`
+    rows see its examples (with packing, at least so often) and, where of the first 200 inputs or
+    targets are cut or empty, another that counts them. Nothing else is read. Of a published
+    mixture also a table: how often so many tokens would see the paper's own corpora.
+    """
+    mixture = train_mixture(config, objective)
+    lines = []
+    for task, share in mixture[:20]:
+        lines.append(f"{task.name} {share:.1%}")
+        counts = list(_cut(task, config, objective))
+        if counts:   # of others, such as span corruption, a row is no example
+            count = task.num_input_examples("train")
+            if count:
+                lines[-1] += f", {num_rows * share / count:.3g} epochs of {count:,} examples"
+            lines += filter(None, counts)
+    more = len(mixture) - 20
+    lines += [f"… {more} more tasks"] if more > 0 else []
+    if published := _published(config):
+        from t5x_lite.data import published_mixtures
+        tokens = num_rows * (config.inputs_length * (objective == "seq2seq")
+                             + config.targets_length)
+        lines += [f"epochs that {tokens:.3g} tokens are of the corpora of {published[0]}:",
+                  *published_mixtures.epochs(published[0], tokens, published[1]).splitlines()]
+    return lines
+
+
+def _cut(task: "seqio.Task", config: DataConfig, objective: str) -> Iterator[str]:
+    """A line a feature, "" where nothing is cut or empty; none unless the task is text-to-text."""
+    pipeline = tensorflow_side()
+    limits = pipeline.converter_of(objective).task_lengths(
+        task, config.inputs_length, config.targets_length)
+    features = sorted(limits.keys() & task.output_features.keys())
+    given = pipeline.first_examples(task, "train", limits, _MEASURED)
+    if "targets_pretokenized" not in given.element_spec:
+        return   # it fills whatever lengths it is given, and may refuse longer ones
+    dataset = pipeline.first_examples(task, "train", dict.fromkeys(limits, pipeline.UNCUT), _MEASURED)
+    examples = list(dataset.as_numpy_iterator())
+    for name in features:
+        sizes = [len(e[name]) for e in examples]
+        rooms = [limits[name]] * len(examples)
+        if name == "targets" and "row" in limits:   # what the inputs leave of a row
+            rooms = [limits["row"] - min(len(e["inputs"]), limits["inputs"]) for e in examples]
+        cut = sum(size > room for size, room in zip(sizes, rooms))
+        empty = sum(size <= 1 for size in sizes)   # EOS alone
+        counts = [f"{cut} are longer than {min(rooms)} tokens and cut"] if cut else []
+        counts += [f"{empty} are empty"] if empty and name == "targets" else []
+        yield f"  of the first {len(sizes)} {name}, {' and '.join(counts)}" if counts else ""
+
+
+def _shots_of(config: DataConfig) -> str:
+    return f"_{config.shots}shot" if config.shots else ""
+
+
+def validation_tasks(config: DataConfig) -> tuple[str, ...]:
+    """Names to hand to eval_batches, a mixture taken apart into its tasks: NAME, or NAME_4shot."""
+    if config.validation_files:
+        return ("validation_files",)
+    names: dict[str, None] = {}
+    for part in filter(None, config.validation.split(",")):
+        for task in _subtasks(_find(part.strip(), "data.validation", config)):
+            names[task.name + _shots_of(config)] = None
+    return tuple(names)
+
+
+def validation_task(config: DataConfig, name: str, objective: str,
+                    field: str = "data.validation") -> "seqio.Task":
+    """The task of a name that validation_tasks gives, or of any registered task, in the run's
+    vocabulary. field: what named it. Raises UserError for one in another vocabulary."""
+    if config.shots and (name == "validation_files" or config.cached_tasks):
+        other = "data.cached_tasks" if config.cached_tasks else "data.validation_files"
+        raise UserError(f"data.shots={config.shots} shows solved examples of the tasks in "
+                        f"data.validation, as text: set it to 0, or leave {other} empty")
+    if name == "validation_files":
+        return _text_task(config, "validation", objective)
+    if name not in _registered(config):
+        name = name.removesuffix(_shots_of(config))
+    found = _find(name, field, config)
+    parts = [task.name for task in _subtasks(found)]
+    if parts != [found.name]:
+        raise UserError(f"{found.name!r} is a mixture; name one of its tasks: {', '.join(parts)}")
+    _check_same_vocabulary(found, config, field)
+    if config.shots:
+        from t5x_lite.data import demonstrations
+        found = demonstrations.with_shots(
+            found, demonstrations.Shots(config.shots, config.shots_seed))
+    return _adapted(found, config, objective, field)
+
+
+def eval_examples(config: DataConfig, task: str, *, objective: str, split: str = "validation",
+                  field: str = "data.validation") -> tuple["seqio.Task", Iterator[dict]]:
+    """The task, and its examples in order: {"inputs", "targets": tokens, and all else it keeps}.
+
+    Pairs of texts are whole; what is made to fill a row has its lengths. The feature "inputs" may
+    be missing.
+    Raises UserError for an unknown task or split.
+    """
+    pipeline = tensorflow_side()
+    found = validation_task(config, task, objective, field)
+    lengths = pipeline.converter_of(objective).task_lengths(
+        found, config.inputs_length, config.targets_length)
+    pipeline.check_task(found, split, [f for f in lengths if f != "row"], field)
+    return found, pipeline.examples(found, split, lengths)
+
+
+def json_objects(text: bytes, name: str) -> Iterator[tuple[int, dict]]:
+    """(place from 1, object) of a .json list of examples, as a task of the file reads it.
+
+    name: of the file. Raises UserError where it is no such list.
+    """
+    tensorflow_side()
+    from t5x_lite.data import records
+    return records.json_objects(text, name)
+
+
+def _text_task(config: DataConfig, split: str, objective: str) -> "seqio.Task":
+    """data.train_files or data.validation_files as a task with the objective's features."""
+    converter = tensorflow_side().converter_of(objective)
+    _registered(config)
+    from t5x_lite.data import denoising, salient_spans, text_files, tokenized
+    field = f"data.{split}_files"
+    if objective not in denoising.DEFAULTS:
+        raise UserError(f"{field}: plain text has nothing for objective.name={objective!r} to learn "
+                        f"from; use {', '.join(denoising.DEFAULTS)}, or a task made for it in "
+                        f"data.{split}.")
+    name = config.denoising or denoising.DEFAULTS[objective]
+    files = text_files.find_files(getattr(config, f"{split}_files"), field)
+    if name == "salient" and converter.pairs:
+        return tokenized.ahead(salient_spans.task(
+            f"{split}_files", files, split, config.text_document, vocabulary_of(config)))
+    denoiser = denoising.find(name)
+    denoising.check_objective(name, objective, "data.denoising")
+    settings = {s: getattr(config, s) for s in ("noise_density", "mean_span_length")
+                if getattr(config, s)}
+    return tokenized.ahead(text_files.task(
+        f"{split}_files", files, split, config.text_document, vocabulary_of(config),
+        denoiser.features, denoising.steps(name, **settings)))
+
+
+# --- vocabularies ---------------------------------------------------------------------------
+
+def vocabulary_of(config: DataConfig) -> "seqio.Vocabulary":
+    """The vocabulary of the run: data.vocabulary, else that of data.train's targets."""
+    _registered(config)   # modules of tasks may register vocabularies
+    from t5x_lite.data import vocabularies
+    if config.vocabulary:
+        return vocabularies.load(config.vocabulary)
+    if not config.train:
+        raise UserError("which vocabulary? set data.vocabulary to python, byt5, t5 or the path of "
+                        "a SentencePiece model (scripts/train_tokenizer.py makes one) or of a "
+                        "tokenizer.json")
+    return _find(_first_of_train(config), "data.train", config).output_features[
+        "targets"].vocabulary
+
+
+def _first_of_train(config: DataConfig) -> str:
+    return _entries(config)[0][0].strip()
+
+
+def _adapted(task: "seqio.Task", config: DataConfig, objective: str, field: str) -> "seqio.Task":
+    """The task with the run's vocabulary; UserError where it is made for another objective."""
+    from t5x_lite.data import cached, demonstrations, denoising, tokenized
+    name = denoising.of(task)
+    if name:
+        denoising.check_objective(name, objective, f"{field}={task.name!r}")
+        if config.denoising not in ("", name) and not config.train_files:
+            raise UserError(f"data.denoising={config.denoising!r} is for text files, and {field}="
+                            f"{task.name!r} is a task of {name}; take a task made for it, such as "
+                            f"{task.name.replace(name, config.denoising)}")
+    if config.cached_tasks:
+        task = cached.read_from(task, config.cached_tasks,
+                                vocabulary_of(config) if config.vocabulary else None)
+    features = dict(task.output_features)
+    if config.vocabulary:
+        vocabulary = vocabulary_of(config)
+        features = {n: dataclasses.replace(f, vocabulary=vocabulary) for n, f in features.items()}
+    if objective == "lm" and "inputs" in features:   # read on without a break, as in infer
+        features["inputs"] = dataclasses.replace(features["inputs"], add_eos=False)
+    task = task.replace(output_features=features)
+    if isinstance(task.source, demonstrations.PromptedSource):
+        lengths = tensorflow_side().converter_of(objective).task_lengths(
+            task, config.inputs_length, config.targets_length)
+        task = demonstrations.fitted(task, lengths["inputs"])
+    return tokenized.ahead(task)
+
+
+def _check_same_vocabulary(task: "seqio.Task", config: DataConfig, field: str) -> None:
+    """Raises UserError for a held-out task in other tokens than the run's."""
+    if config.vocabulary or not config.train:
+        return
+    from t5x_lite.data import vocabularies
+    name = _first_of_train(config)
+    ours = _find(name, "data.train", config).output_features
+    for feature in sorted(ours.keys() & task.output_features.keys()):
+        run, own = ours[feature].vocabulary, task.output_features[feature].vocabulary
+        if run != own:
+            raise UserError(
+                f"{field}={task.name!r} has another vocabulary than data.train={name!r}, which the "
+                f"model is for: {data_vocabulary.vocabulary_identity(own)}, there "
+                f"{data_vocabulary.vocabulary_identity(run)}. To read both with the model's, set "
+                f"data.vocabulary={vocabularies.name_of(run)}")
+
+
+def uses_sentinels(config: DataConfig, objective: str, held_out: bool = False) -> bool:
+    """Whether a training task, or a held-out one, hides its text behind sentinels."""
+    from t5x_lite.data import denoising
+    tasks = [validation_task(config, name, objective) for name in validation_tasks(config)
+             ] if held_out else [task for task, _ in train_mixture(config, objective)]
+    names = {denoising.of(task) for task in tasks}
+    return any(name and denoising.DENOISERS[name].sentinels for name in names)

@@ -1,0 +1,159 @@
+"""Hugging Face's tokenizer.json as a seqio vocabulary: `data.vocabulary=DIR/tokenizer.json`.
+
+Whatever the tokenizers library reads works: byte-level BPE (GPT-2, GPT-NeoX, LLaMA 3),
+SentencePiece's BPE with byte fallback (LLaMA 2), WordPiece (BERT), Unigram (T5). Ids are the
+library's own, so that converted checkpoints fit.
+
+    end      eos_token of tokenizer_config.json or special_tokens_map.json beside the file, else
+             the first of EOS_NAMES that the tokenizer has
+    start    what a decoder-only model reads first: the token that the tokenizer's template puts
+             in front of a text (<s>, <|begin_of_text|>), else id 0 if that is no text, else the
+             end token (GPT-2). Decoders of encoder-decoders start with id 0 as T5's do
+    padding  id 0 in every batch, whatever the tokenizer calls so. Where id 0 is text ("!" of
+             GPT-2 and LLaMA 3) rows say by segment ids and loss weights where they end
+    sentinels   the tokenizer's own <extra_id_N> if they are its last ids, else 100 more ids
+             behind its last one; only a task that uses them needs rows in the embedding for them
+    mask     [MASK] or <mask>, else the first sentinel
+
+A special token that stands literally in a text becomes that token, as in the library. Encoding
+is Python and runs ahead of tf.data (tokenized.py).
+"""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import seqio
+import tensorflow as tf
+import tokenizers
+
+from t5x_lite.errors import UserError
+
+EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[SEP]", "<|im_end|>")
+MASK_NAMES = ("[MASK]", "<mask>")
+SENTINELS = 100   # where the tokenizer has none, as in T5
+
+
+class TokenizerJson(seqio.Vocabulary):
+    """The vocabulary of a tokenizer.json, local or gs://; see the module's head.
+
+    Raises UserError for a file that is none, and where no end token can be found.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        with tf.io.gfile.GFile(path) as file:
+            self.content = file.read().encode()
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_str(self.content.decode())
+        except Exception as error:   # the library raises nothing more special
+            raise UserError(f"data.vocabulary={path!r} is no tokenizer.json that the tokenizers "
+                            f"library reads ({error})") from error
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        ids = self.tokenizer.get_vocab()
+        self._size = max(ids.values()) + 1
+        own = 0
+        while ids.get(f"<extra_id_{own}>") == self._size - 1 - own:
+            own += 1
+        super().__init__(extra_ids=own or SENTINELS)
+        self.required_size = self._size   # rows that a task without sentinels needs
+        self._base = self._size - own
+        self._added = self.tokenizer.get_added_tokens_decoder()
+        self._eos = self._find_eos(path, ids)
+        self.zero_is_text = not (0 in self._added and self._added[0].special)
+        front = self.tokenizer.encode("").ids
+        if front and front[0] != self._eos:
+            self.start_id = front[0]
+        else:
+            self.start_id = self._eos if self.zero_is_text else 0
+        self.mask_id = next((ids[n] for n in MASK_NAMES if n in ids), None)
+        self._unk = getattr(self.tokenizer.model, "unk_token", None)
+        self._unk = ids.get(self._unk) if isinstance(self._unk, str) else None
+
+    @staticmethod
+    def _find_eos(path: str, ids: dict[str, int]) -> int:
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            beside = os.path.join(os.path.dirname(path), name)
+            if tf.io.gfile.exists(beside):
+                with tf.io.gfile.GFile(beside) as file:
+                    token = json.load(file).get("eos_token")
+                token = token.get("content") if isinstance(token, dict) else token
+                if token in ids:
+                    return ids[token]
+        found = next((ids[n] for n in EOS_NAMES if n in ids), None)
+        if found is None:
+            raise UserError(f"data.vocabulary={path!r} has none of {', '.join(EOS_NAMES)}; put a "
+                            'tokenizer_config.json beside it that names its "eos_token"')
+        return found
+
+    @property
+    def bos_id(self) -> int:
+        """The token that a decoder-only model reads first."""
+        return self.start_id
+
+    @property
+    def eos_id(self) -> int:
+        """The end of a text."""
+        return self._eos
+
+    @property
+    def unk_id(self) -> int | None:
+        """What stands for text that has no token; None where there is no such text."""
+        return self._unk
+
+    @property
+    def _base_vocab_size(self) -> int:
+        return self._base
+
+    def _encode(self, s: str) -> list[int]:
+        return self.tokenizer.encode(s, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text up to the first end token, with <extra_id_N> for sentinels."""
+        ids = [int(i) for i in np.asarray(ids).ravel()]
+        return self._decode(ids[:ids.index(self._eos)] if self._eos in ids else ids)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        parts, begin = [], 0
+        for end in [*(n for n, i in enumerate(ids) if i >= self._base), len(ids)]:
+            parts.append(self.tokenizer.decode(ids[begin:end], skip_special_tokens=True))
+            if end < len(ids):
+                parts.append(f"<extra_id_{self.vocab_size - 1 - ids[end]}>")
+            begin = end + 1
+        return "".join(parts)
+
+    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+        def encode(texts):
+            rows = [self._encode(t.decode()) for t in np.ravel(texts.numpy())]
+            return (np.array([i for row in rows for i in row], np.int32),
+                    np.array([len(row) for row in rows], np.int64))
+
+        flat, lengths = tf.py_function(encode, [s], [tf.int32, tf.int64])
+        flat, lengths = tf.ensure_shape(flat, [None]), tf.ensure_shape(lengths, [None])
+        return tf.RaggedTensor.from_row_lengths(flat, lengths) if s.shape.rank else flat
+
+    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+        return tf.py_function(lambda x: self.decode(x.numpy()), [ids], tf.string)
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, TokenizerJson) and self.content == other.content
+
+    def id_bytes(self) -> np.ndarray:
+        """int32 [vocab_size]: UTF-8 bytes of text that each id stands for; 0 for special ones."""
+        decoder = json.loads(self.content).get("decoder") or {}
+        kinds = {d.get("type") for d in (decoder, *decoder.get("decoders", ()))}
+        table = np.zeros([self.vocab_size], np.int32)
+        for piece, i in self.tokenizer.get_vocab().items():
+            if i in self._added:
+                table[i] = 0 if self._added[i].special else len(self._added[i].content.encode())
+            elif "ByteLevel" in kinds:
+                table[i] = len(piece)   # a character for every byte
+            elif "ByteFallback" in kinds and piece.startswith("<0x") and len(piece) == 6:
+                table[i] = 1
+            else:
+                text = piece.removeprefix("##") if "WordPiece" in kinds else piece
+                table[i] = len(text.replace("\u2581", " ").encode())
+        table[self._base:] = 0
+        return table

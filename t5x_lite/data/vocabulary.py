@@ -1,0 +1,120 @@
+"""Vocabularies: which ids are text, what each stands for, and whether a model has a row for it.
+
+Imports seqio inside functions only, as tasks.py, which finds the vocabulary of a run.
+"""
+
+import json
+import pathlib
+import zlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from t5x_lite.errors import UserError
+
+if TYPE_CHECKING:
+    import seqio
+
+
+def vocabulary_identity(vocabulary: "seqio.Vocabulary") -> str:
+    """A name that is the same in every process for the same vocabulary, wherever its file is."""
+    content = getattr(vocabulary, "sp_model", None) or getattr(vocabulary, "content", b"")
+    return (f"{type(vocabulary).__name__} of {vocabulary.vocab_size} ids, "
+            f"crc32 {zlib.crc32(content):08x}")
+
+
+def check_vocabulary(vocabulary: "seqio.Vocabulary", model_vocab_size: int,
+                     sentinels: bool = True) -> None:
+    """Raises UserError where token ids would fall outside the model's embedding.
+
+    sentinels: whether those that were added to the vocabulary's own ids occur.
+    """
+    size = vocabulary.vocab_size
+    if not sentinels:
+        size = getattr(vocabulary, "required_size", size)
+    if size > model_vocab_size:
+        raise UserError(
+            f"model.vocab_size={model_vocab_size} is smaller than the vocabulary's {size} ids: for "
+            "a trained model set data.vocabulary to its own, for a new one set model.vocab_size to "
+            f"{size} or more (a multiple of 128 suits accelerators: {-(-size // 128) * 128})")
+
+
+def start_id(vocabulary: "seqio.Vocabulary") -> int:
+    """What a decoder-only model reads before a row: 0, or a tokenizer.json's own start."""
+    return getattr(vocabulary, "start_id", 0)
+
+
+def zero_is_text(vocabulary: "seqio.Vocabulary") -> bool:
+    """Whether id 0 is a token of texts, as in GPT-2's, so that it cannot tell padding."""
+    return getattr(vocabulary, "zero_is_text", False)
+
+
+def text_of(vocabulary: "seqio.Vocabulary", ids: Sequence[int]) -> str:
+    """The text of tokens, without end tokens and, unless id 0 is text, padding."""
+    hidden = {vocabulary.eos_id} | (set() if zero_is_text(vocabulary) else {0})
+    return vocabulary.decode([int(i) for i in ids if int(i) not in hidden])
+
+
+def pieces_of(vocabulary: "seqio.Vocabulary") -> list[str]:
+    """What each id stands for, to compare vocabularies by; [] where that cannot be listed."""
+    import seqio
+    if isinstance(vocabulary, seqio.ByteVocabulary):
+        return _BYTE_PIECES
+    if isinstance(vocabulary, seqio.SentencePieceVocabulary):
+        return _sentence_pieces(vocabulary.tokenizer)
+    content = getattr(vocabulary, "content", b"")   # of a tokenizer.json
+    return _json_pieces(content) if content else []
+
+
+def pieces_of_folder(folder: pathlib.Path) -> list[str]:
+    """The same of a folder of Hugging Face: a SentencePiece model, tokenizer.json or ByT5's."""
+    for name in ("spiece.model", "sentencepiece.model", "tokenizer.model"):
+        if (folder / name).is_file():
+            import sentencepiece
+            return _sentence_pieces(sentencepiece.SentencePieceProcessor(str(folder / name)))
+    if (folder / "tokenizer.json").is_file():
+        return _json_pieces((folder / "tokenizer.json").read_bytes())
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file() and "ByT5" in json.loads(settings.read_text()).get("tokenizer_class", ""):
+        return _BYTE_PIECES
+    return []
+
+
+_BYTE_PIECES = ["<pad>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+
+
+def _json_pieces(content: bytes) -> list[str]:
+    held = json.loads(content).get("model", {}).get("vocab", [])
+    return sorted(held, key=held.get) if isinstance(held, dict) else [p for p, _ in held]
+
+
+def _sentence_pieces(processor) -> list[str]:
+    return [processor.IdToPiece(i) for i in range(processor.GetPieceSize())]
+
+
+def bytes_of_tokens(vocabulary: "seqio.Vocabulary", model_vocab_size: int) -> np.ndarray:
+    """int32 [model_vocab_size]: UTF-8 bytes of text each id stands for, for bits per byte.
+
+    Padding, EOS, sentinels and ids beyond the vocabulary stand for none. ByT5's sentinels
+    are byte ids as well and count as bytes.
+    """
+    import seqio
+    table = np.zeros([model_vocab_size], np.int32)
+    if isinstance(vocabulary, seqio.ByteVocabulary):
+        table[3:259] = 1
+    elif isinstance(vocabulary, seqio.SentencePieceVocabulary):
+        pieces = vocabulary.tokenizer
+        for i in range(pieces.GetPieceSize()):
+            piece = pieces.IdToPiece(i)
+            if pieces.IsByte(i):
+                table[i] = 1
+            elif not (pieces.IsControl(i) or pieces.IsUnknown(i) or "<extra_id_" in piece):
+                table[i] = len(piece.replace("\u2581", " ").encode())
+    elif hasattr(vocabulary, "id_bytes"):
+        known = vocabulary.id_bytes()[:model_vocab_size]
+        table[:len(known)] = known
+    else:
+        for i in range(vocabulary.vocab_size - vocabulary.extra_ids):
+            table[i] = len(vocabulary.decode([i]).encode())
+    return table

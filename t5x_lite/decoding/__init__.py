@@ -1,0 +1,1 @@
+"""From next-token logits to sequences: greedy, sampling, beam search, scoring."""

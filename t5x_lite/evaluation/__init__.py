@@ -1,0 +1,1 @@
+"""From parameters to predictions, scores and held-out metrics."""

@@ -1,0 +1,177 @@
+"""Held-out evaluation of one set of parameters, in the loop and alone."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from t5x_lite import report
+from t5x_lite.build import Experiment
+from t5x_lite.data import (
+    batches as data_batches,
+    tasks as data_tasks,
+    vocabulary as data_vocabulary,
+)
+from t5x_lite.decoding.decode import DecodeConfig
+from t5x_lite.evaluation import predictor
+from t5x_lite.training import metrics
+
+ALL = "all"   # the key of the metrics over every task together
+
+
+class Evaluator:
+    """Teacher-forced metrics over the validation tasks, and completed samples.
+
+    The batches are read once and kept: evaluation is on the same rows every time.
+    """
+
+    def __init__(self, experiment: Experiment):
+        config = experiment.config
+        self._experiment = experiment
+        self._eval_step = jax.jit(experiment.eval_step)
+        names = data_tasks.validation_tasks(config.data)
+        if names:
+            self._vocabulary = data_tasks.vocabulary_of(config.data)
+            data_vocabulary.check_vocabulary(
+                self._vocabulary, config.model.vocab_size,
+                data_tasks.uses_sentinels(config.data, config.objective.name, held_out=True))
+            self._token_bytes = jnp.asarray(
+                data_vocabulary.bytes_of_tokens(self._vocabulary, config.model.vocab_size), jnp.float32)
+        self._batches = {
+            task: list(data_batches.eval_batches(
+                config.data, task, objective=config.objective.name,
+                batch_size=config.eval.batch_size or config.train.global_batch_size,
+                sharding=experiment.batch_sharding,
+                max_batches=config.eval.num_batches or None))
+            for task in names}
+        self._unigram_entropy = {
+            name: data_batches.unigram_entropy(batches) for name, batches in self._groups()}
+        self._examples = self._tasks_with_metrics()
+        if self._examples:
+            self._predictor = predictor.Predictor(experiment, self._vocabulary, config.eval.decode)
+        for name, (_, examples) in self._examples.items():
+            self._predictor.count([e.get("inputs", ()) for e in examples],
+                                  [e["targets"] for e in examples])
+            self._predictor.say_misfits(name)
+
+    def _tasks_with_metrics(self) -> dict:
+        """{task: (seqio task, as many examples as it has rows)} where it has metric functions."""
+        config = self._experiment.config
+        if not config.eval.metrics or config.objective.name == "mlm":
+            return {}
+        size = config.eval.batch_size or config.train.global_batch_size
+        found = {}
+        for name in self._batches:
+            task, examples = data_tasks.eval_examples(config.data, name, objective=config.objective.name)
+            if task.predict_metric_fns or task.score_metric_fns:
+                found[name] = task, list(itertools.islice(
+                    examples, config.eval.num_batches * size or None))
+        return found
+
+    @property
+    def has_data(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return bool(self._batches)
+
+    def _groups(self):
+        """(name, batches) of each task, and of all together where there are several."""
+        yield from self._batches.items()
+        if len(self._batches) > 1:
+            yield ALL, [b for batches in self._batches.values() for b in batches]
+
+    def evaluate(self, params: Mapping) -> dict[str, dict[str, float]]:
+        """{task: {loss (nats a target token), accuracy, perplexity, bits_per_byte,
+        unigram_entropy, …}}, with ALL where there are several tasks, and what a task's own metric
+        functions give under "metric/NAME"."""
+        totals = {task: {} for task in self._batches}
+        for task, batches in self._batches.items():
+            for batch in batches:
+                totals[task] = metrics.add(totals[task], jax.device_get(
+                    self._eval_step(params, batch, self._token_bytes)))
+        if len(totals) > 1:
+            together: dict = {}
+            for total in totals.values():
+                together = metrics.add(together, total)
+            totals[ALL] = together
+        results = {task: self._finish(task, total) for task, total in totals.items()}
+        for name, (task, examples) in self._examples.items():
+            own = predictor.task_metrics(self._predictor, params, task, examples)
+            results[name].update({report.METRIC + n: v for n, v in own.items()})
+        return results
+
+    def _finish(self, task: str, total: Mapping) -> dict[str, float]:
+        nats, tokens = map(float, total["loss"])
+        num_bytes = float(total["bytes"][0])
+        result = metrics.divide({n: v for n, v in total.items() if n != "bytes"})
+        return {**result, "perplexity": metrics.perplexity(nats, tokens),
+                "bits_per_byte": metrics.bits_per_byte(nats, num_bytes) if num_bytes else math.nan,
+                "unigram_entropy": self._unigram_entropy[task]}
+
+    def samples(self, params: Mapping, count: int) -> list[tuple[str, str, str]]:
+        """(input, greedy completion, target) texts of held-out rows, the tasks in turn.
+
+        A language model goes on from a row's inputs, or from its first half; a masked one names
+        the tokens of a row that are to be named.
+        """
+        config = self._experiment.config
+        rows = []
+        for i in range(count):   # spread over a batch: neighbours come from one document
+            task = list(self._batches)[i % len(self._batches)]
+            batch = self._batches[task][0]
+            place = (i + 1) * batch["decoder_target_tokens"].shape[0] // (count + 1)
+            rows.append({name: data_batches.whole(x)[place] for name, x in batch.items()})
+        if config.objective.name == "mlm":
+            return self._named(params, rows)
+        pairs = [_example(row) for row in rows]
+        found = predictor.Predictor(
+            self._experiment, self._vocabulary,
+            DecodeConfig(max_length=max(1, *(len(target) for _, target in pairs)))).predict(
+                params, [inputs for inputs, _ in pairs])
+        return [(self._text(inputs), prediction.texts[0], self._text(target))
+                for (inputs, target), prediction in zip(pairs, found, strict=True)]
+
+    def _named(self, params: Mapping, rows: Sequence[Mapping]) -> list[tuple[str, str, str]]:
+        batch = self._batches[next(iter(self._batches))][0]
+        size = batch["decoder_target_tokens"].shape[0]
+        batch = {name: np.stack([row[name] for row in rows] * -(-size // len(rows)))[:size]
+                 for name in rows[0]}
+        model = self._experiment.model
+
+        def most_likely(params, batch):
+            module = model.bind(params)
+            return jnp.argmax(module.head(module.head_params(), module(batch, None)[0]), axis=-1)
+
+        sharding = self._experiment.batch_sharding
+        found = data_batches.whole(jax.jit(most_likely)(params, {
+            name: jax.device_put(x, sharding) for name, x in batch.items()}))
+        texts = []
+        for i, row in enumerate(rows):
+            inputs, asked = row["encoder_input_tokens"], row["decoder_loss_weights"] > 0
+            used = row.get("encoder_segment_ids", inputs) > 0
+            texts.append(tuple(self._text(ids[used]) for ids in (
+                inputs, np.where(asked, found[i], inputs),
+                np.where(asked, row["decoder_target_tokens"], inputs))))
+        return texts
+
+    def _text(self, ids) -> str:
+        return data_vocabulary.text_of(self._vocabulary, np.asarray(ids))
+
+
+def _example(row: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(inputs, target) tokens of the first example of a row [L]."""
+    def first(side: str, tokens: np.ndarray, used: np.ndarray) -> np.ndarray:
+        if f"{side}_segment_ids" in row:
+            used = row[f"{side}_segment_ids"] == 1
+        return tokens[:np.flatnonzero(used)[-1] + 1 if used.any() else 0]
+
+    asked = row["decoder_loss_weights"] > 0
+    targets = first("decoder", row["decoder_target_tokens"], asked)
+    if "encoder_input_tokens" in row:
+        inputs = row["encoder_input_tokens"]
+        return first("encoder", inputs, inputs != 0), targets
+    begin = int(np.argmax(asked))
+    cut = begin or len(targets) // 2
+    return targets[:cut], targets[cut:]

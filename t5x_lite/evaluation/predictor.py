@@ -1,0 +1,271 @@
+"""From texts to predictions and scores: what infer, interactive and evaluate share.
+
+    predictor = Predictor(experiment, vocabulary, DecodeConfig(method="beam"))
+    with experiment.activate():
+        predictor.predict(params, ["translate English to German: Good."])
+        predictor.score(params, ["nq question: who"], ["Ada"])
+
+Rows are of fixed widths and batches of a fixed size, so each function compiles once and a row's
+result does not depend on what stands beside it. An encoder-decoder reads the inputs and EOS, as
+in training. A prefix LM reads start token, inputs and EOS, all visible to one another. A causal
+LM continues start token and inputs, and neither they nor scored targets get an EOS. In both,
+inputs and targets share a row of data.targets_length, as in training.
+
+Every process gives the same texts and receives all results; the mesh splits the work.
+
+Shape letters: B rows of a batch, N sequences an input, L positions.
+"""
+
+import collections
+import dataclasses
+import numbers
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import numpy as np
+
+from t5x_lite import log
+from t5x_lite.build import Experiment
+from t5x_lite.data import batches as data_batches, vocabulary as data_vocabulary
+from t5x_lite.decoding.decode import DecodeConfig
+from t5x_lite.errors import UserError
+from t5x_lite.parallel import sharding
+from t5x_lite.training import losses, steps
+
+Text = str | Sequence[int]   # a text, or its tokens without padding
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """The decoded sequences of one input, best first, and their scores (see decoding.Decoded)."""
+
+    texts: tuple[str, ...]
+    scores: tuple[float, ...]
+    tokens: tuple[tuple[int, ...], ...]   # with the end token, without padding
+
+
+def make_score_step(model):
+    """(params, batch) -> float32 [B], the log-probability of each row's weighted targets."""
+    def score_step(params, batch):
+        module = model.bind(params)
+        hidden, _ = module(batch, None)
+        log_probs_BL = losses.target_log_probs(
+            module.head, module.head_params(), hidden, batch["decoder_target_tokens"])
+        weights_BL = batch["decoder_loss_weights"]
+        return jax.numpy.sum(jax.numpy.where(weights_BL > 0, log_probs_BL * weights_BL, 0), axis=1)
+    return score_step
+
+
+class Predictor:
+    """Predicts and scores texts with given parameters, under experiment.activate()."""
+
+    def __init__(self, experiment: Experiment, vocabulary, decode: DecodeConfig,
+                 batch_size: int = 0):
+        config = experiment.config
+        if config.objective.name == "mlm":
+            raise UserError(f"objective.name={config.objective.name!r} has no decoder to predict "
+                            "with: use a seq2seq, lm or prefix_lm model.")
+        self._experiment = experiment
+        self._objective = "seq2seq" if config.objective.name == "choices" else config.objective.name
+        self._inputs_length = config.data.inputs_length
+        self._targets_length = config.data.targets_length
+        self._vocabulary = vocabulary
+        if decode.eos_id == DecodeConfig.eos_id:
+            decode = dataclasses.replace(decode, eos_id=vocabulary.eos_id)
+        self._eos = decode.eos_id
+        self._start = 0 if self._objective == "seq2seq" else data_vocabulary.start_id(vocabulary)
+        self.batch_size = batch_size or config.eval.batch_size or config.train.global_batch_size
+        self._decode_step = jax.jit(steps.make_decode_step(experiment.model, decode))
+        self._score_step = jax.jit(make_score_step(experiment.model))
+        self._counts = collections.Counter()   # since the last say_misfits
+
+    def predict(self, params, inputs: Sequence[Text], row_ids: Sequence[int] | None = None
+                ) -> list[Prediction]:
+        """A Prediction for each input.
+
+        row_ids: who each row is, for sampling; default: its place in `inputs`.
+        """
+        ids = np.arange(len(inputs)) if row_ids is None else np.asarray(row_ids)
+        found = []
+        for rows in self._batches(len(inputs)):
+            batch = self._prompts([inputs[i] for i in rows])
+            batch["row_ids"] = _fill(ids[rows], self.batch_size)
+            decoded = self._decode_step(params, {n: self._place(x) for n, x in batch.items()})
+            tokens_BNL, scores_BN, lengths_BN = map(data_batches.whole, decoded)
+            for i in range(len(rows)):
+                tokens = tuple(tuple(map(int, ids[:n]))
+                               for ids, n in zip(tokens_BNL[i], lengths_BN[i], strict=True))
+                found.append(Prediction(tuple(map(self._text, tokens)),
+                                        tuple(map(float, scores_BN[i])), tokens))
+        return found
+
+    def score(self, params, inputs: Sequence[Text], targets: Sequence[Text]) -> list[float]:
+        """log p(target | inputs) of each pair, in nats, EOS included but for a causal LM."""
+        found = []
+        for rows in self._batches(len(inputs)):
+            batch = self.training_rows([inputs[i] for i in rows], [targets[i] for i in rows])
+            scores = self._score_step(params, {n: self._place(x) for n, x in batch.items()})
+            found += [float(s) for s in data_batches.whole(scores)[:len(rows)]]
+        return found
+
+    def training_rows(self, inputs: Sequence[Text], targets: Sequence[Text]
+                      ) -> dict[str, np.ndarray]:
+        """A batch of the objective's features [batch_size, L], the missing rows zeros.
+
+        What does not fit is cut: inputs at their end (a causal LM's at their start), to what the
+        targets leave of a row that they share; targets at their end where they alone are longer
+        than the row. say_misfits tells how many.
+        """
+        pairs = [self._pair(i, t) for i, t in zip(inputs, targets, strict=True)]
+        length = self._targets_length
+        if self._objective == "seq2seq":
+            target_rows = [t for _, t in pairs]
+            batch = self._encoder_rows([i for i, _ in pairs])
+        else:
+            batch, target_rows = {}, [[*i, *t] for i, t in pairs]
+        tokens = self._pad(target_rows, length)
+        weights = (np.arange(length) < _column(map(len, target_rows), self.batch_size))
+        if self._objective != "seq2seq":
+            starts = _column((len(i) for i, _ in pairs), self.batch_size)
+            weights &= np.arange(length) >= starts
+            if self._objective == "prefix_lm":
+                batch["decoder_prefix"] = (np.arange(length) <= starts).astype(np.int32)
+        shifted = np.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=self._start)
+        return {**batch, "decoder_input_tokens": shifted, "decoder_target_tokens": tokens,
+                "decoder_loss_weights": weights.astype(np.float32)}
+
+    def target_text(self, example: Mapping) -> str:
+        """The target of an example of data.eval_examples as text."""
+        text = example.get("targets_pretokenized")
+        if text is None:
+            return self._text(example["targets"])
+        return text.decode() if isinstance(text, bytes) else str(text)
+
+    def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """The batch on the devices, sharded as in training."""
+        return {name: self._place(x) for name, x in batch.items()}
+
+    def _prompts(self, inputs: Sequence[Text]) -> dict[str, np.ndarray]:
+        ids = [self._inputs(text, self._inputs_length) for text in inputs]
+        if self._objective == "seq2seq":
+            return self._encoder_rows(ids)
+        prompts = [[self._start, *row] for row in ids]
+        width = self._inputs_length + 1
+        lengths = np.maximum(_column(map(len, prompts), self.batch_size), 1)
+        batch = {"decoder_prompt_tokens": self._pad(prompts, width),
+                 "decoder_prompt_lengths": lengths[:, 0].astype(np.int32)}
+        if self._objective == "prefix_lm":
+            batch["decoder_prefix"] = (np.arange(width) < lengths).astype(np.int32)
+        return batch
+
+    def _encoder_rows(self, ids: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+        batch = {"encoder_input_tokens": self._pad(ids, self._inputs_length)}
+        if data_vocabulary.zero_is_text(self._vocabulary):
+            batch["encoder_segment_ids"] = self._pad(
+                [[1] * len(row) for row in ids], self._inputs_length)
+        return batch
+
+    def _inputs(self, text: Text, room: int) -> list[int]:
+        """At most `room` tokens, with EOS but for a causal LM."""
+        ids = self._ids(text)
+        self._counts["inputs"] += 1
+        self._counts["cut inputs"] += len(ids) + (self._objective != "lm") > room
+        if self._objective == "lm":
+            return ids[max(0, len(ids) - room):]
+        return [*ids[:room - 1], self._eos]
+
+    def _pair(self, inputs: Text, targets: Text) -> tuple[list[int], list[int]]:
+        """The tokens of both as their row or rows hold them."""
+        ids = self._ids(targets)
+        end = [] if self._objective == "lm" else [self._eos]
+        # A prefix LM's inputs need room for their EOS.
+        room = max(0, self._targets_length - len(end) - (self._objective == "prefix_lm"))
+        self._counts["targets"] += 1
+        self._counts["cut targets"] += len(ids) > room
+        self._counts["empty targets"] += not ids
+        ids = [*ids[:room], *end]
+        left = self._inputs_length
+        if self._objective != "seq2seq":
+            left = min(left, self._targets_length - len(ids))
+        return self._inputs(inputs, left), ids
+
+    def count(self, inputs: Sequence[Text], targets: Sequence[Text]) -> None:
+        """Counts what does not fit among pairs, for say_misfits, without using them."""
+        for pair in zip(inputs, targets, strict=True):
+            self._pair(*pair)
+
+    def say_misfits(self, name: str = "") -> None:
+        """Says how many inputs and targets were cut, or empty, since the last time.
+
+        name: of what they belong to.
+        """
+        found, self._counts = self._counts, collections.Counter()
+        shared = "" if self._objective == "seq2seq" else (
+            f", or than their targets leave of data.targets_length={self._targets_length},")
+        limits = {"inputs": f"data.inputs_length={self._inputs_length}{shared}",
+                  "targets": f"data.targets_length={self._targets_length}"}
+        before = f"{name}: " if name else ""
+        for side, limit in limits.items():
+            of = f"of {found[side]:,} {side} are"
+            if found[f"cut {side}"]:
+                log.say(f"{before}{found[f'cut {side}']:,} {of} longer than {limit} and are cut")
+            if found[f"empty {side}"]:
+                log.say(f"{before}{found[f'empty {side}']:,} {of} empty")
+
+    def _ids(self, text: Text) -> list[int]:
+        ids = self._vocabulary.encode(text) if isinstance(text, str) else list(map(int, text))
+        return ids[:-1] if ids and ids[-1] == self._eos else ids
+
+    def _batches(self, count: int) -> Iterator[range]:
+        for start in range(0, count, self.batch_size):
+            yield range(start, min(start + self.batch_size, count))
+
+    def _pad(self, rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
+        table = np.zeros([self.batch_size, width], np.int32)
+        for i, row in enumerate(rows):
+            table[i, :len(row)] = row
+        return table
+
+    def _place(self, array: np.ndarray) -> jax.Array:
+        experiment = self._experiment
+        where = sharding.named_sharding(experiment.mesh, experiment.rules,
+                                        ("act_batch", "act_length")[:array.ndim])
+        return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+
+    def _text(self, ids: Sequence[int]) -> str:
+        ids = list(map(int, ids))
+        end = ids.index(self._eos) if self._eos in ids else len(ids)
+        return data_vocabulary.text_of(self._vocabulary, ids[:end])
+
+
+def task_metrics(predictor: Predictor, params, task, examples: Sequence[Mapping]
+                 ) -> dict[str, float]:
+    """The metric functions of a seqio task over examples as data.eval_examples gives them.
+
+    predict_metric_fns see the best prediction's text, score_metric_fns the log-probability of
+    the targets; both after the task's postprocessor. Values that are no numbers are left out.
+    """
+    inputs = [e.get("inputs", ()) for e in examples]
+    targets = [task.postprocess_fn(predictor.target_text(e), example=e, is_target=True)
+               for e in examples]
+    values: dict = {}
+    if task.predict_metric_fns:
+        found = predictor.predict(params, inputs)
+        predictions = [task.postprocess_fn(p.texts[0], example=e, is_target=False)
+                       for p, e in zip(found, examples, strict=True)]
+        for metric_fn in task.predict_metric_fns:
+            values.update(metric_fn(targets, predictions))
+    if task.score_metric_fns:
+        scores = predictor.score(params, inputs, [e["targets"] for e in examples])
+        for metric_fn in task.score_metric_fns:
+            values.update(metric_fn(targets, scores))
+    plain = {name: getattr(v, "value", v) for name, v in values.items()}   # seqio's Scalar
+    return {name: float(v) for name, v in plain.items() if isinstance(v, numbers.Real)}
+
+
+def _column(lengths, size: int) -> np.ndarray:
+    return _fill(np.fromiter(lengths, np.int64), size)[:, None]
+
+
+def _fill(values: np.ndarray, size: int) -> np.ndarray:
+    return np.pad(values, (0, size - len(values))).astype(np.int32)

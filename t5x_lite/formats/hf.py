@@ -1,0 +1,197 @@
+"""Folders of Hugging Face transformers: config.json, safetensors, tokenizer files."""
+
+import dataclasses
+import json
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from t5x_lite.errors import UserError, nearest
+from t5x_lite.formats import hf_bert, hf_decoders, hf_t5, safetensors
+from t5x_lite.formats.functions import differences
+from t5x_lite.formats.hf_family import Family
+from t5x_lite.formats.mapping import (
+    ForeignModel,
+    Tensors,
+    foreign_model,
+    like_segments,
+    place,
+    write_parameter,
+)
+from t5x_lite.models.language_model import Model, ModelConfig
+
+FAMILIES: dict[str, Family] = {
+    f.model_type: f for f in (*hf_t5.FAMILIES, *hf_decoders.FAMILIES, *hf_bert.FAMILIES)}
+
+
+# --- configs --------------------------------------------------------------------------------------
+
+def family(model_type: str, where: str = "the model") -> Family:
+    """The family of this name. Raises UserError listing the known ones."""
+    if model_type not in FAMILIES:
+        raise UserError(f"{where}: model_type {model_type!r} is not known here."
+                        f"{nearest(model_type, FAMILIES)} Known: {', '.join(FAMILIES)}.")
+    return FAMILIES[model_type]
+
+
+def model_config(hf: Mapping[str, Any], tied: bool | None = None) -> ModelConfig:
+    """The ModelConfig of a config.json.
+
+    Args:
+        tied: whether logits go through the embedding table; None: as config.json says.
+
+    Raises:
+        UserError: a model_type, activation or rope scaling that is not known here.
+    """
+    kind = family(hf.get("model_type", "none"), "config.json")
+    given = {**kind.defaults, **{name: value for name, value in hf.items() if value is not None}}
+    if tied is None:
+        tied = given.get("tie_word_embeddings", True)
+    return kind.from_hf(given, tied)
+
+
+def hf_config(config: ModelConfig, model_type: str | None = None,
+              base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The config.json of a model.
+
+    Args:
+        model_type: its family; None: that of `base`, else the first that can express it.
+        base: the config.json it once came from, whose other entries are kept.
+
+    Raises:
+        UserError: the family cannot express the model; names every field.
+    """
+    base = dict(base or {})
+    wanted = model_type or base.get("model_type")
+    candidates = [family(wanted)] if wanted else [
+        f for f in FAMILIES.values() if f.architecture == config.architecture]
+    reasons = []
+    for kind in candidates:
+        lost = [f"architecture: {config.architecture}, there {kind.architecture}"]
+        if kind.architecture == config.architecture:
+            try:
+                written = kind.to_hf(config)
+                found = {"model_type": kind.model_type, **written}
+                lost = differences(config, model_config(found, config.tie_logits))
+            except UserError as error:
+                lost = [str(error)]
+        if not lost:
+            if base.get("model_type") != kind.model_type:
+                base = dict(kind.specials)
+            for stale in ("rope_parameters", "scale_decoder_outputs"):   # transformers 5's
+                base.pop(stale, None)
+            return {**base, "architectures": [kind.model_class], **found}
+        more = [f"    … {len(lost) - 8} more"] if len(lost) > 8 else []
+        reasons.append("\n".join([f"  {kind.model_type}:", *(f"    {line}" for line in lost[:8]),
+                                  *more]))
+    raise UserError("no Hugging Face family can express this model "
+                    "(field: the model's value, what a config.json would say):\n"
+                    + "\n".join(reasons))
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+def read_model(folder: str, like: ModelConfig | None = None, partial: bool = False
+               ) -> ForeignModel:
+    """The model in a folder of transformers; reads no tensor yet.
+
+    Args:
+        like: a config whose grouping of layers into segments to follow.
+        partial: see mapping.foreign_model.
+
+    Raises:
+        UserError: no such folder, an unknown family, or tensors that do not fit config.json.
+    """
+    where, path = f"hf:{folder}", pathlib.Path(folder).expanduser()
+    if not (path / "config.json").is_file():
+        raise UserError(f"{where}: {path / 'config.json'} does not exist. `hf download NAME "
+                        f"--local-dir {folder}` fetches a published model.")
+    given = safetensors.read_json(path / "config.json")
+    kind = family(given.get("model_type", "none"), where)
+    tensors = _renamed(safetensors.read_folder(path), kind.renames, where)
+    tied = kind.head not in tensors.shapes or (
+        given.get("tie_word_embeddings", kind.defaults.get("tie_word_embeddings", True))
+        and _equal(tensors, kind.head, kind.embedding))
+    if tied:
+        tensors = _without(tensors, kind.head)
+    config = like_segments(model_config(given, tied), like)
+    return foreign_model(where, config, kind.rules(config), tensors, family=kind.model_type,
+                         unused=kind.unused, partial=partial)
+
+
+def _equal(tensors: Tensors, a: str, b: str) -> bool:
+    return (tensors.shapes.get(a) == tensors.shapes.get(b)
+            and np.array_equal(tensors.read(a), tensors.read(b)))
+
+
+def _without(tensors: Tensors, name: str) -> Tensors:
+    shapes = {n: s for n, s in tensors.shapes.items() if n != name}
+    return dataclasses.replace(tensors, shapes=shapes)
+
+
+def _renamed(tensors: Tensors, renames: Iterable[tuple[str, str]], where: str) -> Tensors:
+    """The tensors by the names of the tables. Two that become one must be equal."""
+    names: dict[str, str] = {}
+    for stored in tensors.shapes:
+        name = stored
+        for pattern, replacement in renames:
+            match = re.fullmatch(pattern, name)
+            name = match.expand(replacement) if match else name
+        if name not in names:
+            names[name] = stored
+        elif not _equal(tensors, names[name], stored):
+            raise UserError(f"{where} holds both {names[name]} and {stored}, which should be the "
+                            "same and differ.")
+    return Tensors({n: tensors.shapes[s] for n, s in names.items()},
+                   {n: tensors.dtypes[s] for n, s in names.items()},
+                   lambda name: tensors.read(names[name]))
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+def write_model(folder: pathlib.Path, config: ModelConfig, dtypes: Mapping[str, Any],
+                read: Callable[[str], np.ndarray], *, model_type: str | None = None,
+                base: Mapping[str, Any] | None = None, max_bytes: int = 5_000_000_000,
+                progress: Callable[[str], None] = lambda path: None) -> None:
+    """Writes a folder that transformers loads, one of our parameters at a time.
+
+    Args:
+        folder: exists and is empty.
+        dtypes: {our path: dtype to store}.
+        read: the parameter at a path, stacked over layers as the table says.
+        model_type, base: see hf_config.
+        max_bytes: of one safetensors file.
+        progress: called with each path.
+
+    Raises:
+        UserError: see hf_config.
+    """
+    written = hf_config(config, model_type, base)
+    kind, table = family(written["model_type"]), Model(config).table
+    placed = place(kind.rules(config), config, table, kind.model_type)
+    slots = {slot.name: (slot.shape, dtypes[path])
+             for path, p in placed.items() for slot in p.slots}
+    written["dtype"] = written["torch_dtype"] = str(np.dtype(dtypes["token_embedding/embedding"]))
+    writer = safetensors.Writer(folder, {n: shape for n, (shape, _) in slots.items()},
+                                {n: dtype for n, (_, dtype) in slots.items()}, max_bytes)
+    for path, p in placed.items():
+        write_parameter(p, read(path), writer.tensor)
+        progress(path)
+    writer.close()
+    (folder / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+
+
+# The files of a folder that are neither tensors nor its config: the tokenizer, mostly.
+_WEIGHTS = (".safetensors", ".bin", ".h5", ".msgpack", ".pt", ".pth", ".onnx", ".ot", ".index.json")
+
+
+def copy_other_files(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Copies tokenizer and other small files, and config.json, from one folder to another."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.iterdir()):
+        if file.is_file() and not file.name.endswith(_WEIGHTS):
+            shutil.copyfile(file, target / file.name)

@@ -1,0 +1,289 @@
+"""Native T5X checkpoints: the public T5 1.1, LM-adapted, mT5, ByT5, Flan-T5, UMT5 and UL2.
+
+A checkpoint is a folder (local or gs://) with a msgpack index, `checkpoint`, of the train
+state and one Zarr array a parameter. T5X may have scanned the layers: then a side's arrays
+hold all layers along one dim (usually 1). Attention kernels may be 3-D (embed, heads, head_dim).
+
+The folder says nothing of the function its parameters compute (T5X keeps that in gin files):
+sizes are read off the shapes, a gated MLP is taken for T5 1.1's GELU and another for T5 1.0's
+ReLU, and tied logits for scaled ones. UL2's gate is SiLU: give its config.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from t5x_lite.errors import UserError
+from t5x_lite.formats.mapping import (
+    TRANSPOSED,
+    ForeignModel,
+    Rule,
+    Shape,
+    Tensors,
+    foreign_model,
+    like_segments,
+)
+from t5x_lite.layers.attention import AttentionConfig
+from t5x_lite.layers.mlp import MLPConfig
+from t5x_lite.layers.position import PositionConfig
+from t5x_lite.models.blocks import BlockConfig, SegmentConfig, StackConfig
+from t5x_lite.models.language_model import ModelConfig
+
+# --- the folder -----------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class _Array:
+    shape: Shape
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+# A bucket that cannot be reached is told after half a minute; tensorstore would take a quarter of
+# an hour.
+_RETRIES = {"gcs_request_retries": {
+    "max_retries": 6, "initial_delay": "500ms", "max_delay": "8s"}}
+
+
+def _kvstore(folder: str) -> dict[str, str]:
+    """tensorstore's name for a folder."""
+    scheme, separator, rest = folder.partition("://")
+    if not separator:
+        return {"driver": "file", "path": folder.rstrip("/") + "/"}
+    if scheme != "gs":
+        raise UserError(f"t5x:{folder}: give a local folder or gs://BUCKET/PATH.")
+    bucket, _, path = rest.partition("/")
+    return {"driver": "gcs", "bucket": bucket, "path": path.rstrip("/") + "/"}
+
+
+def read_folder(folder: str) -> tuple[Tensors, int]:
+    """The parameters of a checkpoint by T5X's unscanned names, and its step.
+
+    Raises:
+        UserError: no such checkpoint, or one that is damaged.
+    """
+    import tensorstore
+    from flax import serialization
+
+    base, context = _kvstore(folder), tensorstore.Context(_RETRIES)
+    try:
+        found = tensorstore.KvStore.open(base, context=context).result().read(
+            "checkpoint").result()
+    except ValueError as error:   # tensorstore's only kind
+        raise UserError(f"t5x:{folder} cannot be read: {_brief(error)}") from error
+    if found.state != "value":
+        raise UserError(f"t5x:{folder} holds no file named checkpoint, the index of a T5X "
+                        "checkpoint: give a folder such as …/checkpoint_1000000.")
+    try:
+        index = serialization.msgpack_restore(found.value)
+        index = index.get("optimizer", index)   # T5X before it had a train state of its own
+        leaves = dict(_leaves(index["target"]))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"t5x:{folder}/checkpoint is no index of a T5X checkpoint: "
+                        f"{type(error).__name__}: {error}") from error
+    arrays = {name: _open(tensorstore, context, base, f"target.{name.replace('/', '.')}", leaf)
+              for name, leaf in leaves.items()}
+    arrays = dict(_unscanned({_usual(name): array for name, array in arrays.items()}))
+    arrays = {name: _two_dims(name, array) for name, array in arrays.items()}
+    step = re.search(r"(\d+)/?$", folder)
+    return as_tensors(arrays), int(step.group(1)) if step else 0
+
+
+def as_tensors(arrays: Mapping[str, _Array]) -> Tensors:
+    """A dict of arrays as Tensors."""
+    return Tensors({n: a.shape for n, a in arrays.items()}, {n: a.dtype for n, a in arrays.items()},
+                   lambda name: arrays[name].read())
+
+
+def _brief(error: Exception) -> str:
+    return str(error).split(" [")[0]
+
+
+def _leaves(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(slash path, leaf): a tensorstore spec, a placeholder's string or an array."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and "driver" not in value:
+            yield from _leaves(value, f"{prefix}{key}/")
+        else:
+            yield prefix + key, value
+
+
+def _open(tensorstore, context, base: Mapping[str, str], name: str, leaf: Any) -> _Array:
+    if isinstance(leaf, np.ndarray):   # small arrays may stand in the index itself
+        return _Array(leaf.shape, leaf.dtype, lambda: leaf)
+    if isinstance(leaf, Mapping):
+        path = leaf.get("kvstore", {}).get("path") or leaf.get("path") or name
+        name = path.rstrip("/").rsplit("/", 1)[-1]
+    elif isinstance(leaf, str):        # "PLACEHOLDER://target.…", as orbax writes
+        name = leaf.rsplit("://", 1)[-1]
+    store = {**base, "path": f"{base['path']}{name}/"}
+    try:
+        opened = tensorstore.open({"driver": "zarr", "kvstore": store}, open=True, read=True,
+                                  context=context).result()
+    except ValueError as error:
+        raise UserError(f"{store['path']} is missing or damaged: {_brief(error)}") from error
+    # T5X's format 2 wrote bfloat16 as the integers of its bits.
+    raw = opened.dtype.numpy_dtype
+    dtype = np.dtype(ml_dtypes.bfloat16) if raw == np.uint16 else raw
+
+    def read() -> np.ndarray:
+        try:
+            _check_chunks(tensorstore, store, opened)
+            return opened.read().result().view(dtype)
+        except ValueError as error:
+            raise UserError(f"{store['path']} is damaged: {_brief(error)}") from error
+    return _Array(tuple(opened.shape), np.dtype(dtype), read)
+
+
+def _check_chunks(tensorstore, store: Mapping[str, str], opened) -> None:
+    """A chunk that is not there would read as zeros. Local folders only, which copies may leave
+    incomplete."""
+    if store["driver"] != "file":
+        return
+    expected = math.prod(-(-n // c) for n, c in zip(
+        opened.shape, opened.chunk_layout.read_chunk.shape, strict=True))
+    keys = tensorstore.KvStore.open(store).result().list().result()
+    found = sum(not key.startswith(b".") for key in keys)
+    if found < expected:
+        raise UserError(f"{store['path']} has {found} of {expected} chunks: copy the checkpoint "
+                        "again.")
+
+
+def _usual(name: str) -> str:
+    """The names of T5X's scalable example as those of its minimal one."""
+    return name.replace("/relative_posemb/", "/relpos_bias/")
+
+
+_SCANNED = re.compile(r"(encoder|decoder)/(?:layers|\1)/(.+)")
+
+
+def _unscanned(arrays: Mapping[str, _Array]) -> Iterator[tuple[str, _Array]]:
+    """Arrays of all layers as one a layer, "encoder/layers_{n}/…"."""
+    last: tuple[str, np.ndarray | None] = ("", None)   # consecutive layers are read at once
+
+    def layer(name, array, axis, i):
+        def read():
+            nonlocal last
+            if last[0] != name:
+                last = (name, array.read())
+            return last[1].take(i, axis)
+        return _Array(array.shape[:axis] + array.shape[axis + 1:], array.dtype, read)
+
+    # Norm scales are (embed, layers), or (layers, embed) where layers were scanned along dim 0.
+    scales = [a.shape for n, a in arrays.items()
+              if n.endswith("_layer_norm/scale") and len(a.shape) == 2]
+    widths = [a.shape[1] for n, a in arrays.items() if n == "token_embedder/embedding"]
+    axis = 0 if scales and widths and scales[0][0] != widths[0] else 1
+    for name, array in arrays.items():
+        match = _SCANNED.fullmatch(name)
+        if match is None:
+            yield name, array
+            continue
+        side, rest = match.groups()
+        for i in range(array.shape[axis]):
+            yield f"{side}/layers_{i}/{rest}", layer(name, array, axis, i)
+
+
+def _two_dims(name: str, array: _Array) -> _Array:
+    """Attention kernels with heads and head_dim merged."""
+    match = re.search(r"attention/(query|key|value|out)/kernel$", name)
+    if match is None or len(array.shape) != 3:
+        return array
+    a, b, c = array.shape
+    shape = (a * b, c) if match.group(1) == "out" else (a, b * c)
+    return _Array(shape, array.dtype, lambda: array.read().reshape(shape))
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+def rules() -> list[Rule]:
+    """The table, ours <-> T5X's minimal T5."""
+    table = [Rule("token_embedding/embedding", "token_embedder/embedding"),
+             Rule("logits/kernel", "decoder/logits_dense/kernel")]
+    for side, attentions in (("encoder", {"self": "attention"}),
+                             ("decoder", {"self": "self_attention",
+                                          "cross": "encoder_decoder_attention"})):
+        layer = f"{side}/layers_{{n}}"
+        bias = "relpos_bias/rel_embedding"
+        table += [Rule(f"{side}/final_norm/scale", f"{side}/{side}_norm/scale"),
+                  Rule(f"{side}/relative_position/embedding", f"{side}/{bias}", TRANSPOSED),
+                  Rule(f"{side}/*/relative_position/embedding", f"{layer}/{bias}", TRANSPOSED),
+                  Rule(f"{side}/*/pre_mlp_norm/scale", f"{layer}/pre_mlp_layer_norm/scale")]
+        for kind, theirs in attentions.items():
+            norm = "attention" if side == "encoder" else f"{kind}_attention"
+            table.append(Rule(f"{side}/*/pre_{kind}_attention_norm/scale",
+                              f"{layer}/pre_{norm}_layer_norm/scale"))
+            table += [Rule(f"{side}/*/{kind}_attention/{name}/kernel",
+                           f"{layer}/{theirs}/{name}/kernel")
+                      for name in ("query", "key", "value", "out")]
+        table += [Rule(f"{side}/*/mlp/{name}/kernel", f"{layer}/mlp/{name}/kernel")
+                  for name in ("wi", "wi_0", "wi_1", "wo")]
+    return table
+
+
+def infer_config(shapes: Mapping[str, Shape], where: str) -> ModelConfig:
+    """The T5 that has tensors of these names and shapes; see the top of this file.
+
+    Raises:
+        UserError: tensors that this needs are missing.
+    """
+    def shape(name):
+        if name not in shapes:
+            near = [n for n in shapes if n.rsplit("/", 1)[-1] == name.rsplit("/", 1)[-1]]
+            raise UserError(f"{where} holds no {name}, so that it is no T5 of T5X's "
+                            f"(tensors of that kind: {', '.join(near[:5]) or 'none'}).")
+        return shapes[name]
+
+    vocab_size, embed_dim = shape("token_embedder/embedding")
+
+    def stack(side: str) -> StackConfig | None:
+        layers = [int(m.group(1)) for name in shapes
+                  if (m := re.match(rf"{side}/layers_(\d+)/", name))]
+        if not layers:
+            return None
+        own = "attention" if side == "encoder" else "self_attention"
+        per_layer = f"{side}/layers_0/relpos_bias/rel_embedding" in shapes
+        heads, buckets = shape(f"{side}/{'layers_0/' * per_layer}relpos_bias/rel_embedding")
+        attention = AttentionConfig(
+            heads, shape(f"{side}/layers_0/{own}/query/kernel")[1] // heads, scale=1.0)
+        crosses = f"{side}/layers_0/encoder_decoder_attention/query/kernel" in shapes
+        gated = f"{side}/layers_0/mlp/wi_0/kernel" in shapes
+        mlp = MLPConfig(shape(f"{side}/layers_0/mlp/wo/kernel")[0],
+                        "gelu_tanh" if gated else "relu", gated)
+        block = BlockConfig(attention, attention if crosses else None, mlp)
+        return StackConfig((SegmentConfig((block,), max(layers) + 1),), causal=side == "decoder",
+                           position=PositionConfig(num_buckets=buckets, per_layer=per_layer))
+
+    encoder, decoder = stack("encoder"), stack("decoder")
+    tied = "decoder/logits_dense/kernel" not in shapes
+    return ModelConfig(
+        "decoder_only" if encoder is None else "encoder_decoder", vocab_size, embed_dim, encoder,
+        decoder, tie_logits=tied, logits_scale=embed_dim ** -0.5 if tied else 1.0)
+
+
+def model_of(where: str, tensors: Tensors, step: int, *, like: ModelConfig | None = None,
+             config: ModelConfig | None = None, partial: bool = False) -> ForeignModel:
+    """A model from tensors by T5X's names.
+
+    Args:
+        like: a config whose grouping of layers into segments to follow.
+        config: what the model is; None: inferred.
+        partial: see mapping.foreign_model.
+
+    Raises:
+        UserError: the tensors are not those of the config, or of any T5.
+    """
+    known = config or like_segments(infer_config(tensors.shapes, where), like)
+    return foreign_model(where, known, rules(), tensors, family="T5X", step=step,
+                         knows_function=config is not None, partial=partial)
+
+
+def read_model(folder: str, like: ModelConfig | None = None, config: ModelConfig | None = None,
+               partial: bool = False) -> ForeignModel:
+    """The model in a T5X checkpoint, local or gs://; see model_of."""
+    tensors, step = read_folder(folder)
+    return model_of(f"t5x:{folder}", tensors, step, like=like, config=config, partial=partial)

@@ -1,0 +1,1 @@
+"""What architectures are made of: blocks, stacks, whole models, their parameters and what fine-tuning trains of them."""

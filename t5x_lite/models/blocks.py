@@ -1,0 +1,421 @@
+"""Blocks, and stacks of them: what every architecture is made of.
+
+A stack is a list of segments, each a few blocks repeated with stacked parameters; a block is
+self-attention, perhaps cross-attention, and an MLP, wired by one of the RESIDUALS.
+
+Modules are plain functions of their parameters: dropout keys, caches and auxiliary values
+are arguments and results.
+
+Shape letters: B batch, L length, S key length, D model, N heads, H head dim.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from t5x_lite.layers import attention_implementations
+from t5x_lite.layers.attention import Attention, AttentionConfig
+from t5x_lite.layers.linear import InitConfig, RowKey, dropout
+from t5x_lite.layers.masks import Masking
+from t5x_lite.layers.mlp import MLP, Adapter, MLPConfig
+from t5x_lite.layers.moe import MoE, MoEConfig
+from t5x_lite.layers.norm import Norm, NormConfig
+from t5x_lite.layers.position import (
+    LearnedPositions,
+    PositionBias,
+    PositionConfig,
+    make_bias,
+    sinusoids,
+)
+from t5x_lite.parallel import sharding
+from t5x_lite.parallel.pipeline import PipelineConfig, run_layers
+from t5x_lite.parallel.remat import tag
+
+# The metric of a mixture's load (routing.load_metrics), and where its values by layer are kept
+# while layers are added up.
+LOAD_ENTROPY = "moe/load_entropy"
+_LAYERS = "moe/load_entropy by layer"
+RESIDUAL_AXES = ("act_batch", "act_norm_length", "act_embed")   # of x_BLD between sub-layers
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """One block; what is None is absent."""
+
+    self_attention: AttentionConfig = AttentionConfig()
+    cross_attention: AttentionConfig | None = None
+    mlp: MLPConfig = MLPConfig()
+    moe: MoEConfig | None = None   # takes the place of `mlp`
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentConfig:
+    """`blocks` in a row, `repeats` times, with stacked parameters."""
+
+    blocks: tuple[BlockConfig, ...] = (BlockConfig(),)
+    repeats: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class StackConfig:
+    """An encoder or a decoder."""
+
+    segments: tuple[SegmentConfig, ...] = (SegmentConfig(),)
+    causal: bool = False
+    position: PositionConfig = PositionConfig()
+    norm: NormConfig = NormConfig()
+    residual: str = "pre"           # a key of RESIDUALS
+    residual_alpha: float = 1.0     # deepnorm: weight of the skip path, see deepnorm_constants
+    embedding_norm: bool = False    # a norm on the embeddings, positions included (BERT, BART)
+    final_norm: bool = True
+    dropout_rate: float = 0.0       # on embeddings, sub-layer outputs and the final norm
+    adapter_dim: int = 0            # of bottleneck adapters behind every sub-layer; 0: none
+    scan: bool = True               # see pipeline.run_layers
+    remat: str = "none"             # see remat.py
+    pipeline: PipelineConfig = PipelineConfig()   # where mesh.stage > 1
+    init: InitConfig | None = None  # None: the model's
+
+    @property
+    def num_layers(self) -> int:
+        """Blocks in all."""
+        return sum(len(s.blocks) * s.repeats for s in self.segments)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockInputs:
+    """What all blocks of a stack share."""
+
+    masking: Masking
+    bias: PositionBias | jax.Array | None   # [1|B, N, L, S], or where that is never made whole
+    cross_masking: Masking | None = None
+    encoded: jax.Array | None = None        # [B, S, D]; None where the cache holds its keys
+    key: RowKey | None = None               # dropout keys, None outside training
+    tokens: jax.Array | None = None         # int32 [B, L]: what hash routing goes by
+    real: jax.Array | None = None           # bool [B, L], False where padding; None: all real
+
+
+jax.tree_util.register_dataclass(
+    BlockInputs, data_fields=["masking", "bias", "cross_masking", "encoded", "key", "tokens",
+                              "real"],
+    meta_fields=[])
+
+
+# --- residual wiring: (x, [(run, pre_norm, post_norm)], alpha) -> x, [what each run returned] ---
+
+def _pre(x, sublayers, alpha):
+    """x + f(norm(x)): T5, GPT-2 and most since (Xiong et al. 2020)."""
+    outs = []
+    for run, pre_norm, _ in sublayers:
+        y, out = run(pre_norm(x))
+        x = x + y
+        outs.append(out)
+    return x, outs
+
+
+def _post(x, sublayers, alpha):
+    """norm(alpha x + f(x)): Vaswani et al. 2017 and BERT at alpha 1, DeepNorm (Wang et al. 2022,
+    which also scales the initialisation) above."""
+    outs = []
+    for run, _, post_norm in sublayers:
+        y, out = run(x)
+        x = post_norm((alpha * x if alpha != 1.0 else x) + y)
+        outs.append(out)
+    return x, outs
+
+
+def _sandwich(x, sublayers, alpha):
+    """x + norm'(f(norm(x))): Ding et al. 2021."""
+    outs = []
+    for run, pre_norm, post_norm in sublayers:
+        y, out = run(pre_norm(x))
+        x = x + post_norm(y)
+        outs.append(out)
+    return x, outs
+
+
+def _parallel(x, sublayers, alpha):
+    """x + f(norm(x)) + g(norm(x)) with one norm (GPT-J, PaLM section 2)."""
+    h = sublayers[0][1](x)
+    ys, outs = zip(*(run(h) for run, _, _ in sublayers), strict=True)
+    return x + sum(ys), list(outs)
+
+
+def _parallel_two_norms(x, sublayers, alpha):
+    """x + f(norm_1(x)) + g(norm_2(x)) (GPT-NeoX-20B)."""
+    ys, outs = zip(*(run(pre_norm(x)) for run, pre_norm, _ in sublayers), strict=True)
+    return x + sum(ys), list(outs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Residual:
+    """A wiring, and which norms it needs."""
+
+    wire: Callable
+    pre: str    # norms before sub-layers: none | each | first
+    post: str   # norms after: none | each
+
+
+RESIDUALS = {
+    "pre": Residual(_pre, "each", "none"),
+    "post": Residual(_post, "none", "each"),
+    "deepnorm": Residual(_post, "none", "each"),
+    "sandwich": Residual(_sandwich, "each", "each"),
+    "parallel": Residual(_parallel, "first", "none"),
+    "parallel_two_norms": Residual(_parallel_two_norms, "each", "none"),
+}
+
+
+def deepnorm_constants(encoder_layers: int, decoder_layers: int
+                       ) -> tuple[tuple[float, float], tuple[float, float]]:
+    """((alpha, beta) of the encoder, (alpha, beta) of the decoder) (Wang et al. 2022, figure 2).
+
+    alpha is StackConfig.residual_alpha. beta is InitConfig.value_factor: kernels of values,
+    attention outputs and MLPs are drawn from Xavier's normal times beta. A depth of 0 is a
+    stack that is not there.
+    """
+    n, m = encoder_layers, decoder_layers
+    if not m:
+        return ((2 * n) ** 0.25, (8 * n) ** -0.25), (1.0, 1.0)
+    if not n:
+        return (1.0, 1.0), ((2 * m) ** 0.25, (8 * m) ** -0.25)
+    depth = (n ** 4 * m) ** (1 / 16)
+    return (0.81 * depth, 0.87 / depth), ((3 * m) ** 0.25, (12 * m) ** -0.25)
+
+
+class Block(nnx.Module):
+    """Self-attention, cross-attention where configured, and an MLP."""
+
+    def __init__(self, key: jax.Array, embed_dim: int, config: BlockConfig, stack: StackConfig,
+                 init: InitConfig, dtype: jnp.dtype):
+        keys = jax.random.split(key, 10)
+        self.self_attention = Attention(keys[0], embed_dim, config.self_attention, stack.position,
+                                        init, dtype)
+        self.names = ("self_attention", "mlp")
+        if config.cross_attention is not None:
+            self.cross_attention = Attention(keys[1], embed_dim, config.cross_attention,
+                                             PositionConfig(kind="none"), init, dtype)
+            self.names = ("self_attention", "cross_attention", "mlp")
+        if config.moe is None:
+            self.mlp = MLP(keys[2], embed_dim, config.mlp, init, dtype)
+        else:
+            self.mlp = MoE(keys[2], embed_dim, config.moe, init, dtype, causal=stack.causal)
+        wiring = RESIDUALS[stack.residual]
+        for i, name in enumerate(self.names):
+            if wiring.pre == "each" or (wiring.pre == "first" and i == 0):
+                setattr(self, f"pre_{name}_norm", Norm(keys[3 + i], embed_dim, stack.norm, dtype))
+            if wiring.post == "each":
+                setattr(self, f"post_{name}_norm", Norm(keys[6 + i], embed_dim, stack.norm, dtype))
+            if stack.adapter_dim:
+                setattr(self, f"{name}_adapter", Adapter(
+                    jax.random.fold_in(key, i), embed_dim, stack.adapter_dim, init, dtype))
+        if stack.position.per_layer:
+            self.relative_position = make_bias(keys[9], config.self_attention.num_heads,
+                                               stack.position, not stack.causal, dtype)
+        self.stack = stack
+
+    def __call__(self, x: jax.Array, inputs: BlockInputs, key: RowKey | None = None,
+                 cache: dict | None = None) -> tuple[jax.Array, tuple[dict | None, dict]]:
+        """x_BLD -> (x_BLD, (cache, aux)).
+
+        Args:
+            key: this layer's dropout key, None outside training.
+            cache: {"self_attention": …, "cross_attention": …}, see Attention.
+        """
+        keys = dict.fromkeys(("attention", "cross", "mlp", *self.names))
+        if key is not None:
+            keys = {name: key.fold_in(i) for i, name in enumerate(keys)}
+        bias = inputs.bias
+        if self.stack.position.per_layer:
+            bias = self.relative_position()
+
+        def self_attention(h):
+            return self.self_attention(
+                h, None, inputs.masking, bias, key=keys["attention"],
+                cache=None if cache is None else cache["self_attention"])
+
+        def cross_attention(h):
+            kv = (cache["cross_attention"]["key"], cache["cross_attention"]["value"]) \
+                if cache is not None else self.cross_attention.project_kv(inputs.encoded, None)
+            y, _ = self.cross_attention(h, kv, inputs.cross_masking, None, key=keys["cross"])
+            return y, None
+
+        def mlp(h):
+            return self.mlp(h, keys["mlp"], mask=inputs.real, tokens=inputs.tokens,
+                            decoding=cache is not None)
+
+        runs = {"self_attention": self_attention, "cross_attention": cross_attention, "mlp": mlp}
+
+        def with_dropout(name):
+            def run(h):
+                y, out = runs[name](h)
+                y = tag(y, "mlp_output" if name == "mlp" else "attention_output")
+                y = dropout(y, self.stack.dropout_rate, keys[name], *RESIDUAL_AXES,
+                            broadcast_dims=(1,))
+                return (getattr(self, f"{name}_adapter")(y) if self.stack.adapter_dim else y), out
+            return run
+
+        sublayers = [(with_dropout(n), getattr(self, f"pre_{n}_norm", None),
+                      getattr(self, f"post_{n}_norm", None)) for n in self.names]
+        x, outs = RESIDUALS[self.stack.residual].wire(x, sublayers, self.stack.residual_alpha)
+        if cache is not None:
+            cache = {**cache, "self_attention": outs[0]}
+        return x, (cache, outs[-1])
+
+
+class Segment(nnx.Module):
+    """The blocks that one repeat of a segment applies."""
+
+    def __init__(self, key: jax.Array, embed_dim: int, config: SegmentConfig, stack: StackConfig,
+                 init: InitConfig, dtype: jnp.dtype):
+        self.names = tuple(f"block_{i}" for i in range(len(config.blocks)))
+        self.num_layers = stack.num_layers
+        keys = jax.random.split(key, len(config.blocks))
+        for name, block, k in zip(self.names, config.blocks, keys, strict=True):
+            setattr(self, name, Block(k, embed_dim, block, stack, init, dtype))
+
+    def __call__(self, x, inputs, layer, cache):
+        """Applies the blocks; `layer` is the index in the stack of the first one."""
+        caches, total = {}, {}
+        for i, name in enumerate(self.names):
+            layer_key = None if inputs.key is None else inputs.key.fold_in(layer + i)
+            x, (block_cache, aux) = getattr(self, name)(
+                x, inputs, layer_key, None if cache is None else cache[name])
+            caches[name] = block_cache
+            total = add_aux(total, _at_layer(aux, layer + i, self.num_layers))
+        return x, (None if cache is None else caches, total)
+
+
+def add_aux(a: Mapping, b: Mapping) -> dict:
+    """Adds two dicts of (sum, count) by name."""
+    return {name: jax.tree.map(jnp.add, a[name], b[name]) if name in a and name in b
+            else a.get(name, b.get(name)) for name in {**a, **b}}
+
+
+def _at_layer(aux: Mapping, layer: jax.Array, num_layers: int) -> dict:
+    """aux and the load's entropy of this layer, as vectors [num_layers] that are 0 elsewhere:
+    however layers are run (scanned, in a pipeline), their auxiliary values are added."""
+    if LOAD_ENTROPY not in aux:
+        return aux
+    here = jnp.arange(num_layers) == layer
+    return {**aux, _LAYERS: jax.tree.map(lambda a: jnp.where(here, a, 0.0), aux[LOAD_ENTROPY])}
+
+
+def _by_layer(aux: Mapping, config: StackConfig, side: str) -> dict:
+    """aux with those vectors as a metric for each mixture, "moe/load_entropy/encoder_3"."""
+    aux = dict(aux)
+    if _LAYERS in aux:
+        sums, counts = aux.pop(_LAYERS)
+        blocks = [b for s in config.segments for _ in range(s.repeats) for b in s.blocks]
+        aux |= {f"{LOAD_ENTROPY}/{side}_{i}": (sums[i], counts[i])
+                for i, block in enumerate(blocks) if block.moe is not None}
+    return aux
+
+
+class Stack(nnx.Module):
+    """Segments one after another, between the embeddings and the final norm."""
+
+    def __init__(self, key: jax.Array, embed_dim: int, config: StackConfig, init: InitConfig,
+                 dtype: jnp.dtype, side: str):
+        """side: "encoder" or "decoder", for the names of metrics."""
+        keys = jax.random.split(key, len(config.segments) + 4)
+        self.names = tuple(f"segment_{i}" for i in range(len(config.segments)))
+        for name, segment, k in zip(self.names, config.segments, keys[4:], strict=True):
+            setattr(self, name, jax.vmap(
+                lambda k, s=segment: Segment(k, embed_dim, s, config, init, dtype))(
+                    jax.random.split(k, segment.repeats)))
+        first = config.segments[0].blocks[0].self_attention
+        if not config.position.per_layer:
+            self.relative_position = make_bias(keys[0], first.num_heads, config.position,
+                                               not config.causal, dtype)
+        if config.position.kind == "learned":
+            self.learned_positions = LearnedPositions(keys[1], embed_dim, config.position, init)
+        if config.embedding_norm:
+            self.embedding_norm = Norm(keys[2], embed_dim, config.norm, dtype)
+        if config.final_norm:
+            self.final_norm = Norm(keys[3], embed_dim, config.norm, dtype)
+        self.config = config
+        self.dtype = dtype
+        self.side = side
+
+    def __call__(self, x: jax.Array, masking: Masking, positions: jax.Array, *,
+                 encoded: jax.Array | None = None, cross_masking: Masking | None = None,
+                 tokens: jax.Array | None = None, real: jax.Array | None = None,
+                 key: RowKey | None = None, cache: dict | None = None):
+        """x_BLD (embedded tokens) -> (x_BLD, cache, aux).
+
+        Args:
+            positions: int32 [1|B, L], restarted by packing: what absolute positions count.
+            encoded, cross_masking: the encoder's output and who sees it.
+            tokens, real: see BlockInputs.
+            key: dropout keys; layer n uses key.fold_in(n), however the layers are run.
+            cache: {segment: {block: …}} with leaves stacked over repeats.
+        """
+        config = self.config
+        if config.position.kind == "learned":
+            x = x + self.learned_positions(positions).astype(self.dtype)
+        elif config.position.kind == "sinusoidal":
+            x = x + sinusoids(positions + config.position.offset, x.shape[-1]).astype(self.dtype)
+        x = sharding.shard(x, *RESIDUAL_AXES)
+        if config.embedding_norm:
+            x = self.embedding_norm(x)
+        x = self._dropout(x, key, config.num_layers)
+        if not any(b.moe for s in config.segments for b in s.blocks):
+            tokens = real = None
+        inputs = BlockInputs(masking, self._bias(masking), cross_masking, encoded, key, tokens,
+                             real)
+        layer, caches, total = 0, {}, {}
+        for name, segment in zip(self.names, config.segments, strict=True):
+            blocks = len(segment.blocks)
+            indices = layer + blocks * jnp.arange(segment.repeats)
+            x, (caches[name], aux), counts = run_layers(
+                lambda x, module, xs, inputs: module(x, inputs, *xs), getattr(self, name), x,
+                (indices, None if cache is None else cache[name]), inputs,
+                repeats=segment.repeats, scan=config.scan, remat_policy=config.remat,
+                pipeline=config.pipeline if cache is None else None)
+            total = add_aux(total, jax.tree.map(lambda a: jnp.sum(a, axis=0), aux))
+            total = add_aux(total, counts)
+            layer += blocks * segment.repeats
+        if config.final_norm:
+            x = self.final_norm(x)
+        x = self._dropout(x, key, config.num_layers + 1)
+        x = sharding.shard(x, "act_batch", "act_length", "act_embed")
+        return x, None if cache is None else caches, _by_layer(total, config, self.side)
+
+    def _bias(self, masking: Masking) -> PositionBias | jax.Array | None:
+        """The bias that the layers share: made once, or where some layer goes by chunks, a
+        function that each calls."""
+        if getattr(self, "relative_position", None) is None:
+            return None
+        bias = self.relative_position()
+        layers = (b.self_attention for s in self.config.segments for b in s.blocks)
+        if any(attention_implementations.by_chunks(a.implementation, masking) for a in layers):
+            return bias
+        # Kept whole: fused into every layer's softmax it was made anew there, twice.
+        return jax.lax.optimization_barrier(bias(masking.q_positions, masking.k_positions))
+
+    def _dropout(self, x, key, site):
+        key = None if key is None else key.fold_in(site)
+        return dropout(x, self.config.dropout_rate, key, *RESIDUAL_AXES, broadcast_dims=(1,))
+
+    def init_cache(self, batch: int, length: int, encoded: jax.Array | None = None) -> dict:
+        """Empty self-attention caches of `length` slots, and the encoder's keys and values."""
+        caches = {}
+        for name, segment in zip(self.names, self.config.segments, strict=True):
+            caches[name] = {}
+            for i, block in enumerate(segment.blocks):
+                attention = block.self_attention
+                shape = (segment.repeats, batch, attention.kv_heads, length, attention.head_dim)
+                empty = sharding.shard(jnp.zeros(shape, self.dtype), None, "act_batch",
+                                       "act_kv_heads", "act_keys", None)
+                cache = {"self_attention": {"key": empty, "value": empty}}
+                if encoded is not None:
+                    module = getattr(getattr(self, name), f"block_{i}").cross_attention
+                    _, kv, _ = run_layers(
+                        lambda x, module, xs, inputs: (x, module.project_kv(x, None)), module,
+                        encoded, (), (), repeats=segment.repeats, scan=True, remat_policy="none")
+                    cache["cross_attention"] = {"key": kv[0], "value": kv[1]}
+                caches[name][f"block_{i}"] = cache
+        return caches

@@ -1,0 +1,1 @@
+"""Where arrays live and how a step is spread: meshes and rules, pipelines, rematerialisation, offload, processes."""

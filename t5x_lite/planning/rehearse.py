@@ -1,0 +1,359 @@
+"""Machines that are only described, and the compilation of a run's own step for them.
+
+A topology is written NAME:SHAPE: "v5e:2x4" and the other TPUs are compiled for by libtpu on
+any machine, "cpu:8" by this one's own compiler with 8 simulated devices. GPUs ("h100:8") have
+no compiler that works without one: what needs no compiler is all that a plan then says.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import os
+import pathlib
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
+
+from t5x_lite.build import Experiment
+from t5x_lite.cost import hardware, hlo
+from t5x_lite.cost.hardware import Chip
+from t5x_lite.errors import UserError, nearest
+from t5x_lite.layers.linear import RowKey
+from t5x_lite.parallel import sharding
+from t5x_lite.training import objectives, state
+
+# What libtpu reads when it is loaded: no questions to a metadata server, no lock against a
+# second process, no complaints that this machine is not a TPU's host.
+ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+               "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+               "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
+
+_FLAT = ("2x2", "4x4", "4x8", "8x8", "8x16", "16x16")
+_SMALL = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
+
+
+def _cubes(most_chips: int) -> tuple[str, ...]:
+    """Slices of whole 4x4x4 cubes."""
+    sides = range(4, 25, 4)
+    shapes = [(a, b, c) for a in sides for b in sides for c in sides
+              if a <= b <= c and b <= 16 and a * b * c <= most_chips]
+    return tuple("x".join(map(str, s)) for s in sorted(shapes, key=lambda s: (math.prod(s), s)))
+
+
+# The shapes in which slices are offered (docs.cloud.google.com/tpu/docs, one page a version).
+TPU_SHAPES: dict[str, tuple[str, ...]] = {
+    "v2": _FLAT,
+    "v3": (*_FLAT, "16x32", "32x32"),
+    "v4": (*_SMALL, *_cubes(4096)),
+    "v5e": ("1x1", "2x2", "2x4", *_FLAT[1:]),
+    "v5p": (*_SMALL, *_cubes(6144)),
+    "v6e": ("1x1", "2x2", "2x4", *_FLAT[1:]),
+    "tpu7x": (*_SMALL, *_cubes(9216)),
+}
+_CHIP_NAMES = {"tpu7x": "v7x"}   # where cost.hardware has another name
+GPUS = tuple(chip.name for chip in hardware.CHIPS.values()
+             if chip.interconnect is not None and chip.interconnect.kind == "nvlink")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Elsewhere:
+    """What JAX asks of a described device's client: whether this process has the device."""
+
+    def process_index(self) -> int:
+        return -1
+
+
+@dataclasses.dataclass(frozen=True)
+class DescribedDevice:
+    """What a mesh asks of a device that nobody here has."""
+
+    id: int
+    device_kind: str
+    process_index: int
+    platform: str = "gpu"
+    client: _Elsewhere = _Elsewhere()   # asked for memories other than the default, too
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices to compile for."""
+
+    name: str
+    chip: Chip
+    devices: tuple
+    num_slices: int
+    compiler: str             # "libtpu", "cpu", or "" where there is none
+
+    @property
+    def num_chips(self) -> int:
+        """Chips of all slices."""
+        return hardware.count_chips(self.devices)
+
+    @property
+    def hbm_bytes(self) -> int | None:
+        """What a program may use of one device's memory; a CPU's share of this machine's."""
+        if self.chip.name == "cpu":
+            ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            return ram // len(self.devices)
+        per_chip = len(self.devices) // self.num_chips
+        return self.chip.usable_hbm_bytes.get(per_chip, self.chip.hbm_bytes)
+
+
+def known_shapes(kind: str) -> str:
+    """The shapes of a TPU, in a line."""
+    shapes = TPU_SHAPES[kind]
+    shown = [s for s in shapes if s in _SMALL + _FLAT or s.count("x") == 1]
+    cubes = [s for s in shapes if s not in shown]
+    rest = f", and AxBxC of multiples of 4 from {cubes[0]} to {cubes[-1]}" if cubes else ""
+    return f"  {kind}: {' '.join(shown)}{rest}"
+
+
+def known_topologies() -> str:
+    """Every name, in a few lines."""
+    return "\n".join([*map(known_shapes, TPU_SHAPES),
+                      f"  {' '.join(GPUS)}: any number of GPUs, such as h100:8",
+                      "  cpu: any number of simulated devices, such as cpu:8"])
+
+
+def topology(name: str, num_slices: int = 1) -> Topology:
+    """The machine of this name, in capitals or not.
+
+    Raises:
+        UserError: no such name, or libtpu is not installed.
+    """
+    name = name.strip().lower()
+    kind, _, shape = name.partition(":")
+    kind = {"v7x": "tpu7x"}.get(kind, kind)
+    if kind not in (*TPU_SHAPES, *GPUS, "cpu"):
+        hint = nearest(kind, (*TPU_SHAPES, *GPUS, "cpu"))
+        raise UserError(f"--topology={name}: no such topology.{hint} Known:\n{known_topologies()}")
+    if num_slices < 1 or (num_slices > 1 and kind not in TPU_SHAPES):
+        raise UserError(f"--num_slices={num_slices} with --topology={name}: at least 1, and more "
+                        f"than 1 for TPUs only.")
+    if kind in TPU_SHAPES:
+        return _tpu(kind, shape, num_slices)
+    if not shape.isdecimal() or int(shape) < 1:
+        raise UserError(f"--topology={name}: write {kind}:N with the number of devices, such as "
+                        f"{kind}:8.")
+    if kind == "cpu":
+        return Topology(name, hardware.lookup("cpu"), _cpu_devices(int(shape)), 1, "cpu")
+    chip = hardware.lookup(kind)
+    devices = tuple(DescribedDevice(i, chip.device_kinds[0], i // chip.chips_per_host)
+                    for i in range(int(shape)))
+    return Topology(name, chip, devices, 1, "")
+
+
+def _tpu(kind: str, shape: str, num_slices: int) -> Topology:
+    shapes = TPU_SHAPES[kind]
+    if not shape:
+        raise UserError(f"--topology={kind}: the shape of the slice is missing, such as "
+                        f"{kind}:{shapes[2]}. Known:\n{known_shapes(kind)}")
+    if shape not in shapes:
+        raise UserError(f"--topology={kind}:{shape}: {kind} has no slice of that shape."
+                        f"{nearest(shape, shapes)} Known:\n{known_shapes(kind)}")
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError('TPU topologies need libtpu, which runs on any Linux machine: '
+                        'pip install -c constraints.txt ".[cpu,plan]". --topology=cpu:8 works '
+                        'without it.')
+    os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})
+    options: dict = {"num_slices": num_slices} if num_slices > 1 else {}
+    if kind == "v4":     # the two cores of a chip as one device, as JAX has it on TPU VMs
+        options |= {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
+    elif shape == "1x1":
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    described = topologies.get_topology_desc(
+        platform="tpu", topology_name=f"{kind}:{shape}", **options)
+    return Topology(f"{kind}:{shape}", hardware.lookup(_CHIP_NAMES.get(kind, kind)),
+                    tuple(described.devices), num_slices, "libtpu")
+
+
+def _cpu_devices(number: int) -> tuple:
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):   # JAX is in use: its devices are what they are
+            jax.config.update("jax_num_cpu_devices", number)
+    devices = jax.devices("cpu")
+    if len(devices) < number:
+        raise UserError(f"--topology=cpu:{number}: JAX already runs here with {len(devices)} CPU "
+                        f"devices; start a process of its own for more.")
+    return tuple(devices[:number])
+
+
+# --- The step on it ---------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of a step. Bytes are one device's; None where it does not say."""
+
+    seconds: float                        # to lower and compile
+    fits: bool                            # False: the compiler ran out of device memory
+    temp_bytes: int | None                # at the peak, beside arguments and results
+    argument_bytes: int | None = None
+    output_bytes: int | None = None
+    peak_bytes: int | None = None
+    collectives: tuple[hlo.Collective, ...] | None = None
+    host_argument_bytes: int | None = None   # in the host's memory: offloaded optimizer state
+    host_temp_bytes: int | None = None       # ... and activations
+    temp_size_bytes: int | None = None       # memory_analysis().temp_size_in_bytes
+    note: str = ""                        # why something is None
+
+
+def compile_step(experiment: Experiment) -> Compiled:
+    """Compiles the step that train runs, for the devices of the experiment's mesh."""
+    began, platform = time.perf_counter(), experiment.mesh.devices.flat[0].platform
+    with experiment.activate():
+        lowered = experiment.jit_train_step().lower(
+            experiment.abstract_state, experiment.abstract_batch())
+        try:
+            compiled, peak, temp = compile_lowered(lowered, platform)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            message = str(error).partition("\n")[0]
+            return Compiled(time.perf_counter() - began, False, needed_bytes(message),
+                            note=f"the compiler: {message}")
+    seconds = time.perf_counter() - began
+    memory = compiled.memory_analysis()
+    collectives, note = _collectives(compiled, experiment)
+    # A CPU has one memory, and its compiler counts what is offloaded with the rest.
+    offloaded = host_bytes(experiment) if platform == "cpu" else 0
+    return Compiled(seconds, True, temp, memory.argument_size_in_bytes - offloaded,
+                    memory.output_size_in_bytes - offloaded, peak - offloaded, collectives,
+                    memory.host_argument_size_in_bytes + offloaded,
+                    memory.host_temp_size_in_bytes, memory.temp_size_in_bytes, note)
+
+
+def compile_lowered(lowered: jax.stages.Lowered, platform: str
+                    ) -> tuple[jax.stages.Compiled, int, int]:
+    """The program, the bytes of device memory that it is given, and those of its temporaries:
+    beside arguments and results.
+
+    libtpu's report of memory usage says what it is given. Its temp_size_in_bytes is no measure:
+    of a program with donated arguments it may count more than is allocated (896 MiB in a scan
+    that has 640) or less. Where there is no report (the CPU backend) it adds up.
+    """
+    with tempfile.TemporaryDirectory() as folder, _no_cache():
+        options = ({"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if platform == "tpu"
+                   else None)
+        compiled = lowered.compile(compiler_options=options)
+        memory = compiled.memory_analysis()
+        # Donated arguments are written over, so that results in their place need no room.
+        lasting = (memory.argument_size_in_bytes + memory.output_size_in_bytes
+                   - memory.alias_size_in_bytes)
+        for path in pathlib.Path(folder).glob("*memory-usage-report.txt"):
+            found = re.search(r"Memory Space: default.*\nTotal bytes: (\d+)", path.read_text())
+            if found:
+                return compiled, int(found.group(1)), int(found.group(1)) - lasting
+    return compiled, lasting + memory.temp_size_in_bytes, memory.temp_size_in_bytes
+
+
+@contextlib.contextmanager
+def _no_cache() -> Iterator[None]:
+    """JAX's compile cache cannot give back programs for devices that are not there, and would
+    hide how long compiling takes."""
+    before = jax.config.jax_enable_compilation_cache
+    compilation_cache.reset_cache()   # it asks whether it is enabled only once
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
+def needed_bytes(message: str) -> int | None:
+    """The bytes that libtpu says a program would have needed, None where it does not say."""
+    match = re.search(r"(?:temporaries \(|Used )([\d.]+)([KMGT]?)", message)
+    return match and round(float(match.group(1)) * 2**(10 * " KMGT".index(match.group(2) or " ")))
+
+
+def _collectives(compiled, experiment: Experiment
+                 ) -> tuple[tuple[hlo.Collective, ...] | None, str]:
+    mesh = experiment.mesh
+    layout = hlo.MeshLayout(mesh.devices.shape, mesh.axis_names, tuple(
+        getattr(device, "slice_index", None) or 0 for device in mesh.devices.flat))
+    try:
+        return tuple(hlo.find_collectives(compiled.as_text(), layout)), ""
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        # libtpu compiles some programs for v5p that it cannot print.
+        reason = str(error).partition("\n")[0][:200]
+        return None, f"compiled, but its text could not be read, so communication is unknown: " \
+                     f"{reason}"
+
+
+def bytes_per_device(x) -> int:
+    """Bytes that one device holds of an abstract array, or of a tracer on an Explicit mesh."""
+    spec, mesh = x.sharding.spec, x.sharding.mesh
+    ways = [math.prod(mesh.shape[a] for a in _names(dim)) for dim in spec]
+    ways += [1] * (x.ndim - len(ways))
+    return x.dtype.itemsize * math.prod(-(-n // w) for n, w in zip(x.shape, ways, strict=True))
+
+
+def _names(dim) -> Sequence[str]:
+    return () if dim is None else (dim,) if isinstance(dim, str) else dim
+
+
+def argument_bytes(experiment: Experiment) -> dict[str, int]:
+    """One device's bytes of params, opt_state and batch, before the compiler's padding, without
+    what is offloaded."""
+    abstract = experiment.abstract_state
+    params = [abstract["params"], abstract.get("frozen", {})]
+    return {"params": state.num_bytes_per_device(params),
+            "opt_state": state.num_bytes_per_device(
+                state.kept(abstract["opt_state"], on_host=False)),
+            "batch": state.num_bytes_per_device(experiment.abstract_batch())}
+
+
+def frozen_bytes(experiment: Experiment) -> int:
+    """One device's bytes of parameters that do not train (config.peft), counted in "params"."""
+    return state.num_bytes_per_device(experiment.abstract_state.get("frozen", {}))
+
+
+def host_bytes(experiment: Experiment) -> int:
+    """Bytes of optimizer state that the host keeps for one device."""
+    abstract = experiment.abstract_state["opt_state"]
+    return state.num_bytes_per_device(state.kept(abstract, on_host=True))
+
+
+def activation_bytes(experiment: Experiment) -> int:
+    """One device's bytes of what the forward pass of a micro-batch keeps for the backward pass.
+
+    Counted from the traced step, before the compiler drops or recomputes some of it: what
+    rematerialisation acts on. Of a pipeline, all micro-batches of the schedule.
+    """
+    config, found = experiment.config, []
+
+    def forward(params, batch):
+        rows = sharding.shard(jnp.arange(batch["decoder_loss_weights"].shape[0]), "act_batch")
+        key = RowKey(jax.random.key(0), rows)
+
+        def loss(params):
+            return objectives.loss(experiment.model.bind(params), batch, key, config.objective,
+                                   objectives.totals(batch))[0]
+        _, pull_back = jax.vjp(loss, params)
+        held = {id(x) for x in jax.tree.leaves((params, batch))}
+        found.extend(bytes_per_device(jax.typeof(x)) for x in _arrays(pull_back)
+                     if id(x) not in held)
+        return 0.0
+
+    def micro(x):
+        rows = x.shape[0] // config.train.accumulation
+        return jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=x.sharding)
+
+    with experiment.activate():
+        jax.eval_shape(forward, experiment.abstract_params,
+                       jax.tree.map(micro, experiment.abstract_batch()))
+    return sum(found)
+
+
+def _arrays(tree) -> Iterator[jax.Array]:
+    """Each array of a tree once; keys, which are a few bytes, left out."""
+    unique = {id(x): x for x in jax.tree.leaves(tree)
+              if isinstance(x, jax.Array) and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)}
+    yield from unique.values()

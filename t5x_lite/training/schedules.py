@@ -1,0 +1,112 @@
+"""Learning-rate schedules and batch ramps: what changes with the step, as pure functions of it.
+
+A schedule is a product of named factors, as in T5X: "constant * linear_warmup * rsqrt_decay".
+The factors of T5X are kept to the digit (tests hold them against its output), its
+"linear_decay" included, which is really a trapezoid and counts the base rate twice. Warm-up
+and cosine to a floor (GPT-3, Gopher, Chinchilla, LLaMA), a linear decay to a floor and
+warmup-stable-decay are further factors: cosine_to_floor, linear_to_floor, stable_then_decay.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from t5x_lite.errors import UserError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """A product of factors; each reads the fields that its line below names."""
+
+    factors: str = "constant * linear_warmup * rsqrt_decay"
+    base_learning_rate: float = 0.5   # constant, linear_decay
+    warmup_steps: int = 1000          # all but constant and decay_every
+    warmup_init_fraction: float = 0.0  # linear_warmup: share of the base rate at step 0
+    decay_factor: float = 0.5         # decay_every: multiplier; linear_decay: slope a step
+    steps_per_decay: int = 20_000     # decay_every
+    steps_per_cycle: int = 100_000    # cosine_decay: starts again after each cycle
+    total_steps: int = 0              # *_to_floor, stable_then_decay: where the floor is reached
+    decay_steps: int = 0              # stable_then_decay: length of the final linear decay
+    floor_fraction: float = 0.1       # *_to_floor, stable_then_decay: share of the base rate kept
+    step_offset: int = 0              # steps before the schedule starts (fine-tuning)
+    min_learning_rate: float = 1e-8   # of the whole product
+
+
+def _progress(c: ScheduleConfig, step, start: int) -> jax.Array:
+    """0 until `start`, rising to 1 at total_steps and staying there."""
+    return jnp.clip((step - start) / (c.total_steps - start), 0.0, 1.0)
+
+
+def _to_floor(c: ScheduleConfig, share) -> jax.Array:
+    return c.floor_fraction + (1.0 - c.floor_fraction) * share
+
+
+# name -> fn(config, float32 step) -> multiplier. The first seven are T5X's.
+FACTORS: dict[str, Callable[[ScheduleConfig, jax.Array], jax.Array]] = {
+    "constant": lambda c, step: c.base_learning_rate,
+    "linear_warmup": lambda c, step: c.warmup_init_fraction + (
+        1.0 - c.warmup_init_fraction) * jnp.minimum(1.0, step / c.warmup_steps),
+    "linear_decay": lambda c, step: c.base_learning_rate * jnp.minimum(
+        step / c.warmup_steps, 1.0 + c.decay_factor * (c.warmup_steps - step)),
+    "rsqrt_decay": lambda c, step: 1.0 / jnp.sqrt(jnp.maximum(step, c.warmup_steps)),
+    "rsqrt_normalized_decay": lambda c, step: math.sqrt(c.warmup_steps) / jnp.sqrt(
+        jnp.maximum(step, c.warmup_steps)),
+    "decay_every": lambda c, step: c.decay_factor ** jnp.floor(step / c.steps_per_decay),
+    "cosine_decay": lambda c, step: jnp.maximum(0.0, 0.5 * (1.0 + jnp.cos(jnp.pi * (
+        jnp.maximum(0.0, (step - c.warmup_steps) / c.steps_per_cycle) % 1.0)))),
+    "cosine_to_floor": lambda c, step: _to_floor(
+        c, 0.5 * (1.0 + jnp.cos(jnp.pi * _progress(c, step, c.warmup_steps)))),
+    "linear_to_floor": lambda c, step: _to_floor(c, 1.0 - _progress(c, step, c.warmup_steps)),
+    "stable_then_decay": lambda c, step: _to_floor(
+        c, 1.0 - _progress(c, step, c.total_steps - c.decay_steps)),
+}
+_NEED_WARMUP = ("linear_warmup", "linear_decay", "rsqrt_decay", "rsqrt_normalized_decay")
+_NEED_TOTAL = ("cosine_to_floor", "linear_to_floor", "stable_then_decay")
+
+
+def schedule(config: ScheduleConfig) -> Callable[[jax.Array], jax.Array]:
+    """step (int, before the update) -> learning rate, float32 scalar.
+
+    Raises:
+        UserError: an unknown factor, or a field that a factor cannot work with.
+    """
+    names = [name.strip() for name in config.factors.split("*")]
+    for name in names:
+        _check_factor(config, name)
+
+    def learning_rate(step):
+        step = jnp.maximum(0, step - config.step_offset).astype(jnp.float32)
+        rate = math.prod((FACTORS[name](config, step) for name in names), start=1.0)
+        return jnp.asarray(jnp.maximum(rate, config.min_learning_rate), jnp.float32)
+
+    return learning_rate
+
+
+def _check_factor(config: ScheduleConfig, name: str) -> None:
+    where = f"optimizer.schedule.factors={config.factors!r}"
+    if name not in FACTORS:
+        raise UserError(f"{where}: unknown factor {name!r}.{nearest(name, FACTORS)} "
+                        f"Known: {', '.join(FACTORS)}.")
+    if name in _NEED_WARMUP and config.warmup_steps < 1:
+        raise UserError(f"{where}: {name} needs warmup_steps >= 1, not {config.warmup_steps}; "
+                        f"leave the factor out for a schedule without it.")
+    start = config.warmup_steps
+    if name == "stable_then_decay":
+        if not 0 < config.decay_steps <= config.total_steps - config.warmup_steps:
+            raise UserError(
+                f"{where}: decay_steps={config.decay_steps} must be at least 1 and fit between "
+                f"warmup_steps={config.warmup_steps} and total_steps={config.total_steps}.")
+    elif name in _NEED_TOTAL and config.total_steps <= start:
+        raise UserError(f"{where}: {name} needs total_steps (now {config.total_steps}) above "
+                        f"warmup_steps={start}.")
+    if name == "decay_every" and config.steps_per_decay < 1:
+        raise UserError(f"{where}: decay_every needs steps_per_decay >= 1, "
+                        f"not {config.steps_per_decay}.")
+    if name == "cosine_decay" and config.steps_per_cycle < 1:
+        raise UserError(f"{where}: cosine_decay needs steps_per_cycle >= 1, "
+                        f"not {config.steps_per_cycle}.")
+
+

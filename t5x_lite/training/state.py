@@ -1,0 +1,117 @@
+"""The training state: {"step", "params", "opt_state"}, nested dicts of arrays; where a part of
+the model is frozen by models/peft.py, "params" is what trains and "frozen" the rest.
+
+Shardings come from the parameter table's logical axes and the rules, never from names or
+ranks of arrays.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from t5x_lite import tree
+from t5x_lite.models import peft
+from t5x_lite.models.language_model import Model
+from t5x_lite.models.params import ParamInfo
+from t5x_lite.models.peft import PeftConfig
+from t5x_lite.parallel import sharding
+from t5x_lite.parallel.sharding import Rules
+from t5x_lite.training.optimizers import Optimizer
+
+State = dict[str, Any]
+HOST = "pinned_host"   # JAX's name for the host's memory that a device reads by itself
+
+
+def check_divisible(table: Mapping[str, ParamInfo], mesh: Mesh, rules: Rules) -> None:
+    """Raises UserError naming the first parameter that the mesh cannot split, in its units."""
+    for info in table.values():
+        rules.check(info.path, info.logical_axes, info.units, dict(mesh.shape))
+
+
+def start(params: Mapping, model: Model, optimizer: Optimizer, tuning: PeftConfig,
+          key: jax.Array, trained: Mapping | None = None) -> State:
+    """The state of step 0 with these parameters of the whole model.
+
+    Call it under jit with out_shardings and, where it draws, outside the mesh context: there
+    the compiler shards the random draws too instead of making whole parameters first.
+
+    Args:
+        key: draws what models/peft.py adds.
+        trained: the trainable part, where it is not to be fresh.
+    """
+    trainable, frozen = peft.split(tree.flatten(params), model.table, tuning, key)
+    trainable = tree.unflatten(trainable) if trained is None else trained
+    state = {"step": jnp.zeros((), jnp.int32), "params": trainable,
+             "opt_state": optimizer.init(trainable)}
+    return {**state, "frozen": tree.unflatten(frozen)} if frozen else state
+
+
+def init(model: Model, optimizer: Optimizer, tuning: PeftConfig, key: jax.Array) -> State:
+    """A fresh state, drawn from the key; see `start`."""
+    return start(model.init(key), model, optimizer, tuning, jax.random.fold_in(key, 1))
+
+
+def logical_axes(model: Model, optimizer: Optimizer) -> State:
+    """The logical axes of every leaf of the state."""
+    axes = lambda infos: tree.unflatten({p: i.logical_axes for p, i in infos.items()})
+    return {"step": (), "params": axes(optimizer.table),
+            "frozen": axes({p: i for p, i in model.table.items() if p not in optimizer.table}),
+            "opt_state": optimizer.state_logical_axes()}
+
+
+def abstract(model: Model, optimizer: Optimizer, mesh: Mesh, rules: Rules,
+             tuning: PeftConfig = PeftConfig(), zero: int = 3, offload: bool = False) -> State:
+    """The state as ShapeDtypeStructs with their shardings.
+
+    Args:
+        zero: ZeRO's stage (config.ShardingConfig); below 3 the fsdp axis splits the optimizer
+            state and not the parameters.
+        offload: keep the optimizer's moments and master copies in the host's memory.
+    """
+    shapes = jax.eval_shape(lambda: init(model, optimizer, tuning, jax.random.key(0)))
+    axes = tree.flatten(logical_axes(model, optimizer))
+
+    def place(path, x):
+        to_host = offload and path.startswith("opt_state/") and x.ndim
+        whole = zero < 3 and not path.startswith("opt_state/")
+        return _placed(x, axes[path], mesh, rules, whole, HOST if to_host else None)
+    return tree.map_with_path(place, shapes)
+
+
+def abstract_params(model: Model, mesh: Mesh, rules: Rules, zero: int = 3) -> dict:
+    """The whole model's parameters as ShapeDtypeStructs with their shardings, nested."""
+    return tree.unflatten({p: _placed(i, i.logical_axes, mesh, rules, zero < 3)
+                           for p, i in model.table.items()})
+
+
+def _placed(x, axes, mesh: Mesh, rules: Rules, whole: bool, memory: str | None = None
+            ) -> jax.ShapeDtypeStruct:
+    spec = rules.spec(axes, dict(mesh.shape), drop=sharding.GATHERED_AXES if whole else ())
+    return jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=NamedSharding(mesh, spec, memory_kind=memory))
+
+
+def shardings(abstract_tree: Mapping) -> Any:
+    """The shardings of a tree of arrays or ShapeDtypeStructs."""
+    return jax.tree.map(lambda x: x.sharding, abstract_tree)
+
+
+def kept(abstract_tree: Mapping, *, on_host: bool) -> list:
+    """The leaves that the host's memory keeps, or those that the device's does."""
+    return [x for x in jax.tree.leaves(abstract_tree)
+            if (x.sharding.memory_kind == HOST) == on_host]
+
+
+def num_bytes_per_device(abstract_tree: Mapping) -> int:
+    """Bytes that one device holds of a sharded tree."""
+    total = 0
+    for x in jax.tree.leaves(abstract_tree):
+        local = x.sharding.shard_shape(x.shape)
+        size = x.dtype.itemsize
+        for n in local:
+            size *= n
+        total += size
+    return total

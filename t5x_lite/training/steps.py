@@ -1,0 +1,222 @@
+"""The compiled functions of a run: train, evaluate, decode; pure in (state, batch).
+
+Dropout keys are folded from the seed, the step and the row of the global batch here, and from
+the stack and the layer in models/language_model.py, so that a resumed run draws what the uninterrupted one
+drew, and an accumulated or pipelined step what the whole batch would.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from t5x_lite import tree
+from t5x_lite.decoding import decode as decoding
+from t5x_lite.decoding.decode import DecodeConfig, Decoded
+from t5x_lite.layers.linear import RowKey
+from t5x_lite.models import peft
+from t5x_lite.models.language_model import Model, take_rows
+from t5x_lite.models.peft import PeftConfig
+from t5x_lite.parallel import sharding
+from t5x_lite.training import objectives
+from t5x_lite.training.objectives import ObjectiveConfig, Sums
+from t5x_lite.training.optimizers import Optimizer
+from t5x_lite.training.state import State
+
+Batch = Mapping[str, jax.Array]
+_ROWS = "rows"   # beside a batch's features: where each row stands in the global batch
+_FEATURE_AXES = ("act_batch", "act_length")   # of every feature; of _ROWS the first
+
+
+def split_batch(batch: Batch, parts: int) -> Batch:
+    """[B, …] -> [parts, B / parts, …]; micro-batch m holds rows m, m + parts, …
+
+    Strided rows, not blocks: every device keeps the rows it has.
+    """
+    def split(x):
+        x = sharding.reshape(x, (x.shape[0] // parts, parts, *x.shape[1:]),
+                             "act_batch", None, *_FEATURE_AXES[1:x.ndim])
+        return jnp.swapaxes(x, 0, 1)
+    return jax.tree.map(split, dict(batch))
+
+
+def _by_slice(batch: Batch, slices: int) -> Batch:
+    """[B, …] -> [slices, B / slices, …], the rows of each slice, which are a block of B."""
+    def split(x):
+        with sharding.inside("slice"):
+            inner = sharding.spec(*_FEATURE_AXES[:x.ndim])
+        return jax.lax.reshape(x, (slices, x.shape[0] // slices, *x.shape[1:]),
+                               out_sharding=PartitionSpec("slice", *inner))
+    return jax.tree.map(split, dict(batch))
+
+
+def gradients(model: Model, objective: ObjectiveConfig, params: Mapping, batch: Batch,
+              key: jax.Array | None, *, parts: int = 1, frozen: frozenset[str] = frozenset(),
+              scale: jax.Array | float = 1.0, zero: int = 3, base: Mapping | None = None,
+              tuning: PeftConfig = PeftConfig()) -> tuple[dict, Sums]:
+    """The gradient of `scale` times the loss of a global batch, and its metrics.
+
+    With micro-batches, accumulated or pipelined, each slice (mesh.slice > 1) adds up gradients
+    of its own; only their sums cross the data-centre network, once a step, each device's part
+    of them. (The map over slices costs something: XLA then sums over fsdp by all-reduces where
+    it would use reduce-scatters. A step of one micro-batch crosses once anyway and goes
+    without.)
+
+    Args:
+        key: the step's dropout key, None for no dropout.
+        parts: micro-batches; their float32 gradients add up to those of the whole batch.
+        frozen: paths of parameters that need no gradient.
+        zero: ZeRO's stage. 1: gradients stay whole on every device of the fsdp axis; 2 and 3:
+            each micro-batch's are reduced onto the devices that hold their optimizer state.
+        base, tuning: what models/peft.py combines `params` with, and how; never differentiated.
+    Returns:
+        Nested gradients of the other parameters, and {metric: (sum, count)}.
+    """
+    sizes = sharding.mesh_sizes()
+    slices = sizes.get("slice", 1) if parts > 1 or sizes.get("stage", 1) > 1 else 1
+    trained = {p: x for p, x in tree.flatten(params).items() if p not in frozen}
+    flat = tree.flatten(params) | tree.flatten(base or {})
+    born_split = zero == 2 and bool(sharding.mesh_sizes())
+    if born_split:
+        infos = peft.trainable_table(model.table, tuning)
+        trained = {p: jnp.zeros(x.shape, x.dtype, out_sharding=sharding.spec(
+            *infos[p].logical_axes)) for p, x in trained.items()}
+    divisors = objectives.totals(batch)
+
+    def copy(x):
+        return jax.lax.broadcast(x, (slices,), out_sharding=PartitionSpec(
+            "slice", *jax.typeof(x).sharding.spec))
+
+    if slices > 1:   # each slice's own: what is shared would have its gradients summed at once
+        flat, trained = jax.tree.map(copy, (flat, trained))
+
+    def part_loss(trained, flat, part):
+        if born_split:
+            trained = {p: sharding.WholeWeight(flat[p], x) for p, x in trained.items()}
+        module = model.bind(tree.unflatten(
+            peft.combine({**flat, **trained}, {}, model.table, tuning)))
+        part_key = None if key is None else RowKey(key, part[_ROWS])
+        value, sums = objectives.loss(module, part, part_key, objective, divisors,
+                                      parts * slices)
+        return value * scale, sums
+
+    def slices_loss(trained, flat, part):
+        with sharding.inside("slice"):
+            values, sums = jax.vmap(part_loss)(trained, flat, _by_slice(part, slices))
+        return jnp.sum(values), sums
+
+    def part_gradients(part):
+        loss = part_loss if slices == 1 else slices_loss
+        return jax.grad(loss, has_aux=True)(trained, flat, part)
+
+    def over_slices(totals):
+        return totals if slices == 1 else jax.tree.map(sharding.sum_of_copies, totals)
+
+    rows = sharding.shard(jnp.arange(next(iter(batch.values())).shape[0]), "act_batch")
+    batch = {**batch, _ROWS: rows}
+    if parts == 1:
+        grads, sums = over_slices(part_gradients(batch))
+        return tree.unflatten(grads), sums
+
+    def accumulate(total, part):
+        grads, sums = part_gradients(part)
+        return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, (grads, sums)), None
+
+    split = split_batch(batch, parts)
+    first = jax.eval_shape(part_gradients, jax.tree.map(lambda x: x[0], split))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32,
+                                             out_sharding=_spec(x)), first)
+    totals, _ = jax.lax.scan(accumulate, zeros, split)
+    grads, sums = over_slices(totals)
+    return tree.unflatten(grads), sums
+
+
+def _spec(x: jax.ShapeDtypeStruct):
+    return None if x.sharding is None or not sharding.mesh_sizes() else x.sharding.spec
+
+
+def make_train_step(model: Model, objective: ObjectiveConfig, optimizer: Optimizer, *,
+                    accumulation: int, seed: int, zero: int = 3,
+                    tuning: PeftConfig = PeftConfig()
+                    ) -> Callable[[State, Batch], tuple[State, Sums]]:
+    """(state, batch) -> (state after one update, {metric: (sum, count)})."""
+    def train_step(state, batch):
+        key = jax.random.fold_in(jax.random.key(seed), state["step"])
+        grads, sums = gradients(
+            model, objective, state["params"], batch, key, parts=accumulation,
+            frozen=optimizer.frozen, scale=optimizer.loss_scale(state["opt_state"]), zero=zero,
+            base=state.get("frozen"), tuning=tuning)
+        params, opt_state, info = optimizer.update(
+            grads, state["opt_state"], state["params"], state["step"])
+        one = jnp.float32(1.0)
+        sums = {**sums, **{name: (jnp.float32(x), one) for name, x in info.items()}}
+        return {**state, "step": state["step"] + 1, "params": params,
+                "opt_state": opt_state}, sums
+    return train_step
+
+
+def make_eval_step(model: Model, objective: ObjectiveConfig
+                   ) -> Callable[[Mapping, Batch, jax.Array], Sums]:
+    """(params, batch, bytes of each token) -> {metric: (sum, count)}, no dropout.
+
+    `bytes` is the pair (bytes of the targets' text, 1 a target): what bits per byte divides by.
+    """
+    def eval_step(params, batch, token_bytes):
+        _, sums = objectives.loss(model.bind(params), batch, None, objective,
+                                  objectives.totals(batch))
+        weights = batch["decoder_loss_weights"]
+        lengths = sharding.lookup(token_bytes, batch["decoder_target_tokens"],
+                                  ("act_batch", "act_length"))
+        return {**sums, "bytes": (jnp.sum(lengths * weights), jnp.sum(weights))}
+    return eval_step
+
+
+def make_decode_step(model: Model, config: DecodeConfig
+                     ) -> Callable[[Mapping, Batch], Decoded]:
+    """(params, batch) -> Decoded; an encoder-decoder reads encoder_input_tokens.
+
+    Optional in the batch: decoder_prompt_tokens int32 [B, P], left-aligned, and
+    decoder_prompt_lengths int32 [B], which the output continues. A decoder-only model needs
+    them; an encoder-decoder's default is the start token, the padding id. decoder_prefix
+    [B, P] marks a prefix LM's prompt, row_ids int32 [B] names the rows for sampling.
+
+    A decoder with scan=False is unrolled here as well: see Model.with_layers_apart.
+    """
+    def decode_step(params, batch):
+        # A token at a time has no length to split.
+        rules = sharding.active_rules().replace(act_length=(), act_norm_length=())
+        with sharding.using(rules):
+            return decode(params, {name: sharding.shard(x, *_FEATURE_AXES[:x.ndim])
+                                   for name, x in batch.items()})
+
+    def decode(params, batch):
+        staged = any(sharding.mesh_sizes().get(axis, 1) > 1
+                     for axis in sharding.active_rules().mesh_axes("layers"))
+        if model.config.decoder.scan or staged:
+            module = model.bind(params)
+        else:
+            apart, cut = model.with_layers_apart(params)
+            module = apart.bind(cut)
+        inputs = batch.get("encoder_input_tokens")
+        if "decoder_prompt_tokens" in batch:
+            prompt, lengths = batch["decoder_prompt_tokens"], batch["decoder_prompt_lengths"]
+        else:
+            prompt = jnp.full_like(inputs[:, :1], config.pad_id)
+            lengths = jnp.ones_like(inputs[:, 0])
+        slots = prompt.shape[1] + config.max_length
+        read = {"encoder_input_tokens": inputs, "decoder_input_tokens": prompt}
+        for name in ("decoder_prefix", "encoder_segment_ids"):
+            if name in batch:
+                read[name] = batch[name]
+        cache = module.init_cache(read, slots)
+        # Made once, and kept with each token's weights in a row: so few rows of x multiply them
+        # a third faster on CPU than across the rows of the kernel.
+        head = module.head_params()
+        turned = jax.lax.optimization_barrier(head["kernel"].T)
+
+        def decode_fn(tokens, cache):
+            return module.decode(tokens, cache, {**head, "kernel": turned.T})
+        return decoding.decode(decode_fn, take_rows, cache, prompt, lengths, config,
+                               batch.get("row_ids"))
+    return decode_step
