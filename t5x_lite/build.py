@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from t5x_lite import tree
 from t5x_lite.config import RunConfig
 from t5x_lite.cost import flops, hardware
+from t5x_lite.data import rows as data_rows
 from t5x_lite.errors import UserError
 from t5x_lite.layers import fp8, moe
 from t5x_lite.models import language_model, peft
@@ -163,22 +164,11 @@ class Experiment:
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The batch of one step as ShapeDtypeStructs with shardings."""
-        inputs, targets = self.lengths
         rows = self.config.train.global_batch_size
-        sides = {"encoder": inputs, "decoder": targets}
-        fields = {}
-        for side, length in sides.items():
-            if length:
-                fields[f"{side}_input_tokens"] = (length, jnp.int32)
-                if self.config.data.packing or (
-                        side == "decoder" and self.config.objective.name == "choices"):
-                    fields[f"{side}_segment_ids"] = (length, jnp.int32)
-                    fields[f"{side}_positions"] = (length, jnp.int32)
-        length = targets or inputs
-        fields["decoder_target_tokens"] = (length, jnp.int32)
-        fields["decoder_loss_weights"] = (length, jnp.float32)
-        return {name: jax.ShapeDtypeStruct((rows, n), dtype, sharding=self.batch_sharding)
-                for name, (n, dtype) in fields.items()}
+        arrays = data_rows.of(self.config.objective.rows).arrays(self.config.data)
+        return {name: jax.ShapeDtypeStruct((rows, length), jnp.dtype(dtype),
+                                           sharding=self.batch_sharding)
+                for name, (length, dtype) in arrays.items()}
 
 
 def build(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Experiment:
@@ -242,10 +232,8 @@ def _check_fp8(policy: precision.Policy, mesh: Mesh) -> None:
 
 
 def _lengths(config: RunConfig) -> tuple[int, int]:
-    data = config.data
-    return {"encoder_decoder": (data.inputs_length, data.targets_length),
-            "decoder_only": (0, data.targets_length),
-            "encoder_only": (data.inputs_length, 0)}[config.model.architecture]
+    lengths = data_rows.of(config.objective.rows).lengths(config.data)
+    return lengths.get("encoder", 0), lengths.get("decoder", 0)
 
 
 def _check_train(config: RunConfig, mesh: Mesh, rules: Rules) -> None:
@@ -284,11 +272,12 @@ def _check_parallel(config: RunConfig, mesh: Mesh, rules: Rules) -> None:
     if config.sharding.zero not in (1, 2, 3):
         raise UserError(f"sharding.zero={config.sharding.zero}: must be 1 (optimizer state split "
                         f"over mesh.fsdp), 2 (gradients too) or 3 (parameters too).")
-    if config.objective.name == "choices" and config.data.packing:
-        raise UserError("objective.name='choices' has the choices of one example in a row: set "
-                        "data.packing=False.")
+    rows = data_rows.of(config.objective.rows)
+    if config.data.packing and not rows.packs:
+        raise UserError(f"objective.name={config.objective.name!r} has a whole row for one example: "
+                        "set data.packing=False.")
     prompt = config.model.prompt_length
-    if prompt and (config.data.packing or config.objective.name == "prefix_lm"):
+    if prompt and (config.data.packing or rows.marks_inputs):
         raise UserError(f"model.prompt_length={prompt} stands before a row that holds one example "
                         "and, in a decoder, is read from left to right: set data.packing=False, "
                         "and objective.name=lm for prefix_lm.")

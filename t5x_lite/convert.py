@@ -267,8 +267,7 @@ def _model_type(source: str) -> str | None:
 def _run_config(model: ModelConfig, source: str, given: RunConfig | None) -> RunConfig:
     if given is not None:
         return dataclasses.replace(given, model=model, init_from="", init_map=())
-    objective = next(name for name, architectures in objectives.OBJECTIVES.items()
-                     if model.architecture in architectures)
+    objective = objectives.of_architecture(model.architecture)[0]
     return RunConfig(name=pathlib.Path(source.partition(":")[2] or source).name, model=model,
                      objective=ObjectiveConfig(objective))
 

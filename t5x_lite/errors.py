@@ -1,18 +1,84 @@
-"""Errors that a user can act on.
+"""Errors that a user can act on, and the checks that raise most of them.
 
 A UserError says which value is wrong, what is allowed and how to mend it; the mains print
 it without a traceback and exit with status 2. Anything else that escapes is our bug and
 keeps its traceback.
+
+The checks return the value that they let pass, and word their messages alike:
+
+    field=value: must be what is allowed.
 """
 
 import difflib
+import math
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+Number = TypeVar("Number", int, float)
 
 
 class UserError(ValueError):
     """Bad input: the message names the value, what is allowed and the fix."""
 
 
-def nearest(name: object, names) -> str:
+def nearest(name: object, names: Iterable[object]) -> str:
     """' did you mean X?' for the closest of `names`, or '' where none is close."""
     close = difflib.get_close_matches(str(name), [str(n) for n in names], n=1, cutoff=0.6)
     return f" did you mean {close[0]!r}?" if close else ""
+
+
+def refuse(field: str, value: Any, allowed: str) -> UserError:
+    """The error (not raised) of a field whose value is not what is allowed, "must be …"."""
+    shown = f"{value:g}" if isinstance(value, float) else repr(value)
+    return UserError(f"{field}={shown}: must be {allowed}.")
+
+
+def one_of(field: str, value: Any, allowed: Iterable[Any]) -> Any:
+    """The value, one of `allowed`. Raises UserError that lists them and the nearest."""
+    allowed = list(allowed)
+    if value not in allowed:
+        raise UserError(f"{refuse(field, value, 'one of ' + ', '.join(map(str, allowed)))}"
+                        f"{nearest(value, allowed)}")
+    return value
+
+
+def at_least(field: str, value: Number, lowest: Number, fix: str = "") -> Number:
+    """The value, a finite number of at least `lowest`. fix: what to do, a sentence."""
+    return between(field, value, lowest, math.inf, fix)
+
+
+def positive(field: str, value: Number, fix: str = "") -> Number:
+    """The value, a finite number above 0. fix: what to do, a sentence."""
+    return between(field, value, 0, math.inf, fix, open_below=True)
+
+
+def between(field: str, value: Number, lowest: Number, highest: Number, fix: str = "", *,
+            open_below: bool = False, open_above: bool = False) -> Number:
+    """The value, a finite number from `lowest` to `highest` (open: without that end).
+
+    Args:
+        fix: what to do, a sentence.
+    Raises:
+        UserError: a value beyond, NaN or an infinity.
+    """
+    above = value > lowest if open_below else value >= lowest
+    below = value < highest if open_above else value <= highest
+    if above and below and math.isfinite(value):
+        return value
+    if math.isinf(highest):
+        allowed = f"above {lowest:,}" if open_below else f"at least {lowest:,}"
+    else:
+        ends = f"{'(' if open_below else '['}{lowest:,}, {highest:,}{')' if open_above else ']'}"
+        allowed = f"in {ends}"
+    if not math.isfinite(value):
+        allowed = f"a finite number {allowed}"
+    raise UserError(f"{refuse(field, value, allowed)}{' ' if fix else ''}{fix}")
+
+
+def multiple_of(field: str, value: int, unit: int, why: str) -> int:
+    """The value, a multiple of `unit`. why: where the unit comes from. Names what is near."""
+    if value % unit == 0:
+        return value
+    near = [f"{n * unit:,}" for n in (value // unit, value // unit + 1) if n > 0]
+    raise UserError(f"{field}={value} must be a multiple of {unit}: {why}; "
+                    f"{' or '.join(near)} would do.")

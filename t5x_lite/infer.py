@@ -180,7 +180,7 @@ def read_lines(lines: Iterable[bytes], kind: str, *, on_error: str, needs_target
 
 def read_task(config: RunConfig, name: str, split: str) -> Iterator[Item]:
     """The examples of a seqio task; its inputs are the tokens that evaluation sees."""
-    task, examples = data_tasks.eval_examples(config.data, name, objective=config.objective.name,
+    task, examples = data_tasks.eval_examples(config.data, name, objective=config.objective.rows,
                                         split=split, field="--task")
     vocabulary = task.output_features["targets"].vocabulary
 

@@ -23,14 +23,15 @@ from absl import flags
 from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read on import
 from t5x_lite.data import (
     batches as data_batches,
+    rows as data_rows,
     tasks as data_tasks,
     vocabulary as data_vocabulary,
 )
 from t5x_lite.data.config import DataConfig
-from t5x_lite.errors import UserError
+from t5x_lite.errors import UserError, one_of
+from t5x_lite.training import objectives
 
 _IDS_A_LINE = 8
-_ONE_ROW = ("lm", "prefix_lm")   # objectives whose inputs and targets share targets_length
 _FLAGS = {"objective.name": "--objective", "data.validation": "--task"}   # other fields keep names
 
 
@@ -51,8 +52,10 @@ def side_by_side(ids: Sequence[int], vocabulary) -> Iterator[str]:
 
 def describe(config: DataConfig, name: str, split: str, objective: str, rows: int,
              examples: int) -> str:
-    """The whole report. Raises UserError for an unknown task or split."""
-    task, _ = data_tasks.eval_examples(config, name, objective=objective, split=split)
+    """The whole report. Raises UserError for an unknown task, split or objective."""
+    one_of("objective.name", objective, objectives.OBJECTIVES)
+    kind = objectives.OBJECTIVES[objective].rows
+    task, _ = data_tasks.eval_examples(config, name, objective=kind, split=split)
     features = task.output_features
     vocabulary = features["targets"].vocabulary
     lines = [f"task {task.name}",
@@ -61,7 +64,7 @@ def describe(config: DataConfig, name: str, split: str, objective: str, rows: in
              f"  vocabulary  {type(vocabulary).__name__}, {vocabulary.vocab_size} ids",
              f"  metrics     {', '.join(f.__name__ for f in task.metric_fns) or 'none'}"]
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    batch = next(data_batches.eval_batches(config, name, objective=objective, batch_size=rows,
+    batch = next(data_batches.eval_batches(config, name, objective=kind, batch_size=rows,
                                    sharding=sharding, split=split, max_batches=1))
     lines.append(f"batch of {rows} rows, objective {objective}"
                  + (", packed" if config.packing else ""))
@@ -76,17 +79,17 @@ def describe(config: DataConfig, name: str, split: str, objective: str, rows: in
         first = int(np.argmax(weights > 0))
         lines.append(f"  loss on {int((weights > 0).sum())} of {len(weights)} targets, the first "
                      f"at {first}")
-    return "\n".join([*lines, *_lengths(config, name, split, objective, examples)])
+    return "\n".join([*lines, *_lengths(config, name, split, kind, examples)])
 
 
-def _lengths(config: DataConfig, name: str, split: str, objective: str, examples: int
+def _lengths(config: DataConfig, name: str, split: str, kind: str, examples: int
              ) -> Iterator[str]:
     """How long inputs and targets are before they are cut."""
-    _, read = data_tasks.eval_examples(config, name, objective=objective, split=split)
+    _, read = data_tasks.eval_examples(config, name, objective=kind, split=split)
     found = list(itertools.islice(read, examples))
     if not found or "targets_pretokenized" not in found[0]:
         return   # no text-to-text task: it fills whatever lengths it is given
-    shares = objective in _ONE_ROW and "inputs" in found[0]
+    shares = data_rows.of(kind).shares_row and "inputs" in found[0]
     rooms = {"inputs": [config.inputs_length] * len(found),
              "targets": [config.targets_length - shares * min(
                  len(e.get("inputs", ())), config.inputs_length) for e in found]}
@@ -112,13 +115,15 @@ def in_flags(message: str) -> str:
 
 def default_targets_length(objective: str, inputs_length: int) -> int:
     """Tokens that hold the targets of any task with inputs of that length."""
-    return (2 if objective in _ONE_ROW else 1) * inputs_length
+    one_of("objective.name", objective, objectives.OBJECTIVES)
+    kind = data_rows.of(objectives.OBJECTIVES[objective].rows)
+    return (2 if kind.shares_row else 1) * inputs_length
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("task", "", "The task; may stand without --task=.")
     flags.DEFINE_string("split", "validation", "The split to read.")
-    flags.DEFINE_string("objective", "seq2seq", "seq2seq, lm, prefix_lm or mlm.")
+    flags.DEFINE_string("objective", "seq2seq", ", ".join(objectives.OBJECTIVES) + ".")
     flags.DEFINE_integer("inputs_length", 512, "Tokens of the inputs.")
     flags.DEFINE_integer("targets_length", None, "Tokens of the targets; of a decoder-only "
                          "model's row.")

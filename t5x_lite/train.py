@@ -81,11 +81,11 @@ def run(config: RunConfig, workdir: str | pathlib.Path) -> dict[str, dict[str, f
     workdir = pathlib.Path(workdir)
     experiment = build(config)
     train_data = data_batches.TrainIterator(
-        config.data, objective=config.objective.name,
+        config.data, objective=config.objective.rows,
         global_batch_size=config.train.global_batch_size,
         sharding=experiment.batch_sharding, seed=config.train.seed)
     data_vocabulary.check_vocabulary(data_tasks.vocabulary_of(config.data), config.model.vocab_size,
-                          data_tasks.uses_sentinels(config.data, config.objective.name))
+                          data_tasks.uses_sentinels(config.data, config.objective.rows))
     with Checkpointer(workdir, config.checkpoint) as checkpointer:
         start = functools.partial(init_from.start, experiment) if config.init_from else None
         state, iterator_states, _ = restore_or_init(
@@ -98,7 +98,7 @@ def run(config: RunConfig, workdir: str | pathlib.Path) -> dict[str, dict[str, f
             rows = batch_ramp.sequences_before(config.train.batch_ramp,
                                               config.train.global_batch_size,
                                               config.train.num_steps)
-            for line in data_tasks.describe_training(config.data, config.objective.name, rows):
+            for line in data_tasks.describe_training(config.data, config.objective.rows, rows):
                 log.say(f"data        {line}")
         _write_description(experiment, workdir)
         with experiment.activate(), _Stop() as stop:

@@ -42,7 +42,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from t5x_lite.data import tasks as data_tasks, vocabulary as data_vocabulary
+from t5x_lite.data import rows as data_rows, tasks as data_tasks, vocabulary as data_vocabulary
 from t5x_lite.data.config import DataConfig
 from t5x_lite.data.tasks import train_mixture
 from t5x_lite.errors import UserError
@@ -100,11 +100,9 @@ class ShardedRows:
         _check_shards(config, global_batch_size)
         pipeline = data_tasks.tensorflow_side()
         mixture = train_mixture(config, objective)
-        converter = pipeline.converter_of(objective)
         seed = seed if config.seed is None else config.seed
         make = functools.partial(
-            pipeline.rows_dataset, mixture, "train", converter, config.inputs_length,
-            config.targets_length, config.packing, seed)
+            pipeline.rows_dataset, mixture, "train", data_rows.of(objective), config, seed)
         pipeline.check_documents(mixture, "train", config.num_shards)
         pipeline.check_not_empty(make(training=False), config.train or "data.train_files")
         vocabulary = mixture[0].task.output_features["targets"].vocabulary
@@ -158,7 +156,7 @@ class TrainIterator:
 
     Args:
         config: what to read.
-        objective: seq2seq, choices, lm, prefix_lm or mlm; decides the features of a batch.
+        objective: a key of rows.ROWS, the kind of rows; decides the features of a batch.
         global_batch_size: B, rows over all processes; a multiple of config.num_shards.
         sharding: of a [B, L] array; decides which rows this process reads.
         seed: used where config.seed is None.
@@ -244,13 +242,12 @@ def eval_batches(config: DataConfig, task: str, *, objective: str, batch_size: i
     """
     pipeline = data_tasks.tensorflow_side()
     found = data_tasks.validation_task(config, task, objective)
-    converter = pipeline.converter_of(objective)
-    pipeline.check_task(found, split, converter.features, "data.validation")
+    kind = data_rows.of(objective)
+    pipeline.check_task(found, split, kind.features, "data.validation")
     mixture = [pipeline.Weighted(found, 1.0)]
     pipeline.check_documents(mixture, split, 1)
     dataset = pipeline.rows_dataset(
-        mixture, split, converter, config.inputs_length,
-        config.targets_length, config.packing, pipeline.EVAL_SEED, training=False)
+        mixture, split, kind, config, pipeline.EVAL_SEED, training=False)
     blocks = pipeline.finite_batches(dataset, batch_size)
     count = 0
     for count, batch in enumerate(blocks, 1):

@@ -28,7 +28,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from t5x_lite.data import preprocessors, vocabularies
+from t5x_lite.data import preprocessors, rows as data_rows, vocabularies
 from t5x_lite.data.span_corruption import corrupt, span_corruption, windows_of
 from t5x_lite.errors import UserError, nearest
 
@@ -284,23 +284,21 @@ class Denoiser(NamedTuple):
 
     preprocessor: Callable
     features: tuple[str, ...]      # that it makes
-    objectives: tuple[str, ...]    # that can take it (t5x_lite/objectives.py)
+    makes: str                     # text, pairs or masked: what rows take (rows.Rows.takes)
     settings: tuple[str, ...] = ()   # fields of DataConfig that it takes
     sentinels: bool = False        # whether it needs them in the vocabulary
 
 
-_PAIR, _READERS = ("inputs", "targets"), ("seq2seq", "prefix_lm", "lm")
+_PAIR = ("inputs", "targets")
 DENOISERS = {
-    "causal_lm": Denoiser(preprocessors.causal_lm, ("targets",), ("lm",)),
-    "prefix_lm": Denoiser(prefix_lm, _PAIR, _READERS),
-    "span_corruption": Denoiser(span_corruption, _PAIR, _READERS,
+    "causal_lm": Denoiser(preprocessors.causal_lm, ("targets",), "text"),
+    "prefix_lm": Denoiser(prefix_lm, _PAIR, "pairs"),
+    "span_corruption": Denoiser(span_corruption, _PAIR, "pairs",
                                 ("noise_density", "mean_span_length"), sentinels=True),
-    "bert": Denoiser(bert, _PAIR, ("mlm",), ("noise_density",)),
-    "bart": Denoiser(bart, _PAIR, _READERS, ("noise_density", "mean_span_length")),
-    "ul2": Denoiser(ul2, _PAIR, _READERS, sentinels=True),
+    "bert": Denoiser(bert, _PAIR, "masked", ("noise_density",)),
+    "bart": Denoiser(bart, _PAIR, "pairs", ("noise_density", "mean_span_length")),
+    "ul2": Denoiser(ul2, _PAIR, "pairs", sentinels=True),
 }
-DEFAULTS = {"lm": "causal_lm", "prefix_lm": "prefix_lm", "seq2seq": "span_corruption",
-            "mlm": "bert"}   # of an objective
 
 
 def steps(name: str, cached: bool = False, **settings: float) -> list[Callable]:
@@ -339,11 +337,13 @@ def of(task: seqio.Task) -> str | None:
 
 def check_objective(name: str, objective: str, field: str) -> None:
     """Raises UserError where the objective cannot learn from the denoiser's examples."""
-    if objective not in DENOISERS[name].objectives:
-        fitting = [n for n, d in DENOISERS.items() if objective in d.objectives]
-        raise UserError(f"{field}: {name} is for objective.name="
-                        f"{' or '.join(DENOISERS[name].objectives)}, not {objective!r}, which "
-                        f"takes {', '.join(fitting)}")
+    made, takes = DENOISERS[name].makes, data_rows.of(objective).takes
+    if made in takes:
+        return
+    fitting = [n for n, denoiser in DENOISERS.items() if denoiser.makes in takes]
+    readers = [n for n, kind in data_rows.ROWS.items() if made in kind.takes]
+    raise UserError(f"{field}: {name} is for objective.name={' or '.join(readers)}, not "
+                    f"{objective!r}, which takes {', '.join(fitting) or 'no denoiser'}")
 
 
 def find(name: str) -> Denoiser:

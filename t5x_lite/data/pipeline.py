@@ -13,14 +13,16 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import seqio
 import tensorflow as tf
 
-from t5x_lite.errors import UserError, nearest
+from t5x_lite.data.config import DataConfig
+from t5x_lite.data.rows import Rows
+from t5x_lite.errors import UserError
 
 BLOCK_ROWS = 8   # rows a pipeline yields at once; states do not depend on the batch size
 EVAL_SEED = 0    # evaluation masks the same tokens in every run and at every step
@@ -43,100 +45,12 @@ class Weighted(NamedTuple):
     weight: float
 
 
-# --- objectives: what a row holds -----------------------------------------------------------
-
-class Converter(NamedTuple):
-    """How an objective turns a seqio example into model features.
-
-    features: output features a task must have.
-    task_lengths: (task, inputs_length, targets_length) -> {feature: tokens a task may give it},
-        and "row": the length of the row that inputs and targets share.
-    row_lengths: (inputs_length, targets_length) -> {side: L}.
-    convert: ({feature: int32 tokens}, the vocabulary's EOS) -> {side: {model feature: 1-D array}};
-        the first array of a side holds its tokens.
-    pairs: whether inputs are read and targets written.
-    """
-    features: tuple[str, ...]
-    task_lengths: Callable[[seqio.Task, int, int], dict[str, int]]
-    row_lengths: Callable[[int, int], dict[str, int]]
-    convert: Callable[[dict, int], dict[str, dict]]
-    pairs: bool = True
-
-
-def _predict(tokens, weights=None):
-    weights = tf.ones_like(tokens, tf.float32) if weights is None else weights
-    return {"decoder_target_tokens": tokens, "decoder_loss_weights": weights}
-
-
-def _seq2seq(example, eos_id):
-    return {"encoder": {"encoder_input_tokens": example["inputs"]},
-            "decoder": _predict(example["targets"])}
-
-
-def _choices(example, eos_id):
-    """Targets are choices, each ending in EOS: segments that all read the same inputs."""
-    tokens = example["targets"]
-    ends = tokens == eos_id
-    segments = 1 + tf.cumsum(tf.cast(ends, tf.int32), exclusive=True)
-    starts = tf.concat([[0], 1 + tf.cast(tf.where(ends)[:, 0], tf.int32)], 0)
-    positions = tf.range(tf.size(tokens)) - tf.gather(starts, segments - 1)
-    is_right = tf.cast(segments == 1, tf.float32)
-    return {"encoder": {"encoder_input_tokens": example["inputs"]},
-            "decoder": {**_predict(tokens, is_right), "decoder_segment_ids": segments,
-                        "decoder_positions": positions}}
-
-
-def _lm(example, eos_id):
-    if "inputs" not in example:
-        return {"decoder": _predict(example["targets"])}
-    inputs, targets = example["inputs"], example["targets"]
-    weights = tf.concat([tf.zeros_like(inputs, tf.float32), tf.ones_like(targets, tf.float32)], 0)
-    return {"decoder": _predict(tf.concat([inputs, targets], 0), weights)}
-
-
-def _prefix_lm(example, eos_id):
-    decoder = _lm(example, eos_id)["decoder"]
-    # Inputs are read one place later: the last of them where the first target is predicted.
-    places = tf.range(tf.size(decoder["decoder_target_tokens"]))
-    prefix = tf.cast(places <= tf.size(example["inputs"]), tf.int32)
-    return {"decoder": {**decoder, "decoder_prefix": prefix}}
-
-
-def _mlm(example, eos_id):
-    # Targets are 0 wherever the input token was not chosen for prediction.
-    chosen = tf.cast(example["targets"] != 0, tf.float32)
-    return {"encoder": {"encoder_input_tokens": example["inputs"],
-                        **_predict(example["targets"], chosen)}}
-
-
-def _one_row(task: seqio.Task, inputs_length: int, targets_length: int) -> dict[str, int]:
-    """Lengths where inputs and targets share a row of targets_length."""
-    if "inputs" not in task.output_features:
-        return {"targets": targets_length}
-    if targets_length < inputs_length + 2:
-        raise UserError(f"data.targets_length={targets_length} is the whole row of a decoder-only "
-                        f"model: data.inputs_length={inputs_length} of it are for the inputs of "
-                        f"{task.name!r}, and at least 2 more for targets")
-    return {"inputs": inputs_length, "targets": targets_length - inputs_length,
-            "row": targets_length}
-
-
-CONVERTERS = {
-    "seq2seq": Converter(("inputs", "targets"), lambda task, i, t: {"inputs": i, "targets": t},
-                         lambda i, t: {"encoder": i, "decoder": t}, _seq2seq),
-    "choices": Converter(("inputs", "targets"), lambda task, i, t: {"inputs": i, "targets": t},
-                         lambda i, t: {"encoder": i, "decoder": t}, _choices),
-    "lm": Converter(("targets",), _one_row, lambda i, t: {"decoder": t}, _lm),
-    "prefix_lm": Converter(("inputs", "targets"), _one_row,
-                           lambda i, t: {"decoder": t}, _prefix_lm),
-    "mlm": Converter(("inputs", "targets"), lambda task, i, t: {"inputs": i, "targets": i},
-                     lambda i, t: {"encoder": i}, _mlm, pairs=False),
-}
-
+# --- rows ---------------------------------------------------------------------------------
 
 def _finish_row(sides: dict[str, dict], lengths: dict[str, int], start: int = 0,
                 mark: bool = False) -> dict:
-    """Flat, zero-padded model features [L], decoder_input_tokens among them.
+    """Flat, zero-padded model features [L], shifted input tokens of the sides with targets among
+    them.
 
     start: what a decoder reads first. mark: whether an encoder's row has segment ids even where
     it is not packed, because id 0 is text.
@@ -150,11 +64,14 @@ def _finish_row(sides: dict[str, dict], lengths: dict[str, int], start: int = 0,
             value = value[:lengths[side]]
             row[name] = tf.ensure_shape(
                 tf.pad(value, [[0, lengths[side] - tf.size(value)]]), [lengths[side]])
-    if "decoder" in sides:
-        shifted = tf.concat([[start], row["decoder_target_tokens"][:-1]], 0)
-        if "decoder_positions" in row:   # packed: nothing leaks from one example to the next
-            shifted = tf.where(row["decoder_positions"] == 0, start, shifted)
-        row["decoder_input_tokens"] = shifted
+    for side in sides:
+        # A masked LM's targets stand on the encoder's side, and are shifted for nobody.
+        if f"{side}_target_tokens" not in row:
+            continue
+        shifted = tf.concat([[start], row[f"{side}_target_tokens"][:-1]], 0)
+        if f"{side}_positions" in row:   # packed: nothing leaks from one example to the next
+            shifted = tf.where(row[f"{side}_positions"] == 0, start, shifted)
+        row[f"{side}_input_tokens"] = shifted
     return row
 
 
@@ -166,7 +83,7 @@ def pack(dataset: tf.data.Dataset, lengths: dict[str, int]) -> tf.data.Dataset:
     iterator. seqio instead packs groups of as many examples as the longest side has
     tokens, and closes a row at each group's end.
 
-    dataset: {side: {feature: 1-D array}}, as Converter.convert gives them. Each side gains
+    dataset: {side: {feature: 1-D array}}, as rows.Rows.convert gives them. Each side gains
     {side}_segment_ids, 1, 2, … along a row, and {side}_positions, counted from 0 in each
     segment; both are 0 on padding.
     """
@@ -202,14 +119,6 @@ def pack(dataset: tf.data.Dataset, lengths: dict[str, int]) -> tf.data.Dataset:
     return (dataset.map(_plain(lambda example: (example, False))).concatenate(flush)
             .scan(empty_row, _plain(add))
             .filter(_plain(lambda row, closed: closed)).map(_plain(lambda row, closed: row)))
-
-
-def converter_of(objective: str) -> Converter:
-    """The converter of an objective, by name; UserError for an unknown one."""
-    if objective not in CONVERTERS:
-        raise UserError(f"objective.name={objective!r} is unknown: one of {', '.join(CONVERTERS)};"
-                        f"{nearest(objective, CONVERTERS)}")
-    return CONVERTERS[objective]
 
 
 # --- one task, one shard --------------------------------------------------------------------
@@ -298,28 +207,28 @@ def first_examples(task: seqio.Task, split: str, lengths: dict[str, int], record
     return _preprocessed(task, split, lengths, EVAL_SEED, 0, 1, False, records)
 
 
-def rows_dataset(mixture: Sequence[Weighted], split: str, converter: Converter,
-                 inputs_length: int, targets_length: int, packing: bool, seed: int,
+def rows_dataset(mixture: Sequence[Weighted], split: str, kind: Rows, config: DataConfig, seed: int,
                  shard: int = 0, num_shards: int = 1, *, training: bool, shuffle_buffer: int = 0,
                  read_ahead: int = 0, threads: int = 1) -> tf.data.Dataset:
-    """Blocks of up to BLOCK_ROWS rows of model features of one shard.
+    """Blocks of up to BLOCK_ROWS rows of this kind, of one shard.
 
+    config: the lengths of a row, and whether it is packed.
     read_ahead: rows to prepare in the background; they are part of the saved place.
     """
     vocabulary = mixture[0].task.output_features["targets"].vocabulary
     eos_id = vocabulary.eos_id
-    parts = [task_dataset(task, split, converter.task_lengths(task, inputs_length, targets_length),
-                          seed, shard, num_shards, training=training, shuffle_buffer=shuffle_buffer
-                          ).map(_plain(lambda example: converter.convert(example, eos_id)))
-             for task, _ in mixture]
+    parts = [task_dataset(
+        task, split, kind.task_lengths(task, config.inputs_length, config.targets_length), seed,
+        shard, num_shards, training=training, shuffle_buffer=shuffle_buffer).map(
+            _plain(lambda example: kind.convert(example, eos_id))) for task, _ in mixture]
     dataset = parts[0]
     if len(parts) > 1:
         total = sum(weight for _, weight in mixture)
         dataset = tf.data.Dataset.sample_from_datasets(
             parts, [weight / total for _, weight in mixture],
             seed=seed_of(seed, "mixture", shard))
-    row_lengths = converter.row_lengths(inputs_length, targets_length)
-    if packing:
+    row_lengths = kind.lengths(config)
+    if config.packing:
         dataset = pack(dataset, row_lengths)
     start = 0 if "encoder" in row_lengths else getattr(vocabulary, "start_id", 0)
     mark = getattr(vocabulary, "zero_is_text", False)

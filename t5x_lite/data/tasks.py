@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from t5x_lite.data import vocabulary as data_vocabulary
+from t5x_lite.data import rows as data_rows, vocabulary as data_vocabulary
 from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError, nearest
 
@@ -158,7 +158,7 @@ def train_mixture(config: DataConfig, objective: str) -> tuple["data_pipeline.We
             weights[task] = weights.get(task, 0.0) + share * part
     mixture = tuple(pipeline.Weighted(_adapted(task, config, objective, "data.train"), weight)
                     for task, weight in weights.items() if weight)
-    features = pipeline.converter_of(objective).features
+    features = data_rows.of(objective).features
     for task, _ in mixture:
         pipeline.check_task(task, "train", features, "data.train")
         for name in features:
@@ -228,8 +228,7 @@ def describe_training(config: DataConfig, objective: str, num_rows: int) -> list
     lines += [f"… {more} more tasks"] if more > 0 else []
     if published := _published(config):
         from t5x_lite.data import published_mixtures
-        tokens = num_rows * (config.inputs_length * (objective == "seq2seq")
-                             + config.targets_length)
+        tokens = num_rows * sum(data_rows.of(objective).lengths(config).values())
         lines += [f"epochs that {tokens:.3g} tokens are of the corpora of {published[0]}:",
                   *published_mixtures.epochs(published[0], tokens, published[1]).splitlines()]
     return lines
@@ -238,7 +237,7 @@ def describe_training(config: DataConfig, objective: str, num_rows: int) -> list
 def _cut(task: "seqio.Task", config: DataConfig, objective: str) -> Iterator[str]:
     """A line a feature, "" where nothing is cut or empty; none unless the task is text-to-text."""
     pipeline = tensorflow_side()
-    limits = pipeline.converter_of(objective).task_lengths(
+    limits = data_rows.of(objective).task_lengths(
         task, config.inputs_length, config.targets_length)
     features = sorted(limits.keys() & task.output_features.keys())
     given = pipeline.first_examples(task, "train", limits, _MEASURED)
@@ -307,7 +306,7 @@ def eval_examples(config: DataConfig, task: str, *, objective: str, split: str =
     """
     pipeline = tensorflow_side()
     found = validation_task(config, task, objective, field)
-    lengths = pipeline.converter_of(objective).task_lengths(
+    lengths = data_rows.of(objective).task_lengths(
         found, config.inputs_length, config.targets_length)
     pipeline.check_task(found, split, [f for f in lengths if f != "row"], field)
     return found, pipeline.examples(found, split, lengths)
@@ -325,17 +324,17 @@ def json_objects(text: bytes, name: str) -> Iterator[tuple[int, dict]]:
 
 def _text_task(config: DataConfig, split: str, objective: str) -> "seqio.Task":
     """data.train_files or data.validation_files as a task with the objective's features."""
-    converter = tensorflow_side().converter_of(objective)
+    kind = data_rows.of(objective)
     _registered(config)
     from t5x_lite.data import denoising, salient_spans, text_files, tokenized
     field = f"data.{split}_files"
-    if objective not in denoising.DEFAULTS:
+    if not kind.takes:
+        able = [name for name, other in data_rows.ROWS.items() if other.takes]
         raise UserError(f"{field}: plain text has nothing for objective.name={objective!r} to learn "
-                        f"from; use {', '.join(denoising.DEFAULTS)}, or a task made for it in "
-                        f"data.{split}.")
-    name = config.denoising or denoising.DEFAULTS[objective]
+                        f"from; use {', '.join(able)}, or a task made for it in data.{split}.")
+    name = config.denoising or kind.denoiser
     files = text_files.find_files(getattr(config, f"{split}_files"), field)
-    if name == "salient" and converter.pairs:
+    if name == "salient" and kind.pairs:
         return tokenized.ahead(salient_spans.task(
             f"{split}_files", files, split, config.text_document, vocabulary_of(config)))
     denoiser = denoising.find(name)
@@ -384,11 +383,12 @@ def _adapted(task: "seqio.Task", config: DataConfig, objective: str, field: str)
     if config.vocabulary:
         vocabulary = vocabulary_of(config)
         features = {n: dataclasses.replace(f, vocabulary=vocabulary) for n, f in features.items()}
-    if objective == "lm" and "inputs" in features:   # read on without a break, as in infer
+    kind = data_rows.of(objective)
+    if not kind.ends and "inputs" in features:   # read on without a break, as in infer
         features["inputs"] = dataclasses.replace(features["inputs"], add_eos=False)
     task = task.replace(output_features=features)
     if isinstance(task.source, demonstrations.PromptedSource):
-        lengths = tensorflow_side().converter_of(objective).task_lengths(
+        lengths = kind.task_lengths(
             task, config.inputs_length, config.targets_length)
         task = demonstrations.fitted(task, lengths["inputs"])
     return tokenized.ahead(task)

@@ -12,6 +12,7 @@ from t5x_lite import report
 from t5x_lite.build import Experiment
 from t5x_lite.data import (
     batches as data_batches,
+    rows as data_rows,
     tasks as data_tasks,
     vocabulary as data_vocabulary,
 )
@@ -37,12 +38,12 @@ class Evaluator:
             self._vocabulary = data_tasks.vocabulary_of(config.data)
             data_vocabulary.check_vocabulary(
                 self._vocabulary, config.model.vocab_size,
-                data_tasks.uses_sentinels(config.data, config.objective.name, held_out=True))
+                data_tasks.uses_sentinels(config.data, config.objective.rows, held_out=True))
             self._token_bytes = jnp.asarray(
                 data_vocabulary.bytes_of_tokens(self._vocabulary, config.model.vocab_size), jnp.float32)
         self._batches = {
             task: list(data_batches.eval_batches(
-                config.data, task, objective=config.objective.name,
+                config.data, task, objective=config.objective.rows,
                 batch_size=config.eval.batch_size or config.train.global_batch_size,
                 sharding=experiment.batch_sharding,
                 max_batches=config.eval.num_batches or None))
@@ -60,12 +61,12 @@ class Evaluator:
     def _tasks_with_metrics(self) -> dict:
         """{task: (seqio task, as many examples as it has rows)} where it has metric functions."""
         config = self._experiment.config
-        if not config.eval.metrics or config.objective.name == "mlm":
+        if not config.eval.metrics or not data_rows.of(config.objective.rows).pairs:
             return {}
         size = config.eval.batch_size or config.train.global_batch_size
         found = {}
         for name in self._batches:
-            task, examples = data_tasks.eval_examples(config.data, name, objective=config.objective.name)
+            task, examples = data_tasks.eval_examples(config.data, name, objective=config.objective.rows)
             if task.predict_metric_fns or task.score_metric_fns:
                 found[name] = task, list(itertools.islice(
                     examples, config.eval.num_batches * size or None))
@@ -123,7 +124,7 @@ class Evaluator:
             batch = self._batches[task][0]
             place = (i + 1) * batch["decoder_target_tokens"].shape[0] // (count + 1)
             rows.append({name: data_batches.whole(x)[place] for name, x in batch.items()})
-        if config.objective.name == "mlm":
+        if not data_rows.of(config.objective.rows).pairs:
             return self._named(params, rows)
         pairs = [_example(row) for row in rows]
         found = predictor.Predictor(

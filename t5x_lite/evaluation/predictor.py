@@ -26,7 +26,7 @@ import numpy as np
 
 from t5x_lite import log
 from t5x_lite.build import Experiment
-from t5x_lite.data import batches as data_batches, vocabulary as data_vocabulary
+from t5x_lite.data import batches as data_batches, rows as data_rows, vocabulary as data_vocabulary
 from t5x_lite.decoding.decode import DecodeConfig
 from t5x_lite.errors import UserError
 from t5x_lite.parallel import sharding
@@ -62,18 +62,18 @@ class Predictor:
     def __init__(self, experiment: Experiment, vocabulary, decode: DecodeConfig,
                  batch_size: int = 0):
         config = experiment.config
-        if config.objective.name == "mlm":
+        self._kind = data_rows.of(config.objective.rows)
+        if not self._kind.pairs:
             raise UserError(f"objective.name={config.objective.name!r} has no decoder to predict "
                             "with: use a seq2seq, lm or prefix_lm model.")
         self._experiment = experiment
-        self._objective = "seq2seq" if config.objective.name == "choices" else config.objective.name
         self._inputs_length = config.data.inputs_length
         self._targets_length = config.data.targets_length
         self._vocabulary = vocabulary
         if decode.eos_id == DecodeConfig.eos_id:
             decode = dataclasses.replace(decode, eos_id=vocabulary.eos_id)
         self._eos = decode.eos_id
-        self._start = 0 if self._objective == "seq2seq" else data_vocabulary.start_id(vocabulary)
+        self._start = data_vocabulary.start_id(vocabulary) if self._kind.shares_row else 0
         self.batch_size = batch_size or config.eval.batch_size or config.train.global_batch_size
         self._decode_step = jax.jit(steps.make_decode_step(experiment.model, decode))
         self._score_step = jax.jit(make_score_step(experiment.model))
@@ -118,17 +118,17 @@ class Predictor:
         """
         pairs = [self._pair(i, t) for i, t in zip(inputs, targets, strict=True)]
         length = self._targets_length
-        if self._objective == "seq2seq":
+        if not self._kind.shares_row:
             target_rows = [t for _, t in pairs]
             batch = self._encoder_rows([i for i, _ in pairs])
         else:
             batch, target_rows = {}, [[*i, *t] for i, t in pairs]
         tokens = self._pad(target_rows, length)
         weights = (np.arange(length) < _column(map(len, target_rows), self.batch_size))
-        if self._objective != "seq2seq":
+        if self._kind.shares_row:
             starts = _column((len(i) for i, _ in pairs), self.batch_size)
             weights &= np.arange(length) >= starts
-            if self._objective == "prefix_lm":
+            if self._kind.marks_inputs:
                 batch["decoder_prefix"] = (np.arange(length) <= starts).astype(np.int32)
         shifted = np.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=self._start)
         return {**batch, "decoder_input_tokens": shifted, "decoder_target_tokens": tokens,
@@ -147,14 +147,14 @@ class Predictor:
 
     def _prompts(self, inputs: Sequence[Text]) -> dict[str, np.ndarray]:
         ids = [self._inputs(text, self._inputs_length) for text in inputs]
-        if self._objective == "seq2seq":
+        if not self._kind.shares_row:
             return self._encoder_rows(ids)
         prompts = [[self._start, *row] for row in ids]
         width = self._inputs_length + 1
         lengths = np.maximum(_column(map(len, prompts), self.batch_size), 1)
         batch = {"decoder_prompt_tokens": self._pad(prompts, width),
                  "decoder_prompt_lengths": lengths[:, 0].astype(np.int32)}
-        if self._objective == "prefix_lm":
+        if self._kind.marks_inputs:
             batch["decoder_prefix"] = (np.arange(width) < lengths).astype(np.int32)
         return batch
 
@@ -169,23 +169,23 @@ class Predictor:
         """At most `room` tokens, with EOS but for a causal LM."""
         ids = self._ids(text)
         self._counts["inputs"] += 1
-        self._counts["cut inputs"] += len(ids) + (self._objective != "lm") > room
-        if self._objective == "lm":
+        self._counts["cut inputs"] += len(ids) + self._kind.ends > room
+        if not self._kind.ends:
             return ids[max(0, len(ids) - room):]
         return [*ids[:room - 1], self._eos]
 
     def _pair(self, inputs: Text, targets: Text) -> tuple[list[int], list[int]]:
         """The tokens of both as their row or rows hold them."""
         ids = self._ids(targets)
-        end = [] if self._objective == "lm" else [self._eos]
-        # A prefix LM's inputs need room for their EOS.
-        room = max(0, self._targets_length - len(end) - (self._objective == "prefix_lm"))
+        end = [self._eos] if self._kind.ends else []
+        # Inputs in the row of their targets need room for an EOS of their own.
+        room = max(0, self._targets_length - len(end) - (self._kind.shares_row and self._kind.ends))
         self._counts["targets"] += 1
         self._counts["cut targets"] += len(ids) > room
         self._counts["empty targets"] += not ids
         ids = [*ids[:room], *end]
         left = self._inputs_length
-        if self._objective != "seq2seq":
+        if self._kind.shares_row:
             left = min(left, self._targets_length - len(ids))
         return self._inputs(inputs, left), ids
 
@@ -200,7 +200,7 @@ class Predictor:
         name: of what they belong to.
         """
         found, self._counts = self._counts, collections.Counter()
-        shared = "" if self._objective == "seq2seq" else (
+        shared = "" if not self._kind.shares_row else (
             f", or than their targets leave of data.targets_length={self._targets_length},")
         limits = {"inputs": f"data.inputs_length={self._inputs_length}{shared}",
                   "targets": f"data.targets_length={self._targets_length}"}

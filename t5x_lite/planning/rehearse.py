@@ -335,7 +335,7 @@ def activation_bytes(experiment: Experiment) -> int:
 
         def loss(params):
             return objectives.loss(experiment.model.bind(params), batch, key, config.objective,
-                                   objectives.totals(batch))[0]
+                                   objectives.totals(config.objective, batch))[0]
         _, pull_back = jax.vjp(loss, params)
         held = {id(x) for x in jax.tree.leaves((params, batch))}
         found.extend(bytes_per_device(jax.typeof(x)) for x in _arrays(pull_back)

@@ -82,7 +82,7 @@ def gradients(model: Model, objective: ObjectiveConfig, params: Mapping, batch: 
         infos = peft.trainable_table(model.table, tuning)
         trained = {p: jnp.zeros(x.shape, x.dtype, out_sharding=sharding.spec(
             *infos[p].logical_axes)) for p, x in trained.items()}
-    divisors = objectives.totals(batch)
+    divisors = objectives.totals(objective, batch)
 
     def copy(x):
         return jax.lax.broadcast(x, (slices,), out_sharding=PartitionSpec(
@@ -162,9 +162,11 @@ def make_eval_step(model: Model, objective: ObjectiveConfig
 
     `bytes` is the pair (bytes of the targets' text, 1 a target): what bits per byte divides by.
     """
+    objective = objectives.held_out(objective)
+
     def eval_step(params, batch, token_bytes):
         _, sums = objectives.loss(model.bind(params), batch, None, objective,
-                                  objectives.totals(batch))
+                                  objectives.totals(objective, batch))
         weights = batch["decoder_loss_weights"]
         lengths = sharding.lookup(token_bytes, batch["decoder_target_tokens"],
                                   ("act_batch", "act_length"))

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from t5x_lite.data import (
     batches as data_batches,
+    rows as data_rows,
     tasks as data_tasks,
     vocabulary as data_vocabulary,
 )
@@ -261,7 +262,7 @@ def _pack(examples, lengths, objective):
     pipeline = data_tasks.tensorflow_side()
     spec = {name: tf.TensorSpec([None], tf.int32) for name in examples[0]}
     dataset = tf.data.Dataset.from_generator(lambda: iter(examples), output_signature=spec)
-    convert = pipeline.converter_of(objective).convert
+    convert = data_rows.of(objective).convert
     dataset = pipeline.pack(dataset.map(lambda example: convert(example, 1)), lengths)
     return [{k: v.numpy().tolist() for k, v in pipeline._finish_row(row, lengths).items()}
             for row in dataset]
@@ -306,10 +307,10 @@ def test_packed_stream_restores_with_its_open_row():
 
 def _row(objective, example, inputs_length, targets_length):
     import tensorflow as tf
-    converter = data_tasks.tensorflow_side().converter_of(objective)
-    sides = converter.convert({k: tf.constant(v) for k, v in example.items()}, 1)
+    kind = data_rows.of(objective)
+    sides = kind.convert({k: tf.constant(v) for k, v in example.items()}, 1)
     row = data_tasks.tensorflow_side()._finish_row(
-        sides, converter.row_lengths(inputs_length, targets_length))
+        sides, kind.lengths(DataConfig(inputs_length=inputs_length, targets_length=targets_length)))
     return {k: v.numpy().tolist() for k, v in row.items()}
 
 

@@ -105,7 +105,7 @@ def test_the_loss_adds_up_the_three(model):
 
     @jax.jit
     def both(params):
-        module, divisors = model.bind(params), objectives.totals(batch)
+        module, divisors = model.bind(params), objectives.totals(config, batch)
         return (objectives.loss(module, batch, None, config, divisors),
                 objectives.loss(module, batch, None, ObjectiveConfig(z_loss=0.0), divisors)[0])
 

@@ -1,14 +1,17 @@
 """Every objective on every architecture that can take it learns from context: tiny models beat
 the unigram entropy of their held-out targets on the text of Python's own documentation."""
 
+import dataclasses
 import pydoc_data.topics
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from t5x_lite.build import build
 from t5x_lite.config import RunConfig, TrainConfig
-from t5x_lite.data import batches as data_batches
+from t5x_lite.data import batches as data_batches, rows as data_rows
 from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError
 from t5x_lite.evaluation.evaluator import Evaluator
@@ -59,7 +62,7 @@ def texts(tmp_path_factory):
     pytest.param(*case, marks=[pytest.mark.slow] * (case == ("ul2", "prefix_lm")))
     for case in CASES])
 def test_learns_more_than_frequencies(texts, denoising, objective):
-    architecture, = OBJECTIVES[objective]
+    architecture, = OBJECTIVES[objective].architectures
     decoder_only = architecture == "decoder_only"
     run = RunConfig(
         model=tiny_model(architecture), objective=ObjectiveConfig(name=objective),
@@ -104,3 +107,66 @@ def test_every_objective_has_a_case():
 def test_what_does_not_fit_is_refused(name, architecture, message):
     with pytest.raises(UserError, match=message):
         objectives.validate(ObjectiveConfig(name=name), architecture)
+
+
+def test_an_objective_registered_from_outside_trains(texts, monkeypatch):
+    """A row of each table, as docs/extending.md shows: targets count by their place in the row."""
+    kind = data_rows.of("lm")
+
+    def weighed(example, eos_id):
+        import tensorflow as tf
+        decoder = kind.convert(example, eos_id)["decoder"]
+        places = tf.range(tf.size(decoder["decoder_target_tokens"]))
+        return {"decoder": {**decoder, "decoder_place": places}}
+
+    def loss(module, batch, key, config, divisors, parts=1):
+        weights = batch["decoder_loss_weights"] * (batch["decoder_place"] < 9)
+        return objectives.likelihood(module, {**batch, "decoder_loss_weights": weights}, key, config,
+                                     divisors, parts)
+
+    def divisors(batch):
+        return {"weight": jnp.sum(batch["decoder_loss_weights"] * (batch["decoder_place"] < 9))}
+
+    monkeypatch.setitem(data_rows.ROWS, "placed", dataclasses.replace(
+        kind, convert=weighed,
+        made={"decoder": {**kind.made["decoder"], "decoder_place": "int32"}}))
+    monkeypatch.setitem(objectives.OBJECTIVES, "early_lm", objectives.Objective(
+        ("decoder_only",), "placed", loss, divisors))
+    run = RunConfig(
+        model=tiny_model("decoder_only"), objective=ObjectiveConfig(name="early_lm"),
+        data=DataConfig(train_files=str(texts / "train.txt"), text_document="paragraph",
+                        vocabulary="byt5", targets_length=32, num_shards=1),
+        train=TrainConfig(global_batch_size=4, accumulation=2))
+    program = build(run, jax.devices()[:1])
+    batch = next(data_batches.TrainIterator(
+        run.data, objective=run.objective.rows, global_batch_size=4, seed=0,
+        sharding=program.batch_sharding))
+    abstract = program.abstract_batch()
+    assert {n: (x.shape, x.dtype) for n, x in batch.items()} == {
+        n: (x.shape, x.dtype) for n, x in abstract.items()}
+    with program.activate():
+        state, sums = program.jit_train_step()(program.init_state(), batch)
+    assert int(state["step"]) == 1
+    assert float(sums["loss"][1]) == 4 * 9   # targets that count
+
+
+def test_held_out_loss_is_plain_however_training_smooths(texts):
+    """Issue 12: perplexity and bits per byte of two runs must compare."""
+    run = RunConfig(
+        model=tiny_model("decoder_only"), objective=ObjectiveConfig("lm", label_smoothing=0.2),
+        data=DataConfig(targets_length=16), train=TrainConfig(global_batch_size=4))
+    program = build(run, jax.devices()[:1])
+    rng = np.random.default_rng(0)
+    batch = {name: jnp.asarray(rng.integers(1, 50, x.shape), x.dtype)
+             for name, x in program.abstract_batch().items()}
+    with program.activate():
+        state = program.init_state()
+        found = jax.jit(program.eval_step)(state["params"], batch, jnp.ones(259))
+        _, trained = program.jit_train_step()(jax.tree.map(jnp.copy, state), batch)
+        module = program.model.bind(state["params"])
+        logits = module.head(module.head_params(), module(batch, None)[0])
+    log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["decoder_target_tokens"][..., None],
+                                axis=-1)[..., 0]
+    plain = -jnp.sum(log_p * batch["decoder_loss_weights"])
+    np.testing.assert_allclose(found["loss"][0], plain, rtol=1e-5)
+    assert abs(float(trained["loss"][0] / plain) - 1) > 0.01
