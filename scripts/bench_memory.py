@@ -141,10 +141,10 @@ def our_step(devices, rows: int, length: int):
                         ("sharding.rules", {"norm": ("fsdp",)}), ("model.decoder.remat", "full"),
                         ("train.global_batch_size", rows), ("data.targets_length", length)):
         run = configs.replace(run, path, value)
-    experiment = build(run, devices)
-    with experiment.activate():
-        return experiment.jit_train_step().lower(
-            experiment.abstract_state, experiment.abstract_batch())
+    program = build(run, devices)
+    with program.activate():
+        return program.jit_train_step().lower(
+            program.abstract_state, program.abstract_batch())
 
 
 def main() -> None:

@@ -65,19 +65,19 @@ def main() -> None:
         if getattr(run.model, side) is not None:
             stack = dataclasses.replace(getattr(run.model, side), scan=_SCAN.value)
             run = configs.replace(run, f"model.{side}", stack)
-    experiment = build(run)
+    program = build(run)
 
     begin = time.perf_counter()
-    state = jax.block_until_ready(experiment.init_state())
+    state = jax.block_until_ready(program.init_state())
     initialised = time.perf_counter() - begin
     rng = np.random.default_rng(0)
     batch = {name: jax.device_put(
         jnp.ones(x.shape, x.dtype) if x.dtype == jnp.float32
         else jnp.asarray(rng.integers(2, run.model.vocab_size, x.shape), x.dtype), x.sharding)
-        for name, x in experiment.abstract_batch().items()}
-    with experiment.activate():
+        for name, x in program.abstract_batch().items()}
+    with program.activate():
         begin = time.perf_counter()
-        step = experiment.jit_train_step().lower(state, batch).compile()
+        step = program.jit_train_step().lower(state, batch).compile()
         compiled = time.perf_counter() - begin
         seconds, peaks = [], []
         for i in range(_STEPS.value + 1):
@@ -88,11 +88,11 @@ def main() -> None:
             if i:
                 seconds.append(time.perf_counter() - begin)
     median, best = float(np.median(seconds)), min(seconds)
-    flops = experiment.flops_per_sequence * _BATCH.value
-    tokens = experiment.tokens_per_sequence * _BATCH.value
+    flops = program.flops_per_sequence * _BATCH.value
+    tokens = program.tokens_per_sequence * _BATCH.value
     peak = max(peaks)
-    print(f"{run.name}: {experiment.num_params:,} parameters, {_BATCH.value} x "
-          f"{experiment.lengths}, {_DTYPE.value}, {jax.devices()[0].device_kind}")
+    print(f"{run.name}: {program.num_params:,} parameters, {_BATCH.value} x "
+          f"{program.lengths}, {_DTYPE.value}, {jax.devices()[0].device_kind}")
     print(f"seconds a step   {median:.3f} (minimum {best:.3f} of {len(seconds)})")
     print(f"tokens/s         {tokens / median:,.0f}")
     print(f"model FLOP/s     {flops / median:.3g}, {flops / median / peak:.1%} of the "

@@ -56,12 +56,12 @@ def table() -> Iterator[str]:
     for family, sizes in presets().items():
         for size in sizes:
             config = split(family, size)
-            experiment = build(config, machine.devices)
+            program = build(config, machine.devices)
             rows = importlib.import_module(f"configs.{family}").run(size).train.global_batch_size
-            state = sum(rehearse.argument_bytes(experiment).values())
-            yield (f"| {family}{f':{size}' if size else ''} | {experiment.num_params:,} "
+            state = sum(rehearse.argument_bytes(program).values())
+            yield (f"| {family}{f':{size}' if size else ''} | {program.num_params:,} "
                    f"| {config.mesh.fsdp} | {tables.binary_bytes(state)} | {rows:,} "
-                   f"| {tables.quantity(rows * experiment.flops_per_sequence, 'FLOP')} |")
+                   f"| {tables.quantity(rows * program.flops_per_sequence, 'FLOP')} |")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from t5x_lite.training.optimizers import Optimizer, make_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
+class Program:
     """A run that is ready to be compiled."""
 
     config: RunConfig
@@ -171,7 +171,7 @@ class Experiment:
                 for name, (length, dtype) in arrays.items()}
 
 
-def build(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Experiment:
+def build(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Program:
     """Everything that a run needs, allocated nowhere yet.
 
     Raises:
@@ -195,7 +195,7 @@ def build(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Exp
     state.check_divisible({**table, **trainable}, mesh, rules)
     optimizer = make_optimizer(config.optimizer, trainable, policy, config.loss_scale,
                                seed=config.train.seed)
-    return Experiment(
+    return Program(
         config=config, mesh=mesh, rules=rules, policy=policy, model=model, optimizer=optimizer,
         abstract_state=state.abstract(model, optimizer, mesh, rules, config.peft,
                                       config.sharding.zero, config.sharding.offload_optimizer),
@@ -319,13 +319,13 @@ def _check_mixtures(config: RunConfig) -> None:
                                  causal=stack.causal, length=length, split=split)
 
 
-def param_report(experiment: Experiment) -> str:
+def param_report(program: Program) -> str:
     """The table of parameters and shardings, one line each."""
     rows = [("path", "shape", "dtype", "logical axes", "sharding", "init", "trains")]
-    shapes = tree.flatten(experiment.abstract_params) | tree.flatten(
-        experiment.abstract_state["params"])
-    frozen = experiment.optimizer.frozen | (experiment.table.keys() - experiment.trainable.keys())
-    for path, info in sorted({**experiment.table, **experiment.trainable}.items()):
+    shapes = tree.flatten(program.abstract_params) | tree.flatten(
+        program.abstract_state["params"])
+    frozen = program.optimizer.frozen | (program.table.keys() - program.trainable.keys())
+    for path, info in sorted({**program.table, **program.trainable}.items()):
         spec = shapes[path].sharding.spec
         rows.append((path, "x".join(map(str, info.shape)), str(jnp.dtype(info.dtype)),
                      ",".join(str(a) for a in info.logical_axes),
@@ -334,4 +334,4 @@ def param_report(experiment: Experiment) -> str:
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
              for row in rows]
-    return "\n".join([*lines, f"total {experiment.num_params:,} parameters"]) + "\n"
+    return "\n".join([*lines, f"total {program.num_params:,} parameters"]) + "\n"

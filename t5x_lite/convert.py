@@ -250,8 +250,8 @@ def _write_tuned_workdir(folder: pathlib.Path, source: str, options: Options) ->
     tuning, trained = hf_lora.read(adapter, model.config, options.family or _model_type(base))
     config = dataclasses.replace(_run_config(model.config, base, options.config), peft=tuning,
                                  init_from=base)
-    experiment = init_from.alone(config)
-    state = experiment.start(init_from.parameters(experiment), tree.unflatten(trained))
+    program = init_from.alone(config)
+    state = program.start(init_from.parameters(program), tree.unflatten(trained))
     with Checkpointer(folder, CheckpointConfig(async_save=False)) as checkpointer:
         checkpointer.save(0, {name: state[name] for name in ("params", "frozen")}, {},
                           to_json(config))

@@ -40,15 +40,15 @@ def steps_to_evaluate(workdir: pathlib.Path, step: str) -> list[int]:
 def run(config: RunConfig, workdir: pathlib.Path | None, steps: Sequence[int]
         ) -> dict[int, dict[str, dict[str, float]]]:
     """{step: {task: metrics}} of checkpoints of a workdir; None: of init_from, as each step."""
-    experiment = build(config)
+    program = build(config)
     results = {}
-    with experiment.activate():
-        evaluator = Evaluator(experiment)
+    with program.activate():
+        evaluator = Evaluator(program)
         if not evaluator.has_data:
             raise UserError("nothing to evaluate on: set data.validation to a task, or "
                             "data.validation_files to text files.")
         for step in steps:
-            params, _ = init_from.restore(experiment, workdir, step)
+            params, _ = init_from.restore(program, workdir, step)
             results[step] = evaluator.evaluate(params)
             for task, values in results[step].items():
                 log.say(report.evaluation_line(step, task, values))

@@ -39,7 +39,7 @@ from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
 from t5x_lite import cli, config as configs, init_from, log
-from t5x_lite.build import Experiment, build
+from t5x_lite.build import Program, build
 from t5x_lite.config import RunConfig
 from t5x_lite.data import tasks as data_tasks, vocabulary as data_vocabulary
 from t5x_lite.decoding.decode import DecodeConfig
@@ -336,14 +336,14 @@ def infer(config: RunConfig, workdir: pathlib.Path | None, step: str, decode: De
 
     source: what the items are read from, for the record.
     """
-    experiment = build(config)
+    program = build(config)
     vocabulary = data_tasks.vocabulary_of(config.data)
     data_vocabulary.check_vocabulary(vocabulary, config.model.vocab_size, sentinels=False)
-    with experiment.activate():
-        params, step = init_from.restore(experiment, workdir,
+    with program.activate():
+        params, step = init_from.restore(program, workdir,
                                          int(step) if step.isdigit() else step)
-        predictor = Predictor(experiment, vocabulary, decode)
-        params = _gathered(experiment, params)
+        predictor = Predictor(program, vocabulary, decode)
+        params = _gathered(program, params)
         file = Output(output, {"workdir": str(workdir or config.init_from), "step": step,
                                "mode": mode, "source": source, **_what_decides(config),
                                "decode": dataclasses.asdict(decode)})
@@ -352,13 +352,13 @@ def infer(config: RunConfig, workdir: pathlib.Path | None, step: str, decode: De
     return count
 
 
-def _gathered(experiment: Experiment, params: dict) -> dict:
+def _gathered(program: Program, params: dict) -> dict:
     """The parameters as decoding wants them; says what that costs."""
-    ways = experiment.mesh.shape["fsdp"]
-    if ways == 1 or not experiment.config.eval.gather_params:
+    ways = program.mesh.shape["fsdp"]
+    if ways == 1 or not program.config.eval.gather_params:
         return params
     before = state.num_bytes_per_device(params)
-    params = experiment.gathered(params)
+    params = program.gathered(params)
     log.say(f"parameters gathered over mesh.fsdp={ways} once: "
                f"{log.si(state.num_bytes_per_device(params), 'B')} a device, before "
                f"{log.si(before, 'B')} (eval.gather_params=false leaves them split)")

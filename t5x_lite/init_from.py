@@ -42,7 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5x_lite import log, tree
-from t5x_lite.build import Experiment, build
+from t5x_lite.build import Program, build
 from t5x_lite.checkpoints import format as checkpoint_format, manager
 from t5x_lite.config import EvalConfig, RunConfig, ShardingConfig, TrainConfig, from_mapping
 from t5x_lite.data import tasks as data_tasks, vocabulary as data_vocabulary
@@ -159,7 +159,7 @@ def _merged(workdir: os.PathLike | str, record: checkpoint_format.Record) -> dic
     return {path: np.asarray(x.addressable_data(0)) for path, x in tree.flatten(params).items()}
 
 
-def alone(run: RunConfig) -> Experiment:
+def alone(run: RunConfig) -> Program:
     """The run's model on one device, or whole on each device of several processes."""
     devices = jax.devices() if jax.process_count() > 1 else jax.devices()[:1]
     return build(dataclasses.replace(
@@ -315,18 +315,18 @@ def _named(config: DataConfig) -> str:
 
 # --- loading --------------------------------------------------------------------------------------
 
-def start(experiment: Experiment) -> dict:
+def start(program: Program) -> dict:
     """The state of step 0: parameters of init_from, or fresh ones where it names nothing."""
-    return experiment.start(_base(experiment))
+    return program.start(_base(program))
 
 
-def frozen(experiment: Experiment) -> dict:
+def frozen(program: Program) -> dict:
     """state["frozen"], which checkpoints do not hold, as the run's start made it."""
-    return start(experiment)["frozen"]
+    return start(program)["frozen"]
 
 
-def parameters(experiment: Experiment, fresh: Callable[[], Mapping] | None = None) -> dict:
-    """The parameters that config.init_from names, placed by the experiment's shardings.
+def parameters(program: Program, fresh: Callable[[], Mapping] | None = None) -> dict:
+    """The parameters that config.init_from names, placed by the program's shardings.
 
     Args:
         fresh: gives initialised parameters, for those that the map leaves fresh.
@@ -335,9 +335,9 @@ def parameters(experiment: Experiment, fresh: Callable[[], Mapping] | None = Non
         UserError: see open_source and assign; or the map leaves parameters fresh and `fresh` is
             None, as in evaluation, where they would be random.
     """
-    config, table = experiment.config, experiment.table
-    abstract = tree.flatten(experiment.abstract_params)
-    everywhere = jax.sharding.NamedSharding(experiment.mesh, jax.sharding.PartitionSpec())
+    config, table = program.config, program.table
+    abstract = tree.flatten(program.abstract_params)
+    everywhere = jax.sharding.NamedSharding(program.mesh, jax.sharding.PartitionSpec())
     source = open_source(config.init_from, config.model, partial=bool(config.init_map),
                          sharding=everywhere)
     plan = assign(table, source.shapes, config.init_map, source.where, peft.added(table))
@@ -350,7 +350,7 @@ def parameters(experiment: Experiment, fresh: Callable[[], Mapping] | None = Non
     if source.tensors.collective and plan.loaded == {p: p for p in table} and all(
             source.tensors.shapes.get(path) == info.shape for path, info in table.items()):
         # A workdir's own layout: every process reads its shards, all parameters at once.
-        return manager.restore_params(config.init_from, experiment.abstract_params)[0]
+        return manager.restore_params(config.init_from, program.abstract_params)[0]
     left = tree.flatten(fresh()) if plan.fresh else {}
     found = {path: _load(source, plan.loaded[path], info, abstract[path])
              if path in plan.loaded else left[path] for path, info in table.items()}
@@ -367,49 +367,49 @@ def _common_tokens(embedding_VD: jax.Array, prompt: jax.ShapeDtypeStruct, seed: 
         prompt.sharding.mesh, jax.sharding.PartitionSpec())))
 
 
-def restore(experiment: Experiment, workdir: os.PathLike | str | None, step: int | str = "last"
+def restore(program: Program, workdir: os.PathLike | str | None, step: int | str = "last"
             ) -> tuple[dict, int]:
     """(parameters, step) of a workdir's checkpoint; without a workdir of config.init_from.
 
     They are those of the whole model: what a checkpoint trained of it, merged with the rest.
     """
     if workdir is None:
-        return parameters(experiment), 0
-    trained, record = _restore_trained(experiment, workdir, step)
+        return parameters(program), 0
+    trained, record = _restore_trained(program, workdir, step)
     state = {"params": trained}
-    if "frozen" in experiment.abstract_state:
-        state = _over_frozen(experiment, workdir, trained, record)
-    return experiment.whole_params(state), record.step
+    if "frozen" in program.abstract_state:
+        state = _over_frozen(program, workdir, trained, record)
+    return program.whole_params(state), record.step
 
 
-def restore_state(experiment: Experiment, workdir: os.PathLike | str, step: int | str = "last"
+def restore_state(program: Program, workdir: os.PathLike | str, step: int | str = "last"
                   ) -> tuple[dict, int]:
     """(a state with a checkpoint's parameters and a fresh optimizer, the checkpoint's step)."""
-    trained, record = _restore_trained(experiment, workdir, step)
-    if "frozen" in experiment.abstract_state:
-        return _over_frozen(experiment, workdir, trained, record), record.step
-    return experiment.start(trained), record.step
+    trained, record = _restore_trained(program, workdir, step)
+    if "frozen" in program.abstract_state:
+        return _over_frozen(program, workdir, trained, record), record.step
+    return program.start(trained), record.step
 
 
-def _restore_trained(experiment, workdir, step) -> tuple[dict, checkpoint_format.Record]:
-    params, record = manager.restore_params(workdir, experiment.abstract_state["params"], step)
-    ours, saved = experiment.config.data, record.config["data"]
+def _restore_trained(program, workdir, step) -> tuple[dict, checkpoint_format.Record]:
+    params, record = manager.restore_params(workdir, program.abstract_state["params"], step)
+    ours, saved = program.config.data, record.config["data"]
     if (ours.vocabulary, ours.train) != (saved["vocabulary"], saved["train"]) and _names_one(ours):
         _compare_pieces(ours, str(workdir))
     return params, record
 
 
-def _over_frozen(experiment, workdir, trained, record) -> dict:
+def _over_frozen(program, workdir, trained, record) -> dict:
     """A state with these trained parameters over the frozen ones that the checkpoint refers to."""
-    state = experiment.start(_base(experiment), trained)
+    state = program.start(_base(program), trained)
     checkpoint_format.check_frozen(workdir, record, state["frozen"])
     return state
 
 
-def _base(experiment: Experiment) -> dict:
-    if not experiment.config.init_from:
-        return experiment.init_params()
-    return parameters(experiment, experiment.init_params)
+def _base(program: Program) -> dict:
+    if not program.config.init_from:
+        return program.init_params()
+    return parameters(program, program.init_params)
 
 
 def _load(source: ForeignModel, path: str, info: ParamInfo, abstract: jax.ShapeDtypeStruct

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from t5x_lite import cli, config as configs, init_from
-from t5x_lite.build import Experiment, build
+from t5x_lite.build import Program, build
 from t5x_lite.config import RunConfig
 from t5x_lite.data import tasks as data_tasks, vocabulary as data_vocabulary
 from t5x_lite.decoding.decode import DecodeConfig
@@ -34,31 +34,31 @@ Examples = Sequence[tuple[str, str]]   # (inputs, targets)
 class Session:
     """A model with its parameters and optimizer state, in this process's memory.
 
-    experiment: what build gave. state: as training keeps it; step counts the steps done here.
+    program: what build gave. state: as training keeps it; step counts the steps done here.
     """
 
-    def __init__(self, experiment: Experiment, state: dict):
-        self.experiment = experiment
+    def __init__(self, program: Program, state: dict):
+        self.program = program
         self.state = state
-        self._vocabulary = data_tasks.vocabulary_of(experiment.config.data)
-        data_vocabulary.check_vocabulary(self._vocabulary, experiment.config.model.vocab_size,
+        self._vocabulary = data_tasks.vocabulary_of(program.config.data)
+        data_vocabulary.check_vocabulary(self._vocabulary, program.config.model.vocab_size,
                               sentinels=False)
-        self._train_step = experiment.jit_train_step()
+        self._train_step = program.jit_train_step()
 
     @property
     def params(self) -> dict:
         """The whole model's parameters, nested; what models/peft.py trains is merged in."""
-        return self.experiment.whole_params(self.state)
+        return self.program.whole_params(self.state)
 
     def train(self, examples: Examples, num_steps: int) -> list[float]:
         """Steps over the examples, shuffled anew each epoch; the loss (nats a token) of each."""
         examples = _pairs(examples, "train on")
-        config = self.experiment.config
+        config = self.program.config
         size = config.train.global_batch_size
         rows = self._predictor(config.eval.decode, size)
         order = _endless(len(examples), config.train.seed, int(self.state["step"]) * size)
         losses = []
-        with self.experiment.activate():
+        with self.program.activate():
             for _ in range(num_steps):
                 chosen = [examples[next(order)] for _ in range(size)]
                 batch = rows.place(rows.training_rows(*zip(*chosen, strict=True)))
@@ -74,9 +74,9 @@ class Session:
     def predict_many(self, inputs: Sequence[str], **decode) -> list:
         """All sequences of each input with their scores, as predictor.Prediction."""
         inputs = _texts(inputs, "inputs")
-        config = _decode_config(self.experiment.config.eval.decode, decode)
+        config = _decode_config(self.program.config.eval.decode, decode)
         predictor = self._predictor(config)
-        with self.experiment.activate():
+        with self.program.activate():
             found = predictor.predict(self.params, inputs)
         predictor.say_misfits()
         return found
@@ -86,8 +86,8 @@ class Session:
         inputs, targets = _texts(inputs, "inputs"), _texts(targets, "targets")
         if len(inputs) != len(targets):
             raise UserError(f"{len(inputs)} inputs and {len(targets)} targets to score")
-        predictor = self._predictor(self.experiment.config.eval.decode)
-        with self.experiment.activate():
+        predictor = self._predictor(self.program.config.eval.decode)
+        with self.program.activate():
             found = predictor.score(self.params, inputs, targets)
         predictor.say_misfits()
         return found
@@ -106,14 +106,14 @@ class Session:
 
     @functools.lru_cache(maxsize=8)   # compiled functions, by decode config
     def _predictor(self, decode, batch_size: int = 0) -> Predictor:
-        return Predictor(self.experiment, self._vocabulary, decode, batch_size)
+        return Predictor(self.program, self._vocabulary, decode, batch_size)
 
 
 def start(config: RunConfig) -> Session:
     """A session with the parameters of config.init_from, or fresh ones."""
     cli.quiet()
-    experiment = build(config)
-    return Session(experiment, init_from.start(experiment))
+    program = build(config)
+    return Session(program, init_from.start(program))
 
 
 def load(workdir: str | os.PathLike, step: int | str = "last", overrides: Sequence[str] = ()
@@ -124,8 +124,8 @@ def load(workdir: str | os.PathLike, step: int | str = "last", overrides: Sequen
     """
     cli.quiet()
     workdir = pathlib.Path(workdir)
-    experiment = build(configs.load(workdir / "config.json", overrides))
-    return Session(experiment, init_from.restore_state(experiment, workdir, step)[0])
+    program = build(configs.load(workdir / "config.json", overrides))
+    return Session(program, init_from.restore_state(program, workdir, step)[0])
 
 
 def _texts(texts: Iterable[str], what: str) -> list[str]:

@@ -20,7 +20,7 @@ from absl import flags
 from rich.table import Column, Table
 
 from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read on import
-from t5x_lite.build import Experiment, build
+from t5x_lite.build import Program, build
 from t5x_lite.config import RunConfig, replace
 from t5x_lite.cost import energy, flops, hlo, roofline as roofline_lib, tables
 from t5x_lite.cost.roofline import Roofline
@@ -66,7 +66,7 @@ class Plan:
 
     config: RunConfig
     topology: Topology
-    experiment: Experiment
+    program: Program
     compiled: Compiled | None        # None: there is no compiler, or the state alone is too large
     arguments: dict[str, int]        # params, opt_state, batch
     host_bytes: int                  # of offloaded optimizer state
@@ -133,9 +133,9 @@ def make_plan(config: RunConfig, topology: Topology,
         UserError: whatever build refuses, before anything is compiled.
     """
     config = on_slices(config, topology)
-    experiment = build(config, topology.devices)
-    arguments = rehearse.argument_bytes(experiment)
-    activations = rehearse.activation_bytes(experiment)
+    program = build(config, topology.devices)
+    arguments = rehearse.argument_bytes(program)
+    activations = rehearse.activation_bytes(program)
     hbm, notes, compiled = topology.hbm_bytes, [], None
     if not topology.compiler:
         notes.append("GPUs have no compiler that works without one: temporaries and communication "
@@ -145,32 +145,32 @@ def make_plan(config: RunConfig, topology: Topology,
     elif hbm is not None and sum(arguments.values()) > hbm:
         notes.append("not compiled: parameters, optimizer state and batch alone are too large")
     else:
-        compiled = rehearse.compile_step(experiment)
+        compiled = rehearse.compile_step(program)
         notes += [compiled.note] if compiled.note else []
-    model_flops = config.train.global_batch_size * experiment.flops_per_sequence
-    bound = _bound(experiment, topology, compiled, arguments, model_flops)
-    cost = _run_cost(experiment, topology, assumptions)
-    dtype, chip = experiment.policy.matmul_dtype, topology.chip
+    model_flops = config.train.global_batch_size * program.flops_per_sequence
+    bound = _bound(program, topology, compiled, arguments, model_flops)
+    cost = _run_cost(program, topology, assumptions)
+    dtype, chip = program.policy.matmul_dtype, topology.chip
     if chip.peak_flops and chip.matmul_flops_per_second(dtype) is None:
         notes.append(f"a {chip.name} has no {dtype} units: use --config.precision=fp16")
     notes += _remarks(bound, compiled, assumptions)
-    return Plan(config, topology, experiment, compiled, arguments,
-                rehearse.host_bytes(experiment), activations, model_flops, bound, cost,
+    return Plan(config, topology, program, compiled, arguments,
+                rehearse.host_bytes(program), activations, model_flops, bound, cost,
                 assumptions, tuple(notes))
 
 
-def _bound(experiment: Experiment, topology: Topology, compiled: Compiled | None,
+def _bound(program: Program, topology: Topology, compiled: Compiled | None,
            arguments: dict[str, int], model_flops: float) -> Roofline:
-    mesh = experiment.mesh
+    mesh = program.mesh
     known = compiled is not None and compiled.argument_bytes is not None
     written = (compiled.output_bytes if known else arguments["params"] + arguments["opt_state"]) \
-        - rehearse.frozen_bytes(experiment)   # passed through, not written
-    rows = experiment.config.train.global_batch_size
-    least = sum(part / (1 - experiment.bubbles.get(name, 0.0))
-                for name, part in experiment.step_flops(rows, least=True).items())
+        - rehearse.frozen_bytes(program)   # passed through, not written
+    rows = program.config.train.global_batch_size
+    least = sum(part / (1 - program.bubbles.get(name, 0.0))
+                for name, part in program.step_flops(rows, least=True).items())
     return roofline_lib.roofline(
         topology.chip, num_chips=topology.num_chips, model_flops=model_flops,
-        dtype=experiment.policy.matmul_dtype, least_flops=least,
+        dtype=program.policy.matmul_dtype, least_flops=least,
         argument_bytes=compiled.argument_bytes if known else sum(arguments.values()),
         output_bytes=written,
         temp_bytes=compiled.temp_bytes if known else 0,
@@ -178,17 +178,17 @@ def _bound(experiment: Experiment, topology: Topology, compiled: Compiled | None
         placement=roofline_lib.place(mesh.devices, mesh.axis_names, topology.chip))
 
 
-def _run_cost(experiment: Experiment, topology: Topology, given: Assumptions
+def _run_cost(program: Program, topology: Topology, given: Assumptions
               ) -> energy.RunCost | None:
     chip = topology.chip
-    peak = chip.matmul_flops_per_second(experiment.policy.matmul_dtype)
+    peak = chip.matmul_flops_per_second(program.policy.matmul_dtype)
     if peak is None:
         return None
-    train = experiment.config.train
+    train = program.config.train
     rows = batch_ramp.sequences_before(train.batch_ramp, train.global_batch_size, train.num_steps)
     price = given.dollars_per_chip_hour
     return energy.estimate(
-        total_flops=rows * experiment.flops_per_sequence, chips=topology.num_chips,
+        total_flops=rows * program.flops_per_sequence, chips=topology.num_chips,
         flops_per_second=given.mfu * peak,
         watts=chip.watts if given.watts is None else given.watts,
         power_source=chip.power_source if given.watts is None else "given", pue=given.pue,
@@ -310,12 +310,12 @@ def to_json(plan: Plan, trials: Sequence[Trial] = ()) -> dict[str, Any]:
     return {
         "config": plan.config.name, "topology": plan.topology.name,
         "num_slices": plan.topology.num_slices, "num_chips": plan.topology.num_chips,
-        "num_devices": plan.experiment.mesh.size,
-        "mesh": {a: n for a, n in plan.experiment.mesh.shape.items() if n > 1},
+        "num_devices": plan.program.mesh.size,
+        "mesh": {a: n for a, n in plan.program.mesh.shape.items() if n > 1},
         "compiler": plan.topology.compiler or None,
         "compile_seconds": compiled and round(compiled.seconds, 2),
         "fits": plan.fits, "hbm_bytes": plan.topology.hbm_bytes,
-        "num_params": plan.experiment.num_params,
+        "num_params": plan.program.num_params,
         "params_bytes": plan.arguments["params"],
         "optimizer_bytes": plan.arguments["opt_state"],
         "batch_bytes": plan.arguments["batch"],
@@ -325,7 +325,7 @@ def to_json(plan: Plan, trials: Sequence[Trial] = ()) -> dict[str, Any]:
         "temp_size_bytes": compiled and compiled.temp_size_bytes,
         "peak_bytes": plan.peak_bytes,
         "model_flops": plan.model_flops,
-        "recomputed_flops": _recomputed(plan), "pipeline": _pipelines(plan.experiment),
+        "recomputed_flops": _recomputed(plan), "pipeline": _pipelines(plan.program),
         "collectives": None if found is None else [dataclasses.asdict(line) for line in found],
         "gathers_became_all_reduces":
             None if found is None else any(line.replaces_gather for line in found),
@@ -393,8 +393,8 @@ def published_json() -> dict[str, Any]:
 
 
 def _headline(plan: Plan) -> str:
-    topology, experiment = plan.topology, plan.experiment
-    mesh = ", ".join(f"{a}={n}" for a, n in experiment.mesh.shape.items() if n > 1) or "1 device"
+    topology, program = plan.topology, plan.program
+    mesh = ", ".join(f"{a}={n}" for a, n in program.mesh.shape.items() if n > 1) or "1 device"
     slices = f" x {topology.num_slices} slices" if topology.num_slices > 1 else ""
     verdict = {True: "FITS", False: "DOES NOT FIT", None: "FITS OR NOT: unknown"}[plan.fits]
     compiled = f", compiled in {plan.compiled.seconds:.1f} s by {topology.compiler}" \
@@ -403,11 +403,11 @@ def _headline(plan: Plan) -> str:
     again = _recomputed(plan)
     pipelines = [f"\npipeline of the {side}: {line['schedule']}, {line['microbatches']} "
                  f"micro-batches, {line['bubble']:.1%} of the stages' time idle (the bubble)"
-                 for side, line in _pipelines(experiment).items()]
+                 for side, line in _pipelines(program).items()]
     return (f"{plan.config.name} on {topology.name}{slices}: {verdict}{compiled}\n"
-            f"{experiment.num_params:,} parameters; {topology.num_chips} chips, mesh {mesh}; "
+            f"{program.num_params:,} parameters; {topology.num_chips} chips, mesh {mesh}; "
             f"{plan.config.precision}\n"
-            f"{plan.config.train.global_batch_size:,} sequences x {experiment.lengths} a step, "
+            f"{plan.config.train.global_batch_size:,} sequences x {program.lengths} a step, "
             f"{tables.quantity(plan.model_flops, 'FLOP')}"
             + (f" (+ {tables.quantity(again, 'FLOP')} recomputed)" if again else "")
             + f"; {steps:,} steps" + "".join(pipelines))
@@ -416,16 +416,16 @@ def _headline(plan: Plan) -> str:
 def _recomputed(plan: Plan) -> float:
     """FLOPs a step that rematerialisation and pipelining compute again, at most."""
     return flops.recompute_flops(plan.config.model, plan.config.train.global_batch_size,
-                                 *plan.experiment.lengths, plan.experiment.mesh.shape["stage"])
+                                 *plan.program.lengths, plan.program.mesh.shape["stage"])
 
 
-def _pipelines(experiment: Experiment) -> dict[str, dict[str, Any]]:
+def _pipelines(program: Program) -> dict[str, dict[str, Any]]:
     """{stack: its schedule, micro-batches (of a part, under accumulation) and bubble}."""
-    stages = experiment.mesh.shape["stage"]
-    configs = {side: getattr(experiment.config.model, side).pipeline
-               for side in experiment.bubbles}
+    stages = program.mesh.shape["stage"]
+    configs = {side: getattr(program.config.model, side).pipeline
+               for side in program.bubbles}
     return {side: {"schedule": config.schedule, "microbatches": config.plan(stages).microbatches,
-                   "bubble": experiment.bubbles[side]} for side, config in configs.items()}
+                   "bubble": program.bubbles[side]} for side, config in configs.items()}
 
 
 def _memory_table(plan: Plan) -> Table:

@@ -11,32 +11,32 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 from tqdm import tqdm
 
-from t5x_lite.build import Experiment
+from t5x_lite.build import Program
 from t5x_lite.log import is_main, say, si
 
 METRIC = "metric/"   # before the names of a task's own metrics, beside the model's loss and accuracy
 
 
-def header(experiment: Experiment) -> str:
+def header(program: Program) -> str:
     """What is about to run."""
-    config = experiment.config
-    mesh = ", ".join(f"{a}={n}" for a, n in experiment.mesh.shape.items() if n > 1) or "1 device"
-    device = experiment.mesh.devices.flat[0]
+    config = program.config
+    mesh = ", ".join(f"{a}={n}" for a, n in program.mesh.shape.items() if n > 1) or "1 device"
+    device = program.mesh.devices.flat[0]
     rows = config.train.global_batch_size
-    trains = [] if experiment.num_trainable == experiment.num_params else [
-        ("trains", f"{experiment.num_trainable:,} by {config.peft.method}, "
-                   f"{experiment.num_trainable / experiment.num_params:.2%} of the parameters")]
+    trains = [] if program.num_trainable == program.num_params else [
+        ("trains", f"{program.num_trainable:,} by {config.peft.method}, "
+                   f"{program.num_trainable / program.num_params:.2%} of the parameters")]
     lines = [
         ("run", f"{config.name}: {config.model.architecture}, {config.objective.name}, "
                 f"{config.optimizer.name}, {config.precision}"),
-        ("parameters", f"{experiment.num_params:,} "
-                       f"({experiment.num_non_embedding_params:,} non-embedding)"),
+        ("parameters", f"{program.num_params:,} "
+                       f"({program.num_non_embedding_params:,} non-embedding)"),
         *trains,
-        ("devices", f"{experiment.mesh.size} x {device.device_kind}, mesh {mesh}, "
+        ("devices", f"{program.mesh.size} x {device.device_kind}, mesh {mesh}, "
                     f"{jax.process_count()} process{'es' if jax.process_count() > 1 else ''}"),
-        ("step", f"{rows} sequences x {experiment.lengths} = "
-                 f"{rows * experiment.tokens_per_sequence:,} tokens, "
-                 f"{si(rows * experiment.flops_per_sequence, 'FLOP')}"),
+        ("step", f"{rows} sequences x {program.lengths} = "
+                 f"{rows * program.tokens_per_sequence:,} tokens, "
+                 f"{si(rows * program.flops_per_sequence, 'FLOP')}"),
         ("steps", f"{config.train.num_steps:,}"),
     ]
     return "\n".join(f"{name:<11} {text}" for name, text in lines)

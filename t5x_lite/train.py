@@ -24,7 +24,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 
 from t5x_lite import cli, init_from, log, report
-from t5x_lite.build import Experiment, build, param_report
+from t5x_lite.build import Program, build, param_report
 from t5x_lite.checkpoints.manager import Checkpointer, restore_or_init
 from t5x_lite.config import RunConfig, to_json
 from t5x_lite.cost import hardware, usage
@@ -79,51 +79,51 @@ def run(config: RunConfig, workdir: str | pathlib.Path) -> dict[str, dict[str, f
             or empty, a loss that is not finite.
     """
     workdir = pathlib.Path(workdir)
-    experiment = build(config)
+    program = build(config)
     train_data = data_batches.TrainIterator(
         config.data, objective=config.objective.rows,
         global_batch_size=config.train.global_batch_size,
-        sharding=experiment.batch_sharding, seed=config.train.seed)
+        sharding=program.batch_sharding, seed=config.train.seed)
     data_vocabulary.check_vocabulary(data_tasks.vocabulary_of(config.data), config.model.vocab_size,
                           data_tasks.uses_sentinels(config.data, config.objective.rows))
     with Checkpointer(workdir, config.checkpoint) as checkpointer:
-        start = functools.partial(init_from.start, experiment) if config.init_from else None
+        start = functools.partial(init_from.start, program) if config.init_from else None
         state, iterator_states, _ = restore_or_init(
-            checkpointer, experiment.abstract_state, experiment.init_state, start,
-            functools.partial(init_from.frozen, experiment))
+            checkpointer, program.abstract_state, program.init_state, start,
+            functools.partial(init_from.frozen, program))
         if iterator_states is not None:
             train_data.restore(iterator_states)
-        log.say(report.header(experiment))
+        log.say(report.header(program))
         if log.is_main():
             rows = batch_ramp.sequences_before(config.train.batch_ramp,
                                               config.train.global_batch_size,
                                               config.train.num_steps)
             for line in data_tasks.describe_training(config.data, config.objective.rows, rows):
                 log.say(f"data        {line}")
-        _write_description(experiment, workdir)
-        with experiment.activate(), _Stop() as stop:
-            return _loop(experiment, workdir, checkpointer, train_data, state, stop)
+        _write_description(program, workdir)
+        with program.activate(), _Stop() as stop:
+            return _loop(program, workdir, checkpointer, train_data, state, stop)
 
 
-def _write_description(experiment: Experiment, workdir: pathlib.Path) -> None:
+def _write_description(program: Program, workdir: pathlib.Path) -> None:
     if log.is_main():
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(to_json(experiment.config) + "\n")
-        (workdir / "parameters.txt").write_text(param_report(experiment))
+        (workdir / "config.json").write_text(to_json(program.config) + "\n")
+        (workdir / "parameters.txt").write_text(param_report(program))
 
 
-def _loop(experiment: Experiment, workdir: pathlib.Path, checkpointer: Checkpointer,
+def _loop(program: Program, workdir: pathlib.Path, checkpointer: Checkpointer,
           train_data: data_batches.TrainIterator, state: Mapping, stop: _Stop) -> dict[str, dict[str, float]]:
     """Steps, evaluations and checkpoints from the state's step to the last."""
-    config = experiment.config
+    config = program.config
     first, last = int(state["step"]), config.train.num_steps
     config_json = to_json(config)
-    evaluator = Evaluator(experiment)
-    train_step = experiment.jit_train_step()
+    evaluator = Evaluator(program)
+    train_step = program.jit_train_step()
     held_out: dict[str, dict[str, float]] = {}
     with metrics.MetricsWriter(workdir, resume_step=first) as writer:
         before = metrics.read_metrics(workdir / "metrics.jsonl") if log.is_main() else []
-        meter = _Log(experiment, writer, checkpointer, first, before)
+        meter = _Log(program, writer, checkpointer, first, before)
         for step in range(first + 1, last + 1):
             rows = batch_ramp.batch_size_at(config.train.batch_ramp,
                                            config.train.global_batch_size, step - 1)
@@ -139,7 +139,7 @@ def _loop(experiment: Experiment, workdir: pathlib.Path, checkpointer: Checkpoin
             # Evaluated before it is saved: a kill in between repeats the evaluation, where the
             # other order would leave it out. A SIGTERM leaves no time for it.
             if evaluating and evaluator.has_data and not stopping:
-                held_out = evaluator.evaluate(experiment.whole_params(state))
+                held_out = evaluator.evaluate(program.whole_params(state))
                 for task, values in held_out.items():
                     log.say(report.evaluation_line(step, task, values))
                     writer.write(meter.stamp(step), values, prefix=f"eval/{task}/")
@@ -155,7 +155,7 @@ def _loop(experiment: Experiment, workdir: pathlib.Path, checkpointer: Checkpoin
         meter.close()
     checkpointer.wait()
     if config.eval.samples and evaluator.has_data:
-        log.say(report.samples(evaluator.samples(experiment.whole_params(state),
+        log.say(report.samples(evaluator.samples(program.whole_params(state),
                                                     config.eval.samples)))
     return held_out
 
@@ -163,44 +163,44 @@ def _loop(experiment: Experiment, workdir: pathlib.Path, checkpointer: Checkpoin
 class _Log:
     """Reads metrics one step late, refuses a loss that is not finite, writes and shows."""
 
-    def __init__(self, experiment: Experiment, writer: metrics.MetricsWriter,
+    def __init__(self, program: Program, writer: metrics.MetricsWriter,
                  checkpointer: Checkpointer, first: int, before: Sequence[Mapping]):
         """before: the lines of metrics.jsonl so far."""
         self.pending: tuple[int, Mapping] | None = None
-        self._experiment = experiment
+        self._program = program
         self._writer = writer
         self._checkpointer = checkpointer
-        train = experiment.config.train
+        train = program.config.train
         self._every = train.log_every
         self._sums: dict = {}
         self.progress = report.Progress(first, train.num_steps, self._tokens_seen)
-        devices = list(experiment.mesh.devices.flat)
+        devices = list(program.mesh.devices.flat)
         used = next((line for line in reversed(before) if "chip_hours" in line), None)
         self._usage = usage.UsageMeter(
             devices[0].device_kind, num_chips=hardware.count_chips(devices),
-            dtype=experiment.policy.matmul_dtype, num_processes=jax.process_count(), before=used)
+            dtype=program.policy.matmul_dtype, num_processes=jax.process_count(), before=used)
         self._usage_step = first
         self._fresh = True
         self._warned: set[str] = set()
 
     def _rows_seen(self, step: int) -> int:
-        train = self._experiment.config.train
+        train = self._program.config.train
         return batch_ramp.sequences_before(train.batch_ramp, train.global_batch_size, step)
 
     def _tokens_seen(self, step: int) -> int:
-        return self._rows_seen(step) * self._experiment.tokens_per_sequence
+        return self._rows_seen(step) * self._program.tokens_per_sequence
 
     def stamp(self, step: int) -> dict[str, float]:
         """What every line of metrics.jsonl carries."""
         return {"step": step, "tokens_seen": self._tokens_seen(step),
-                "flops": self._rows_seen(step) * self._experiment.flops_per_sequence,
-                "non_embedding_params": self._experiment.num_non_embedding_params}
+                "flops": self._rows_seen(step) * self._program.flops_per_sequence,
+                "non_embedding_params": self._program.num_non_embedding_params}
 
     def _used(self, step: int) -> dict[str, float | str]:
         """Chip-hours, energy, carbon and MFU, as usage.UsageMeter gives them."""
         rows = self._rows_seen(step) - self._rows_seen(self._usage_step)
         self._usage_step = step
-        return self._usage.read(rows * self._experiment.flops_per_sequence)
+        return self._usage.read(rows * self._program.flops_per_sequence)
 
     def read_pending(self) -> None:
         """Waits for the pending step's metrics and handles them."""

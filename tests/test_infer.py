@@ -97,9 +97,9 @@ def test_evaluation_runs_the_tasks_metrics_in_the_loop(run, session):
 
 def test_targets_that_do_not_fit_are_counted(run, capsys):
     config = configs.replace(run[0], "data.targets_length", 1)
-    experiment = build(config)
-    with experiment.activate():
-        Evaluator(experiment)
+    program = build(config)
+    with program.activate():
+        Evaluator(program)
     assert "12 of 12 targets are longer than data.targets_length=1" in capsys.readouterr().out
 
 
@@ -128,9 +128,9 @@ def test_a_session_tells_of_cut_and_empty_texts(session, capsys):
 
 def test_evaluation_without_metrics(run):
     config = configs.replace(run[0], "eval.metrics", False)
-    experiment = build(config)
-    with experiment.activate():
-        assert Evaluator(experiment)._examples == {}
+    program = build(config)
+    with program.activate():
+        assert Evaluator(program)._examples == {}
 
 
 def test_another_vocabulary_than_the_models_is_refused_by_name(run):
@@ -152,12 +152,12 @@ def test_another_vocabulary_than_the_models_is_refused_by_name(run):
 
 
 def test_a_score_is_the_loss_of_its_row(run, session):
-    experiment = session.experiment
-    vocabulary = data_tasks.vocabulary_of(experiment.config.data)
-    with experiment.activate():
-        predictor = Predictor(experiment, vocabulary, DecodeConfig())
+    program = session.program
+    vocabulary = data_tasks.vocabulary_of(program.config.data)
+    with program.activate():
+        predictor = Predictor(program, vocabulary, DecodeConfig())
         batch = predictor.place(predictor.training_rows(["1+2"], ["3"]))
-        sums = jax.jit(experiment.eval_step)(session.state["params"], batch, np.zeros(384))
+        sums = jax.jit(program.eval_step)(session.state["params"], batch, np.zeros(384))
     assert session.score(["1+2"], ["3"])[0] == pytest.approx(-float(sums["loss"][0]), rel=1e-5)
     assert float(sums["loss"][1]) == 2   # the target and EOS
 
@@ -243,10 +243,10 @@ def test_a_rank_classification_tasks_lines_give_its_accuracy(run, tmp_path):
         (0, True), (0, False), (1, False), (1, True), (2, True), (2, False)]
     best = {r["question"]: r for r in sorted(rows, key=lambda r: r["scores"])}
     config = configs.replace(run[0], "data.validation", task.name)
-    experiment = build(config)
-    with experiment.activate():
-        evaluator = Evaluator(experiment)
-        [values] = evaluator.evaluate(init_from.restore(experiment, run[1])[0]).values()
+    program = build(config)
+    with program.activate():
+        evaluator = Evaluator(program)
+        [values] = evaluator.evaluate(init_from.restore(program, run[1])[0]).values()
     accuracy = 100 * np.mean([r["is_correct"] for r in best.values()])
     assert values["metric/accuracy"] == pytest.approx(accuracy)
 
@@ -287,15 +287,15 @@ def test_what_stands_before_a_malformed_line_is_written(run, files, tmp_path):
 def test_rows_of_causal_and_prefix_models_by_hand(session, capsys):
     """[inputs, targets] in one row, as long as training's; loss on the targets; a prefix sees its
     own EOS."""
-    vocabulary = data_tasks.vocabulary_of(session.experiment.config.data)   # byt5: "a" is 100
-    config = session.experiment.config
+    vocabulary = data_tasks.vocabulary_of(session.program.config.data)   # byt5: "a" is 100
+    config = session.program.config
     config = dataclasses.replace(config, data=dataclasses.replace(
         config.data, inputs_length=3, targets_length=6))
 
     def rows(objective):
-        experiment = dataclasses.replace(session.experiment, config=dataclasses.replace(
+        program = dataclasses.replace(session.program, config=dataclasses.replace(
             config, objective=dataclasses.replace(config.objective, name=objective)))
-        predictor = Predictor(experiment, vocabulary, DecodeConfig(), batch_size=8)
+        predictor = Predictor(program, vocabulary, DecodeConfig(), batch_size=8)
         return predictor, {n: x[0].tolist() for n, x in predictor.training_rows(
             ["ab"], ["c"]).items()}, predictor._prompts(["ab"])
 
@@ -387,18 +387,18 @@ def test_fsdp_is_gathered_once_and_not_at_every_token(run, files, tmp_path, caps
     predictions = [[r["predictions"] for r in written(tmp_path / name)]
                    for name in ("split.jsonl", "whole.jsonl")]
     assert predictions[0] == predictions[1]
-    experiment = build(split)
-    batch = {"encoder_input_tokens": experiment.abstract_batch()["encoder_input_tokens"]}
+    program = build(split)
+    batch = {"encoder_input_tokens": program.abstract_batch()["encoder_input_tokens"]}
 
     def gathers(params):
-        with experiment.activate():
-            return jax.jit(steps.make_decode_step(experiment.model, DecodeConfig(max_length=6))
+        with program.activate():
+            return jax.jit(steps.make_decode_step(program.model, DecodeConfig(max_length=6))
                            ).lower(params, batch).compile().as_text().count(" all-gather(")
 
     whole = tree.map_with_path(
         lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(
-            experiment.mesh, PartitionSpec(*[None] * x.ndim))), experiment.abstract_params)
-    assert gathers(whole) < gathers(experiment.abstract_params)
+            program.mesh, PartitionSpec(*[None] * x.ndim))), program.abstract_params)
+    assert gathers(whole) < gathers(program.abstract_params)
 
 
 def test_two_processes_killed_and_restarted_write_each_line_once(run, files, tmp_path):

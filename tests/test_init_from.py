@@ -67,12 +67,12 @@ def test_rules_that_cannot_be_are_named(init_map, message):
 # --- loading --------------------------------------------------------------------------------------
 
 def load(config, fresh=None):
-    """The parameters as numpy, and the experiment."""
-    experiment = build.build(config)
-    with experiment.activate():
-        params = init_from.parameters(experiment, fresh and (lambda: fresh))
+    """The parameters as numpy, and the program."""
+    program = build.build(config)
+    with program.activate():
+        params = init_from.parameters(program, fresh and (lambda: fresh))
     for path, x in tree.flatten(params).items() if fresh is None else ():
-        want = tree.flatten(experiment.abstract_state["params"])[path]
+        want = tree.flatten(program.abstract_state["params"])[path]
         assert (x.shape, x.dtype, x.sharding) == (want.shape, want.dtype, want.sharding), path
     return folders.flat(params)
 
@@ -143,12 +143,12 @@ def test_upcycling_gives_the_dense_models_loss(tmp_path):
         dataclasses.replace(dense, model=model, init_map=UPCYCLE))))
     losses, params = [], None
     for run in (dense, config):
-        experiment = build.build(run, jax.devices()[:1])
-        with experiment.activate():
-            params = init_from.start(experiment)["params"]
+        program = build.build(run, jax.devices()[:1])
+        with program.activate():
+            params = init_from.start(program)["params"]
             _, sums = jax.jit(functools.partial(
                 objectives.loss, key=None, config=run.objective, divisors={"weight": 1.0}))(
-                    experiment.model.bind(params), tiny.batch())
+                    program.model.bind(params), tiny.batch())
         losses.append(float(sums["loss"][0] / sums["loss"][1]))
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
@@ -218,11 +218,11 @@ def test_train_and_eval_start_from_it(tmp_path, capsys):
     assert capsys.readouterr().out.count("parameters loaded") == 2
 
     # Its workdir is a source too.
-    experiment = build.build(dataclasses.replace(config, init_from=str(tmp_path / "run")))
-    found = folders.flat(init_from.restore(experiment, None)[0])
-    for path, value in folders.flat(init_from.restore(experiment, tmp_path / "run")[0]).items():
+    program = build.build(dataclasses.replace(config, init_from=str(tmp_path / "run")))
+    found = folders.flat(init_from.restore(program, None)[0])
+    for path, value in folders.flat(init_from.restore(program, tmp_path / "run")[0]).items():
         np.testing.assert_array_equal(found[path], value)
-    session = interactive.start(dataclasses.replace(experiment.config, mesh=MeshConfig()))
+    session = interactive.start(dataclasses.replace(program.config, mesh=MeshConfig()))
     np.testing.assert_array_equal(folders.flat(session.state["params"])[path], value)
     other = dataclasses.replace(config, init_from=str(tmp_path / "run"), model=dataclasses.replace(
         config.model, vocab_size=4096), data=dataclasses.replace(config.data, vocabulary="python"))

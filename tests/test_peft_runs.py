@@ -52,23 +52,23 @@ def everything() -> configs.RunConfig:
 
 def one_step(config, devices):
     """What trains after a step from noisy parameters, as numpy."""
-    experiment = build_lib.build(config, devices)
+    program = build_lib.build(config, devices)
     rng = np.random.default_rng(0)
     noisy = tree.map_with_path(
         lambda path, x: np.asarray(x) + (rng.normal(size=x.shape) * 0.1).astype(x.dtype),
         tiny.params(config))
     params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), noisy,
-                          experiment.abstract_params)
-    batch = {k: jax.device_put(v, experiment.batch_sharding) for k, v in tiny.batch().items()}
-    start = experiment.start(params)
+                          program.abstract_params)
+    batch = {k: jax.device_put(v, program.batch_sharding) for k, v in tiny.batch().items()}
+    start = program.start(params)
     spread = lambda p, x: jax.device_put(
         np.asarray(x) + np.linspace(-0.1, 0.1, x.size, dtype=x.dtype).reshape(x.shape), x.sharding)
     start["params"] = tree.map_with_path(spread, start["params"])
-    step = jax.jit(experiment.train_step, compiler_options={   # tiny: what costs is LLVM
+    step = jax.jit(program.train_step, compiler_options={   # tiny: what costs is LLVM
         "xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
-    with experiment.activate():
+    with program.activate():
         after, _ = step(start, batch)
-    assert tree.flatten(after["params"]).keys() == experiment.trainable.keys()
+    assert tree.flatten(after["params"]).keys() == program.trainable.keys()
     return jax.tree.map(np.asarray, after["params"])
 
 
@@ -116,8 +116,8 @@ def whole(base, tmp_path_factory):
 
 
 def stored(workdir, step, config) -> dict:
-    experiment = build_lib.build(config)
-    params, _ = manager.restore_params(workdir, experiment.abstract_state["params"], step)
+    program = build_lib.build(config)
+    params, _ = manager.restore_params(workdir, program.abstract_state["params"], step)
     return {p: np.asarray(x) for p, x in tree.flatten(params).items()}
 
 
@@ -142,15 +142,15 @@ def test_only_what_trains_has_optimizer_state_and_checkpoints(base, whole):
     size = lambda path: sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
     small, big = (size(w / "checkpoints" / n / "state") for w, n in (
         (workdir, "4"), (base[1], "2")))
-    experiment = build_lib.build(config)
-    numbers = experiment.num_trainable
+    program = build_lib.build(config)
+    numbers = program.num_trainable
     # 6 attentions x (query, value) x rank 2 x (16 + 16), stacked over 2 layers: 1,536 of 20,000
     assert numbers == 3 * 2 * 2 * 2 * (16 + 16)
-    moments = {n: x for n, x in experiment.abstract_state["opt_state"].items() if n != "count"}
+    moments = {n: x for n, x in program.abstract_state["opt_state"].items() if n != "count"}
     assert state.num_bytes_per_device(moments) == 2 * 4 * numbers
     record = manager.read_record(workdir)
     held = {p for p in record.arrays if not p.startswith(("opt_state", "frozen", "step"))}
-    assert held == {f"params/{p}" for p in experiment.trainable}
+    assert held == {f"params/{p}" for p in program.trainable}
     names = " ".join(p.name for p in (workdir / "checkpoints/4/state").iterdir())
     assert "frozen" not in names
     assert small < big / 3, (small, big)
@@ -174,10 +174,10 @@ def test_eval_and_interactive_load_it_merged(base, whole):
     (task,) = alone
     assert alone[task]["loss"] == pytest.approx(held_out[task]["loss"], rel=1e-5)
     session = interactive.load(workdir)
-    experiment = build_lib.build(config)
+    program = build_lib.build(config)
     trainable = stored(workdir, 4, config)
     frozen = stored(base[1], 2, base[0])
-    expected = peft.combine(trainable, frozen, experiment.table, LORA)
+    expected = peft.combine(trainable, frozen, program.table, LORA)
     for path, x in tree.flatten(session.params).items():
         np.testing.assert_allclose(x, expected[path], rtol=1e-6, atol=1e-7, err_msg=path)
     losses = session.train([("alpha", "beta")], 2)
@@ -208,14 +208,14 @@ def test_prompts_and_adapters_start_fresh_over_a_source_without_them(base):
     model = dataclasses.replace(base[0].model, prompt_length=4)
     config = dataclasses.replace(base[0], model=model, init_from=str(base[1]),
                                  peft=PeftConfig("prompt"))
-    experiment = build_lib.build(config)
-    start = init_from.start(experiment)
+    program = build_lib.build(config)
+    start = init_from.start(program)
     assert tree.flatten(start["params"]).keys() == {"prompt/embedding"}
     tokens = np.asarray(start["frozen"]["token_embedding"]["embedding"])
     for row in np.asarray(start["params"]["prompt"]["embedding"]):
         assert (tokens == row).all(axis=1).any()
     with pytest.raises(UserError, match="leaves prompt/embedding fresh"):
-        init_from.restore(experiment, None)
+        init_from.restore(program, None)
 
 
 @pytest.mark.parametrize("field, value, message", [

@@ -47,8 +47,8 @@ def on_one_device(config):
 
 
 def params_of(workdir, step, config):
-    experiment = build(config)
-    params, _ = manager.restore_params(workdir, experiment.abstract_state["params"], step)
+    program = build(config)
+    params, _ = manager.restore_params(workdir, program.abstract_state["params"], step)
     return {p: np.asarray(x) for p, x in tree.flatten(params).items()}
 
 
@@ -72,11 +72,11 @@ def test_writes_what_the_readme_promises(whole):
     assert any((workdir / "tensorboard").iterdir())
     lines = metrics.read_metrics(workdir / "metrics.jsonl")
     assert sorted(losses(workdir)) == [1, 2, 3, 4, 5, 6]
-    experiment = build(config)
+    program = build(config)
     for line in lines:
         assert line["tokens_seen"] == line["step"] * 8 * 36
-        assert line["flops"] == pytest.approx(line["step"] * 8 * experiment.flops_per_sequence)
-        assert line["non_embedding_params"] == experiment.num_non_embedding_params
+        assert line["flops"] == pytest.approx(line["step"] * 8 * program.flops_per_sequence)
+        assert line["non_embedding_params"] == program.num_non_embedding_params
     hours = [line["chip_hours"] for line in lines if "train/loss" in line]
     assert len(hours) == 6 and 0 < hours[0] < hours[-1]
     held_out = [line for line in lines if any(k.startswith("eval/") for k in line)]
@@ -119,9 +119,9 @@ def test_eval_reads_every_checkpoint(whole, capsys):
 
 def test_samples_of_a_batch_that_lies_on_eight_devices(whole):
     config, _ = whole
-    experiment = build(config)
-    with experiment.activate():
-        found = Evaluator(experiment).samples(experiment.init_state()["params"], 2)
+    program = build(config)
+    with program.activate():
+        found = Evaluator(program).samples(program.init_state()["params"], 2)
     assert len(found) == 2 and all(inputs and target for inputs, _, target in found)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5x_lite import tree
-from t5x_lite.build import Experiment
+from t5x_lite.build import Program
 from t5x_lite.config import RunConfig, TrainConfig
 from t5x_lite.data.config import DataConfig
 from t5x_lite.layers.attention import AttentionConfig
@@ -51,11 +51,11 @@ def params(config: RunConfig) -> dict:
     return _params(dataclasses.replace(config.model, **plain))
 
 
-def place(values: dict, experiment: Experiment) -> dict:
+def place(values: dict, program: Program) -> dict:
     """A state of zeros (as Adafactor's is at first) with these parameters, on the mesh."""
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), experiment.abstract_state)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), program.abstract_state)
     return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding),
-                        {**zeros, "params": values}, experiment.abstract_state)
+                        {**zeros, "params": values}, program.abstract_state)
 
 
 def batch(rows: int = ROWS, seed: int = 0) -> dict[str, jnp.ndarray]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5x_lite import report
-from t5x_lite.build import Experiment
+from t5x_lite.build import Program
 from t5x_lite.data import (
     batches as data_batches,
     rows as data_rows,
@@ -29,10 +29,10 @@ class Evaluator:
     The batches are read once and kept: evaluation is on the same rows every time.
     """
 
-    def __init__(self, experiment: Experiment):
-        config = experiment.config
-        self._experiment = experiment
-        self._eval_step = jax.jit(experiment.eval_step)
+    def __init__(self, program: Program):
+        config = program.config
+        self._program = program
+        self._eval_step = jax.jit(program.eval_step)
         names = data_tasks.validation_tasks(config.data)
         if names:
             self._vocabulary = data_tasks.vocabulary_of(config.data)
@@ -45,14 +45,14 @@ class Evaluator:
             task: list(data_batches.eval_batches(
                 config.data, task, objective=config.objective.rows,
                 batch_size=config.eval.batch_size or config.train.global_batch_size,
-                sharding=experiment.batch_sharding,
+                sharding=program.batch_sharding,
                 max_batches=config.eval.num_batches or None))
             for task in names}
         self._unigram_entropy = {
             name: data_batches.unigram_entropy(batches) for name, batches in self._groups()}
         self._examples = self._tasks_with_metrics()
         if self._examples:
-            self._predictor = predictor.Predictor(experiment, self._vocabulary, config.eval.decode)
+            self._predictor = predictor.Predictor(program, self._vocabulary, config.eval.decode)
         for name, (_, examples) in self._examples.items():
             self._predictor.count([e.get("inputs", ()) for e in examples],
                                   [e["targets"] for e in examples])
@@ -60,7 +60,7 @@ class Evaluator:
 
     def _tasks_with_metrics(self) -> dict:
         """{task: (seqio task, as many examples as it has rows)} where it has metric functions."""
-        config = self._experiment.config
+        config = self._program.config
         if not config.eval.metrics or not data_rows.of(config.objective.rows).pairs:
             return {}
         size = config.eval.batch_size or config.train.global_batch_size
@@ -117,7 +117,7 @@ class Evaluator:
         A language model goes on from a row's inputs, or from its first half; a masked one names
         the tokens of a row that are to be named.
         """
-        config = self._experiment.config
+        config = self._program.config
         rows = []
         for i in range(count):   # spread over a batch: neighbours come from one document
             task = list(self._batches)[i % len(self._batches)]
@@ -128,7 +128,7 @@ class Evaluator:
             return self._named(params, rows)
         pairs = [_example(row) for row in rows]
         found = predictor.Predictor(
-            self._experiment, self._vocabulary,
+            self._program, self._vocabulary,
             DecodeConfig(max_length=max(1, *(len(target) for _, target in pairs)))).predict(
                 params, [inputs for inputs, _ in pairs])
         return [(self._text(inputs), prediction.texts[0], self._text(target))
@@ -139,13 +139,13 @@ class Evaluator:
         size = batch["decoder_target_tokens"].shape[0]
         batch = {name: np.stack([row[name] for row in rows] * -(-size // len(rows)))[:size]
                  for name in rows[0]}
-        model = self._experiment.model
+        model = self._program.model
 
         def most_likely(params, batch):
             module = model.bind(params)
             return jnp.argmax(module.head(module.head_params(), module(batch, None)[0]), axis=-1)
 
-        sharding = self._experiment.batch_sharding
+        sharding = self._program.batch_sharding
         found = data_batches.whole(jax.jit(most_likely)(params, {
             name: jax.device_put(x, sharding) for name, x in batch.items()}))
         texts = []

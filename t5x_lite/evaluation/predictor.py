@@ -1,7 +1,7 @@
 """From texts to predictions and scores: what infer, interactive and evaluate share.
 
-    predictor = Predictor(experiment, vocabulary, DecodeConfig(method="beam"))
-    with experiment.activate():
+    predictor = Predictor(program, vocabulary, DecodeConfig(method="beam"))
+    with program.activate():
         predictor.predict(params, ["translate English to German: Good."])
         predictor.score(params, ["nq question: who"], ["Ada"])
 
@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from t5x_lite import log
-from t5x_lite.build import Experiment
+from t5x_lite.build import Program
 from t5x_lite.data import batches as data_batches, rows as data_rows, vocabulary as data_vocabulary
 from t5x_lite.decoding.decode import DecodeConfig
 from t5x_lite.errors import UserError
@@ -57,16 +57,16 @@ def make_score_step(model):
 
 
 class Predictor:
-    """Predicts and scores texts with given parameters, under experiment.activate()."""
+    """Predicts and scores texts with given parameters, under program.activate()."""
 
-    def __init__(self, experiment: Experiment, vocabulary, decode: DecodeConfig,
+    def __init__(self, program: Program, vocabulary, decode: DecodeConfig,
                  batch_size: int = 0):
-        config = experiment.config
+        config = program.config
         self._kind = data_rows.of(config.objective.rows)
         if not self._kind.pairs:
             raise UserError(f"objective.name={config.objective.name!r} has no decoder to predict "
                             "with: use a seq2seq, lm or prefix_lm model.")
-        self._experiment = experiment
+        self._program = program
         self._inputs_length = config.data.inputs_length
         self._targets_length = config.data.targets_length
         self._vocabulary = vocabulary
@@ -75,8 +75,8 @@ class Predictor:
         self._eos = decode.eos_id
         self._start = data_vocabulary.start_id(vocabulary) if self._kind.shares_row else 0
         self.batch_size = batch_size or config.eval.batch_size or config.train.global_batch_size
-        self._decode_step = jax.jit(steps.make_decode_step(experiment.model, decode))
-        self._score_step = jax.jit(make_score_step(experiment.model))
+        self._decode_step = jax.jit(steps.make_decode_step(program.model, decode))
+        self._score_step = jax.jit(make_score_step(program.model))
         self._counts = collections.Counter()   # since the last say_misfits
 
     def predict(self, params, inputs: Sequence[Text], row_ids: Sequence[int] | None = None
@@ -227,8 +227,8 @@ class Predictor:
         return table
 
     def _place(self, array: np.ndarray) -> jax.Array:
-        experiment = self._experiment
-        where = sharding.named_sharding(experiment.mesh, experiment.rules,
+        program = self._program
+        where = sharding.named_sharding(program.mesh, program.rules,
                                         ("act_batch", "act_length")[:array.ndim])
         return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 

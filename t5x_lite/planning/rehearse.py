@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
-from t5x_lite.build import Experiment
+from t5x_lite.build import Program
 from t5x_lite.cost import hardware, hlo
 from t5x_lite.cost.hardware import Chip
 from t5x_lite.errors import UserError, nearest
@@ -204,12 +204,12 @@ class Compiled:
     note: str = ""                        # why something is None
 
 
-def compile_step(experiment: Experiment) -> Compiled:
-    """Compiles the step that train runs, for the devices of the experiment's mesh."""
-    began, platform = time.perf_counter(), experiment.mesh.devices.flat[0].platform
-    with experiment.activate():
-        lowered = experiment.jit_train_step().lower(
-            experiment.abstract_state, experiment.abstract_batch())
+def compile_step(program: Program) -> Compiled:
+    """Compiles the step that train runs, for the devices of the program's mesh."""
+    began, platform = time.perf_counter(), program.mesh.devices.flat[0].platform
+    with program.activate():
+        lowered = program.jit_train_step().lower(
+            program.abstract_state, program.abstract_batch())
         try:
             compiled, peak, temp = compile_lowered(lowered, platform)
         except jax.errors.JaxRuntimeError as error:
@@ -220,9 +220,9 @@ def compile_step(experiment: Experiment) -> Compiled:
                             note=f"the compiler: {message}")
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
-    collectives, note = _collectives(compiled, experiment)
+    collectives, note = _collectives(compiled, program)
     # A CPU has one memory, and its compiler counts what is offloaded with the rest.
-    offloaded = host_bytes(experiment) if platform == "cpu" else 0
+    offloaded = host_bytes(program) if platform == "cpu" else 0
     return Compiled(seconds, True, temp, memory.argument_size_in_bytes - offloaded,
                     memory.output_size_in_bytes - offloaded, peak - offloaded, collectives,
                     memory.host_argument_size_in_bytes + offloaded,
@@ -273,9 +273,9 @@ def needed_bytes(message: str) -> int | None:
     return match and round(float(match.group(1)) * 2**(10 * " KMGT".index(match.group(2) or " ")))
 
 
-def _collectives(compiled, experiment: Experiment
+def _collectives(compiled, program: Program
                  ) -> tuple[tuple[hlo.Collective, ...] | None, str]:
-    mesh = experiment.mesh
+    mesh = program.mesh
     layout = hlo.MeshLayout(mesh.devices.shape, mesh.axis_names, tuple(
         getattr(device, "slice_index", None) or 0 for device in mesh.devices.flat))
     try:
@@ -299,42 +299,42 @@ def _names(dim) -> Sequence[str]:
     return () if dim is None else (dim,) if isinstance(dim, str) else dim
 
 
-def argument_bytes(experiment: Experiment) -> dict[str, int]:
+def argument_bytes(program: Program) -> dict[str, int]:
     """One device's bytes of params, opt_state and batch, before the compiler's padding, without
     what is offloaded."""
-    abstract = experiment.abstract_state
+    abstract = program.abstract_state
     params = [abstract["params"], abstract.get("frozen", {})]
     return {"params": state.num_bytes_per_device(params),
             "opt_state": state.num_bytes_per_device(
                 state.kept(abstract["opt_state"], on_host=False)),
-            "batch": state.num_bytes_per_device(experiment.abstract_batch())}
+            "batch": state.num_bytes_per_device(program.abstract_batch())}
 
 
-def frozen_bytes(experiment: Experiment) -> int:
+def frozen_bytes(program: Program) -> int:
     """One device's bytes of parameters that do not train (config.peft), counted in "params"."""
-    return state.num_bytes_per_device(experiment.abstract_state.get("frozen", {}))
+    return state.num_bytes_per_device(program.abstract_state.get("frozen", {}))
 
 
-def host_bytes(experiment: Experiment) -> int:
+def host_bytes(program: Program) -> int:
     """Bytes of optimizer state that the host keeps for one device."""
-    abstract = experiment.abstract_state["opt_state"]
+    abstract = program.abstract_state["opt_state"]
     return state.num_bytes_per_device(state.kept(abstract, on_host=True))
 
 
-def activation_bytes(experiment: Experiment) -> int:
+def activation_bytes(program: Program) -> int:
     """One device's bytes of what the forward pass of a micro-batch keeps for the backward pass.
 
     Counted from the traced step, before the compiler drops or recomputes some of it: what
     rematerialisation acts on. Of a pipeline, all micro-batches of the schedule.
     """
-    config, found = experiment.config, []
+    config, found = program.config, []
 
     def forward(params, batch):
         rows = sharding.shard(jnp.arange(batch["decoder_loss_weights"].shape[0]), "act_batch")
         key = RowKey(jax.random.key(0), rows)
 
         def loss(params):
-            return objectives.loss(experiment.model.bind(params), batch, key, config.objective,
+            return objectives.loss(program.model.bind(params), batch, key, config.objective,
                                    objectives.totals(config.objective, batch))[0]
         _, pull_back = jax.vjp(loss, params)
         held = {id(x) for x in jax.tree.leaves((params, batch))}
@@ -346,9 +346,9 @@ def activation_bytes(experiment: Experiment) -> int:
         rows = x.shape[0] // config.train.accumulation
         return jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=x.sharding)
 
-    with experiment.activate():
-        jax.eval_shape(forward, experiment.abstract_params,
-                       jax.tree.map(micro, experiment.abstract_batch()))
+    with program.activate():
+        jax.eval_shape(forward, program.abstract_params,
+                       jax.tree.map(micro, program.abstract_batch()))
     return sum(found)
 
 

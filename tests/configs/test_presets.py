@@ -164,7 +164,7 @@ def test_every_family_can_be_planned(family):
     """The first size on 16 H100, all but the compiler's part: activations are traced too."""
     config = preset_table.split(family, preset_table.presets()[family][0])
     made = plan.make_plan(config, rehearse.topology("h100:16"))
-    state = made.experiment.num_params * 4 / config.mesh.fsdp
+    state = made.program.num_params * 4 / config.mesh.fsdp
     assert made.fits is (None if made.argument_bytes <= 80e9 else False)
     assert made.argument_bytes > 0.9 * state and made.activation_bytes > 0
     # The bound leaves out what may be skipped.

@@ -125,9 +125,9 @@ def test_micro_batches_add_up():
     batch = rows(2)
     batch["decoder_segment_ids"] = batch["decoder_segment_ids"].at[3].set(0)   # an empty row
     batch["decoder_loss_weights"] = batch["decoder_loss_weights"].at[3].set(0)
-    experiment = build_lib.build(run, jax.devices()[:1])
+    program = build_lib.build(run, jax.devices()[:1])
     whole, parts = (jax.jit(lambda p, n=n: steps.gradients(
-        experiment.model, run.objective, p, batch, None, parts=n)[0])(tiny.params(run))
+        program.model, run.objective, p, batch, None, parts=n)[0])(tiny.params(run))
         for n in (1, 2))
     tiny.assert_close(parts, jax.tree.map(np.asarray, whole))
 

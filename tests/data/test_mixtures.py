@@ -110,13 +110,13 @@ def test_fine_tuning_freezes_routers_drops_in_experts_and_has_no_auxiliary_losse
         assert dense.self_attention.dropout_rate == 0.1
     run = dataclasses.replace(run, train=base.train)
     start = tiny.params(run)
-    experiment = build_lib.build(run, jax.devices()[:1])
-    routers = {p for p in experiment.table if "/router/" in p}
+    program = build_lib.build(run, jax.devices()[:1])
+    routers = {p for p in program.table if "/router/" in p}
     assert len(routers) == 2
-    assert not [p for p in tree.flatten(experiment.abstract_state["opt_state"]) if "router" in p]
-    rows = {k: jax.device_put(v, experiment.batch_sharding) for k, v in tiny.batch().items()}
-    with experiment.activate():
-        new, sums = experiment.jit_train_step()(tiny.place(start, experiment), rows)
+    assert not [p for p in tree.flatten(program.abstract_state["opt_state"]) if "router" in p]
+    rows = {k: jax.device_put(v, program.batch_sharding) for k, v in tiny.batch().items()}
+    with program.activate():
+        new, sums = program.jit_train_step()(tiny.place(start, program), rows)
     assert float(sums["aux_loss"][0]) == 0.0 and float(sums["moe/router_z_loss"][0]) > 0
     before, after = tree.flatten(start), tree.flatten(new["params"])
     assert {p for p in before if np.array_equal(before[p], after[p])} == routers

@@ -105,9 +105,9 @@ def test_the_command_and_the_peft_library(tmp_path, name):
     objective = "seq2seq" if name == "t5" else "lm"
     run = RunConfig(model=config, peft=tuning, init_from=f"hf:{tmp_path / 'base'}")
     run = dataclasses.replace(run, objective=dataclasses.replace(run.objective, name=objective))
-    experiment = init_from.alone(run)
+    program = init_from.alone(run)
     trained = draw(config, tuning)
-    state = experiment.start(init_from.parameters(experiment), tree.unflatten(trained))
+    state = program.start(init_from.parameters(program), tree.unflatten(trained))
     workdir = tmp_path / "lora"
     with manager.Checkpointer(workdir, manager.CheckpointConfig(async_save=False)) as saver:
         saver.save(5, state, {}, convert.to_json(run))
@@ -133,9 +133,9 @@ def test_the_command_and_the_peft_library(tmp_path, name):
 
     for folder in (workdir, tmp_path / "again"):
         saved = dataclasses.replace(
-            experiment.config, **{f: getattr(convert.from_mapping(
+            program.config, **{f: getattr(convert.from_mapping(
                 RunConfig, manager.read_record(folder).config), f)
                 for f in ("peft", "init_from")})
-        params, _ = init_from.restore(build.build(saved, [*experiment.mesh.devices.flat]), folder)
+        params, _ = init_from.restore(build.build(saved, [*program.mesh.devices.flat]), folder)
         found = np.asarray(logits(params, {n: x.astype(np.int32) for n, x in batch.items()}))
         np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())

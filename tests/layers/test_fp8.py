@@ -62,10 +62,10 @@ def one_step(name, mesh, devices, **changes):
     config = dataclasses.replace(tiny.seq2seq(), precision=name, mesh=MeshConfig(**mesh))
     for path, value in changes.items():
         config = configs.replace(config, path.replace("__", "."), value)
-    experiment = build_lib.build(config, devices)
-    rows = {k: jax.device_put(v, experiment.batch_sharding) for k, v in tiny.batch().items()}
-    with experiment.activate():
-        state, sums = experiment.jit_train_step()(tiny.place(tiny.params(config), experiment), rows)
+    program = build_lib.build(config, devices)
+    rows = {k: jax.device_put(v, program.batch_sharding) for k, v in tiny.batch().items()}
+    with program.activate():
+        state, sums = program.jit_train_step()(tiny.place(tiny.params(config), program), rows)
     return {name: float(total) / float(count) for name, (total, count) in sums.items()}, state
 
 
@@ -83,11 +83,11 @@ def test_fp16_scales_the_loss_as_the_config_says():
     """Adafactor's zeroed state has scale 0, so a state of its own is made here."""
     config = dataclasses.replace(tiny.seq2seq(), precision="fp16", mesh=MeshConfig(data=1))
     config = configs.override(config, ["loss_scale.initial=1024", "loss_scale.growth_interval=1"])
-    experiment = build_lib.build(config, jax.devices()[:1])
-    state = experiment.init_state()
+    program = build_lib.build(config, jax.devices()[:1])
+    state = program.init_state()
     assert float(state["opt_state"]["loss_scale"]["scale"]) == 1024
-    with experiment.activate():
-        state, sums = experiment.jit_train_step()(state, tiny.batch())
+    with program.activate():
+        state, sums = program.jit_train_step()(state, tiny.batch())
     assert (float(sums["loss_scale"][0]), float(sums["skipped"][0])) == (1024, 0)
     assert float(state["opt_state"]["loss_scale"]["scale"]) == 2048
     with pytest.raises(UserError, match="loss_scale.factor=0.5"):
@@ -102,6 +102,6 @@ def test_refused_where_there_are_no_8_bit_products(name, refused):
         with pytest.raises(UserError, match="precision=fp8: a 'NVIDIA A100.*h100"):
             build_lib.build(config, devices)
     else:
-        experiment = build_lib.build(config, devices)
-        assert experiment.policy == precision.POLICIES["fp8"]
-        assert experiment.policy.matmul_dtype == "float8_e4m3fn"
+        program = build_lib.build(config, devices)
+        assert program.policy == precision.POLICIES["fp8"]
+        assert program.policy.matmul_dtype == "float8_e4m3fn"

@@ -28,21 +28,21 @@ BF16 = 2
 
 
 def compiled(topology: str, slices: int, dropless: bool = False, **mesh: int):
-    """(experiment, its compiled step): a dense layer and one with a mixture, AdamW."""
+    """(program, its compiled step): a dense layer and one with a mixture, AdamW."""
     pytest.importorskip("libtpu", reason="pip install libtpu to compile for TPUs here")
     dense = BlockConfig(AttentionConfig(num_heads=4, head_dim=64), None, MLPConfig(mlp_dim=512))
     sparse = dataclasses.replace(dense, moe=MoEConfig(
         num_experts=EXPERTS, router="top_2", dropless=dropless, mlp=MLPConfig(mlp_dim=HIDDEN)))
     stack = StackConfig((SegmentConfig((dense, sparse), 1),), causal=True, scan=False,
                         position=PositionConfig("rotary"))
-    experiment = build_lib.build(RunConfig(
+    program = build_lib.build(RunConfig(
         model=ModelConfig("decoder_only", vocab_size=512, embed_dim=WIDTH, encoder=None,
                           decoder=stack),
         objective=ObjectiveConfig("lm"), data=DataConfig(targets_length=LENGTH),
         optimizer=OptimizerConfig(name="adamw"), precision="bf16",
         train=TrainConfig(global_batch_size=ROWS), mesh=MeshConfig(**{"data": 1, **mesh})),
         rehearse.topology(topology, slices).devices)
-    return experiment, rehearse.compile_step(experiment)
+    return program, rehearse.compile_step(program)
 
 
 def exchanged(program, kind: str):
@@ -63,7 +63,7 @@ def assert_experts_stay(program, mesh) -> None:
 def test_tokens_travel_and_experts_stay(dropless):
     """To the experts and back, and the same for the gradients: no other exchange over expert."""
     mesh = {"fsdp": 2, "expert": 4, "tensor": 2}
-    experiment, program = compiled("v5e:4x4", 1, dropless, **mesh)
+    program, program = compiled("v5e:4x4", 1, dropless, **mesh)
     kind = "ragged-all-to-all" if dropless else "all-to-all"
     tokens = exchanged(program, kind)
     assert [c.axes for c in tokens] == [("expert",)] * 4
@@ -72,9 +72,9 @@ def test_tokens_travel_and_experts_stay(dropless):
         assert {c.bytes_per_device for c in tokens} == {EXPERTS * 2 * 20 * WIDTH * BF16}
         assert not exchanged(program, "ragged-all-to-all")
     assert_experts_stay(program, mesh)
-    state = tree.flatten(experiment.abstract_state["params"])
+    state = tree.flatten(program.abstract_state["params"])
     for moment in ("mu", "nu"):
-        state |= tree.flatten({moment: experiment.abstract_state["opt_state"][moment]})
+        state |= tree.flatten({moment: program.abstract_state["opt_state"][moment]})
     experts = [x for path, x in state.items() if "/experts/" in path]
     assert len(experts) == 3 * 3
     for x in experts:

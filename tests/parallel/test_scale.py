@@ -94,13 +94,13 @@ def batch(name: str) -> dict:
 
 def one_step(config, name: str, devices):
     """Metrics, Adam's first moment (a tenth of the clipped gradient) and new parameters."""
-    experiment = build_lib.build(config, devices)
-    start = tiny.place(tiny.params(config), experiment)
-    rows = {k: jax.device_put(v, experiment.batch_sharding) for k, v in batch(name).items()}
-    with experiment.activate():
-        new, sums = experiment.jit_train_step()(start, rows)
+    program = build_lib.build(config, devices)
+    start = tiny.place(tiny.params(config), program)
+    rows = {k: jax.device_put(v, program.batch_sharding) for k, v in batch(name).items()}
+    with program.activate():
+        new, sums = program.jit_train_step()(start, rows)
     assert jax.tree.map(lambda x: x.sharding, new) == jax.tree.map(
-        lambda x: x.sharding, experiment.abstract_state)
+        lambda x: x.sharding, program.abstract_state)
     return jax.tree.map(np.asarray, (sums, new["opt_state"]["mu"], new["params"]))
 
 

@@ -49,7 +49,7 @@ def lm(mesh, *, rows=16, layers=2, zero=3, accumulation=1, sequence_parallel=Fal
 class Program:
     """A compiled train step."""
 
-    experiment: build_lib.Experiment
+    program: build_lib.Program
     found: rehearse.Compiled
 
     @property
@@ -66,8 +66,8 @@ def compiled(config: RunConfig, slices: int = 1) -> Program:
     """The train step on so many slices of v5e:2x4."""
     pytest.importorskip("libtpu", reason="pip install libtpu to compile for TPUs here")
     devices = rehearse.topology("v5e:2x4", slices).devices
-    experiment = build_lib.build(config, devices)
-    return Program(experiment, rehearse.compile_step(experiment))
+    program = build_lib.build(config, devices)
+    return Program(program, rehearse.compile_step(program))
 
 
 # --- ZeRO -----------------------------------------------------------------------------------------
@@ -76,8 +76,8 @@ def compiled(config: RunConfig, slices: int = 1) -> Program:
 def test_zero_splits_what_it_says(zero):
     """Bytes of the arguments on one of 8 devices, and how two micro-batches' gradients travel."""
     program = compiled(lm({"fsdp": 8}, zero=zero, accumulation=2))
-    n, devices = program.experiment.num_params, 8
-    batch = state.num_bytes_per_device(program.experiment.abstract_batch())
+    n, devices = program.program.num_params, 8
+    batch = state.num_bytes_per_device(program.program.abstract_batch())
     expected = (4 * n if zero < 3 else 4 * n / devices) + 8 * n / devices + batch
     assert program.found.argument_bytes == pytest.approx(expected, rel=0.01)
 
@@ -123,8 +123,8 @@ def test_gradients_cross_between_slices_once_a_step(accumulation):
     total = sum(c.bytes_per_step for c in crossing)
     width = 4 if accumulation > 1 else 2
     # The embedding's gradient is whole where it is scattered: it may cross before it is split.
-    assert width * program.experiment.num_params / 8 * 0.95 <= total
-    assert total <= width * program.experiment.num_params / 8 + 4 * VOCAB * WIDTH
+    assert width * program.program.num_params / 8 * 0.95 <= total
+    assert total <= width * program.program.num_params / 8 + 4 * VOCAB * WIDTH
 
 
 @pytest.mark.parametrize("mesh, settings", [
@@ -137,7 +137,7 @@ def test_between_slices_each_device_sends_its_share_of_the_gradients(mesh, setti
     crossing = [c for c in program.collectives if c.network == "dcn" and c.bytes_per_device > 4096]
     assert {(c.kind, c.count_per_step) for c in crossing} == {("all-reduce", 1)}
     total = sum(c.bytes_per_step for c in crossing)
-    assert total == pytest.approx(4 * program.experiment.num_params / 8, rel=0.02)
+    assert total == pytest.approx(4 * program.program.num_params / 8, rel=0.02)
 
 
 # --- pipelines --------------------------------------------------------------------------------------
@@ -178,8 +178,8 @@ def test_offloaded_optimizer_state_leaves_the_device():
     """Its 8 bytes a parameter are the host's; temporaries grow by about a layer's share."""
     here = compiled(lm({"fsdp": 8}, layers=8, width=1024)).found
     away = compiled(lm({"fsdp": 8}, layers=8, width=1024, offload=True))
-    state_bytes = rehearse.host_bytes(away.experiment)
-    assert state_bytes == pytest.approx(8 * away.experiment.num_params / 8, rel=0.01)
+    state_bytes = rehearse.host_bytes(away.program)
+    assert state_bytes == pytest.approx(8 * away.program.num_params / 8, rel=0.01)
     assert here.host_argument_bytes == 0
     assert away.found.host_argument_bytes == pytest.approx(state_bytes, rel=0.01)
     saved = here.argument_bytes - away.found.argument_bytes

@@ -102,12 +102,12 @@ def test_a_step_compiled_for_eight_tpus(topology, hbm):
 @pytest.mark.parametrize("accumulation, size", [(1, 2), (2, 4)])
 def test_between_two_slices_only_gradients_travel_once_a_step(accumulation, size):
     plan = planned("v5e:2x4", 2, accumulation)
-    assert plan.experiment.mesh.shape["slice"] == 2 and plan.topology.num_chips == 16
+    assert plan.program.mesh.shape["slice"] == 2 and plan.topology.num_chips == 16
     between = [line for line in plan.collectives if line.network == "dcn"]
     assert {(line.kind, line.axes) for line in between} == {("all-reduce", ("slice",))}
     # Gradients split over fsdp=4 and tensor=2, norms whole: in bf16 as the layers make them, in
     # float32 once micro-batches were added up. The embedding's, this small, may cross unsplit.
-    gradients = size * plan.experiment.num_params / 8
+    gradients = size * plan.program.num_params / 8
     assert gradients <= sum(line.bytes_per_step for line in between) < 1.3 * gradients
 
 
@@ -175,7 +175,7 @@ def test_frozen_weights_take_less_time_and_are_not_written():
     saved = ROWS * LENGTH * (2 * kernels + 2 * WIDTH * VOCAB + first)
     assert plan.model_flops == BY_HAND_FLOPS - saved
     assert plan.roofline.compute_seconds < 0.75 * whole.roofline.compute_seconds
-    frozen = rehearse.frozen_bytes(plan.experiment)
+    frozen = rehearse.frozen_bytes(plan.program)
     assert 0.9 * plan.arguments["params"] < frozen < plan.arguments["params"]
     moved = plan.roofline.hbm_seconds * plan.topology.chip.hbm_bytes_per_second
     assert moved == pytest.approx(sum(plan.arguments.values()) * 2
@@ -271,9 +271,9 @@ def test_activations_follow_rematerialisation_and_accumulation():
 
 def fake_compiler(monkeypatch, temp_bytes):
     """compile_step replaced: `temp_bytes(config, mesh)` of temporaries and no collectives."""
-    def compile_step(experiment):
-        temp = temp_bytes(experiment.config, dict(experiment.mesh.shape))
-        arguments = sum(rehearse.argument_bytes(experiment).values())
+    def compile_step(program):
+        temp = temp_bytes(program.config, dict(program.mesh.shape))
+        arguments = sum(rehearse.argument_bytes(program).values())
         return Compiled(0.0, True, temp, arguments, arguments, arguments + temp, ())
     monkeypatch.setattr(rehearse, "compile_step", compile_step)
 
@@ -452,6 +452,6 @@ def test_more_memory_than_there_is_is_a_verdict_and_another_failure_is_not():
 
 
 def test_a_program_that_cannot_be_printed_is_still_a_plan():
-    experiment = plan_lib.build(lm(data=8), jax.devices())
-    found, note = rehearse._collectives(Broken("INTERNAL: no text\nmore"), experiment)
+    program = plan_lib.build(lm(data=8), jax.devices())
+    found, note = rehearse._collectives(Broken("INTERNAL: no text\nmore"), program)
     assert found is None and note.endswith("INTERNAL: no text")

@@ -39,19 +39,19 @@ def test_a_ramped_run_counts_its_tokens_and_resumes_bit_for_bit(config, tmp_path
     assert seen == {1: 8 * 36, 2: 16 * 36, 3: 32 * 36, 4: 56 * 36}
     train.run(replace(config, "train.num_steps", 2), tmp_path / "halves")
     train.run(config, tmp_path / "halves")
-    experiment = build(config)
+    program = build(config)
     whole, halves = (tree.flatten(manager.restore_params(
-        tmp_path / name, experiment.abstract_state["params"], 4)[0]) for name in ("whole", "halves"))
+        tmp_path / name, program.abstract_state["params"], 4)[0]) for name in ("whole", "halves"))
     for path in whole:
         assert np.asarray(whole[path]).tobytes() == np.asarray(halves[path]).tobytes(), path
 
 
 def test_every_shard_gives_its_share_whatever_the_batch(config):
     """8 rows, then 16: each shard's next rows, in the order of a fixed batch."""
-    experiment = build(config)
+    program = build(config)
     make = lambda: data_batches.TrainIterator(
         config.data, objective="seq2seq", global_batch_size=24,
-        sharding=experiment.batch_sharding, seed=0)
+        sharding=program.batch_sharding, seed=0)
 
     def by_shard(batch):
         return np.asarray(batch["encoder_input_tokens"]).reshape(config.data.num_shards, -1, 24)

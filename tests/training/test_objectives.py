@@ -73,21 +73,21 @@ def test_learns_more_than_frequencies(texts, denoising, objective):
         optimizer=OptimizerConfig(name="adamw", schedule=ScheduleConfig(
             factors="constant", base_learning_rate=1e-2)),
         train=TrainConfig(num_steps=STEPS.get(denoising, 100), global_batch_size=16))
-    experiment = build(run, jax.devices()[:1])
-    read = dict(objective=objective, sharding=experiment.batch_sharding)
+    program = build(run, jax.devices()[:1])
+    read = dict(objective=objective, sharding=program.batch_sharding)
     train = data_batches.TrainIterator(run.data, global_batch_size=16, seed=0, **read)
     held_out = list(data_batches.eval_batches(run.data, "validation_files", batch_size=16,
                                       max_batches=4, **read))
-    with experiment.activate():
-        state, step = experiment.init_state(), experiment.jit_train_step()
+    with program.activate():
+        state, step = program.init_state(), program.jit_train_step()
         for _ in range(run.train.num_steps):
             state, _ = step(state, next(train))
         evaluate, sums = jax.jit(lambda params, batch: objectives.loss(
-            experiment.model.bind(params), batch, None, run.objective, {"weight": 1.0})[1]), {}
+            program.model.bind(params), batch, None, run.objective, {"weight": 1.0})[1]), {}
         for batch in held_out:
             sums = metrics.add(sums, jax.device_get(evaluate(state["params"], batch)))
         if (denoising, objective) in SAMPLED:
-            inputs, _, target = Evaluator(experiment).samples(state["params"], 1)[0]
+            inputs, _, target = Evaluator(program).samples(state["params"], 1)[0]
             assert inputs and target
     loss, unigram = metrics.divide(sums)["loss"], data_batches.unigram_entropy(held_out)
     assert loss < unigram - 0.1, f"{loss:.3f} nats a token, of {unigram:.3f}"

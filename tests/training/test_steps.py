@@ -27,19 +27,19 @@ MESHES = [
 
 def one_step(config, batch, devices):
     """(gradients, parameters after one update, metrics) as numpy."""
-    experiment = build_lib.build(config, devices)
-    start = tiny.place(tiny.params(config), experiment)
-    placed = {k: jax.device_put(v, experiment.batch_sharding) for k, v in batch.items()}
+    program = build_lib.build(config, devices)
+    start = tiny.place(tiny.params(config), program)
+    placed = {k: jax.device_put(v, program.batch_sharding) for k, v in batch.items()}
     def both(start, placed):   # one compilation: XLA finds what the two share
         key = jax.random.fold_in(jax.random.key(config.train.seed), start["step"])
-        grads, _ = steps.gradients(experiment.model, config.objective, start["params"], placed,
+        grads, _ = steps.gradients(program.model, config.objective, start["params"], placed,
                                    key, parts=config.train.accumulation)
-        return grads, *experiment.train_step(start, placed)
+        return grads, *program.train_step(start, placed)
 
-    with experiment.activate():
+    with program.activate():
         grads, new, sums = jax.jit(both)(start, placed)
     assert (jax.tree.map(lambda x: x.sharding.spec, grads)
-            == jax.tree.map(lambda x: x.sharding.spec, experiment.abstract_state["params"]))
+            == jax.tree.map(lambda x: x.sharding.spec, program.abstract_state["params"]))
     return jax.tree.map(np.asarray, (grads, new["params"], sums))
 
 
@@ -89,26 +89,26 @@ def test_micro_batches_are_strided_rows():
 
 def test_frozen_parameters_get_no_gradient():
     config = tiny.seq2seq()
-    experiment = build_lib.build(config, jax.devices()[:1])
-    frozen = frozenset(p for p in experiment.table if p.startswith("encoder/"))
-    with experiment.activate():
+    program = build_lib.build(config, jax.devices()[:1])
+    frozen = frozenset(p for p in program.table if p.startswith("encoder/"))
+    with program.activate():
         grads, _ = jax.jit(lambda p, b: steps.gradients(
-            experiment.model, config.objective, p, b, None, frozen=frozen))(
+            program.model, config.objective, p, b, None, frozen=frozen))(
                 tiny.params(config), tiny.batch())
-    assert set(tree.flatten(grads)) == set(experiment.table) - frozen
+    assert set(tree.flatten(grads)) == set(program.table) - frozen
 
 
 def test_an_unrolled_decoder_decodes_what_a_scanned_one_does():
     found = []
     for scan in (True, False):
-        experiment = build_lib.build(dataclasses.replace(
+        program = build_lib.build(dataclasses.replace(
             tiny.seq2seq(scan=scan), mesh=sharding.MeshConfig(data=2, fsdp=2, tensor=2)))
-        with experiment.activate():
-            params = tiny.place(tiny.params(experiment.config), experiment)["params"]
-            step = steps.make_decode_step(experiment.model, DecodeConfig(
+        with program.activate():
+            params = tiny.place(tiny.params(program.config), program)["params"]
+            step = steps.make_decode_step(program.model, DecodeConfig(
                 method="beam", beam_size=2, max_length=5))
             decoded = jax.jit(step)(params, {"encoder_input_tokens": jax.device_put(
-                tiny.batch()["encoder_input_tokens"], experiment.batch_sharding)})
+                tiny.batch()["encoder_input_tokens"], program.batch_sharding)})
         found.append(jax.device_get(decoded))
     np.testing.assert_array_equal(found[0].tokens, found[1].tokens)
     np.testing.assert_allclose(found[0].scores, found[1].scores, rtol=1e-5)
