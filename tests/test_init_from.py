@@ -186,7 +186,7 @@ def test_another_vocabulary_is_refused_by_name(tmp_path, capsys, monkeypatch):
     with pytest.raises(UserError, match="byt5 has 259 ids and hf:.* 64 rows"):
         load(small)
     own = types.SimpleNamespace(vocab_size=164, required_size=64)   # sentinels added beyond it
-    monkeypatch.setattr(init_from.data, "vocabulary_of", lambda config: own)
+    monkeypatch.setattr(init_from.data_tasks, "vocabulary_of", lambda config: own)
     load(small)
 
 

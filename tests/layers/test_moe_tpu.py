@@ -45,15 +45,15 @@ def compiled(topology: str, slices: int, dropless: bool = False, **mesh: int):
     return program, rehearse.compile_step(program)
 
 
-def exchanged(program, kind: str):
+def exchanged(step, kind: str):
     """The collectives of a kind that move tokens' features, not counts."""
-    return [c for c in program.collectives if c.kind == kind and c.bytes_per_device > 4096]
+    return [c for c in step.collectives if c.kind == kind and c.bytes_per_device > 4096]
 
 
-def assert_experts_stay(program, mesh) -> None:
+def assert_experts_stay(step, mesh) -> None:
     """Expert kernels are gathered over fsdp, and nothing as large as one of them over expert."""
     local = EXPERTS // mesh["expert"] * WIDTH * HIDDEN // mesh.get("tensor", 1) * BF16
-    gathers = exchanged(program, "all-gather")
+    gathers = exchanged(step, "all-gather")
     assert [c.axes for c in gathers if c.bytes_per_device == local] == [("fsdp",)] * 3
     over_expert = local * mesh["expert"] // mesh["fsdp"]
     assert all(c.bytes_per_device < over_expert for c in gathers if "expert" in c.axes)
@@ -63,15 +63,15 @@ def assert_experts_stay(program, mesh) -> None:
 def test_tokens_travel_and_experts_stay(dropless):
     """To the experts and back, and the same for the gradients: no other exchange over expert."""
     mesh = {"fsdp": 2, "expert": 4, "tensor": 2}
-    program, program = compiled("v5e:4x4", 1, dropless, **mesh)
+    program, step = compiled("v5e:4x4", 1, dropless, **mesh)
     kind = "ragged-all-to-all" if dropless else "all-to-all"
-    tokens = exchanged(program, kind)
+    tokens = exchanged(step, kind)
     assert [c.axes for c in tokens] == [("expert",)] * 4
     if not dropless:
         # An expert has room for 1.25 * 128 / 8 tokens of each of a device's two sequences.
         assert {c.bytes_per_device for c in tokens} == {EXPERTS * 2 * 20 * WIDTH * BF16}
-        assert not exchanged(program, "ragged-all-to-all")
-    assert_experts_stay(program, mesh)
+        assert not exchanged(step, "ragged-all-to-all")
+    assert_experts_stay(step, mesh)
     state = tree.flatten(program.abstract_state["params"])
     for moment in ("mu", "nu"):
         state |= tree.flatten({moment: program.abstract_state["opt_state"][moment]})
@@ -85,8 +85,8 @@ def test_tokens_travel_and_experts_stay(dropless):
 def test_tokens_stay_on_their_slice():
     """Each slice has all experts: what crosses between slices is the gradients' sum."""
     mesh = {"slice": 2, "fsdp": 2, "expert": 4}
-    _, program = compiled("v5e:2x4", 2, **mesh)
-    tokens = exchanged(program, "all-to-all")
+    _, step = compiled("v5e:2x4", 2, **mesh)
+    tokens = exchanged(step, "all-to-all")
     assert [(c.axes, c.network) for c in tokens] == [(("expert",), "fast")] * 4
-    assert {c.kind for c in program.collectives if c.network == "dcn"} == {"all-reduce"}
-    assert_experts_stay(program, mesh)
+    assert {c.kind for c in step.collectives if c.network == "dcn"} == {"all-reduce"}
+    assert_experts_stay(step, mesh)

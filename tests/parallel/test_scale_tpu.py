@@ -46,7 +46,7 @@ def lm(mesh, *, rows=16, layers=2, zero=3, accumulation=1, sequence_parallel=Fal
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class Compiled:
     """A compiled train step."""
 
     program: build_lib.Program
@@ -62,12 +62,12 @@ class Program:
                    and c.axes == (axis,) and c.network == network and c.bytes_per_device > above)
 
 
-def compiled(config: RunConfig, slices: int = 1) -> Program:
+def compiled(config: RunConfig, slices: int = 1) -> Compiled:
     """The train step on so many slices of v5e:2x4."""
     pytest.importorskip("libtpu", reason="pip install libtpu to compile for TPUs here")
     devices = rehearse.topology("v5e:2x4", slices).devices
     program = build_lib.build(config, devices)
-    return Program(program, rehearse.compile_step(program))
+    return Compiled(program, rehearse.compile_step(program))
 
 
 # --- ZeRO -----------------------------------------------------------------------------------------
@@ -75,16 +75,16 @@ def compiled(config: RunConfig, slices: int = 1) -> Program:
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_zero_splits_what_it_says(zero):
     """Bytes of the arguments on one of 8 devices, and how two micro-batches' gradients travel."""
-    program = compiled(lm({"fsdp": 8}, zero=zero, accumulation=2))
-    n, devices = program.program.num_params, 8
-    batch = state.num_bytes_per_device(program.program.abstract_batch())
+    step = compiled(lm({"fsdp": 8}, zero=zero, accumulation=2))
+    n, devices = step.program.num_params, 8
+    batch = state.num_bytes_per_device(step.program.abstract_batch())
     expected = (4 * n if zero < 3 else 4 * n / devices) + 8 * n / devices + batch
-    assert program.found.argument_bytes == pytest.approx(expected, rel=0.01)
+    assert step.found.argument_bytes == pytest.approx(expected, rel=0.01)
 
     layers = n - 2 * VOCAB * WIDTH   # the embedding and the head may be reduced as one
-    reduced = program.bytes("all-reduce", "fsdp")
-    scattered = program.bytes("reduce-scatter", "fsdp")
-    gathered = program.bytes("all-gather", "fsdp")
+    reduced = step.bytes("all-reduce", "fsdp")
+    scattered = step.bytes("reduce-scatter", "fsdp")
+    gathered = step.bytes("all-gather", "fsdp")
     if zero == 1:
         # Whole gradients, summed in bf16 on every device in each of two micro-batches.
         assert reduced >= 2 * 2 * layers * 0.8
@@ -117,14 +117,14 @@ def test_sequence_parallel_norms_replace_all_reduces():
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_gradients_cross_between_slices_once_a_step(accumulation):
     """Each device's 1/8 of the gradients, in float32 under accumulation, else as they arise."""
-    program = compiled(lm({"slice": 2, "fsdp": 8}, rows=32, accumulation=accumulation), slices=2)
-    crossing = [c for c in program.collectives if c.network == "dcn" and c.bytes_per_device > 4096]
+    step = compiled(lm({"slice": 2, "fsdp": 8}, rows=32, accumulation=accumulation), slices=2)
+    crossing = [c for c in step.collectives if c.network == "dcn" and c.bytes_per_device > 4096]
     assert {c.kind for c in crossing} == {"all-reduce"}
     total = sum(c.bytes_per_step for c in crossing)
     width = 4 if accumulation > 1 else 2
     # The embedding's gradient is whole where it is scattered: it may cross before it is split.
-    assert width * program.program.num_params / 8 * 0.95 <= total
-    assert total <= width * program.program.num_params / 8 + 4 * VOCAB * WIDTH
+    assert width * step.program.num_params / 8 * 0.95 <= total
+    assert total <= width * step.program.num_params / 8 + 4 * VOCAB * WIDTH
 
 
 @pytest.mark.parametrize("mesh, settings", [
@@ -133,21 +133,21 @@ def test_gradients_cross_between_slices_once_a_step(accumulation):
     ({"stage": 2, "fsdp": 4}, {"layers": 4, "pipeline": PipelineConfig("gpipe", 4)})])
 def test_between_slices_each_device_sends_its_share_of_the_gradients(mesh, settings):
     """Also where a slice's devices hold them alike, and where a pipeline's ticks make them."""
-    program = compiled(lm({"slice": 2, **mesh}, rows=64, **settings), slices=2)
-    crossing = [c for c in program.collectives if c.network == "dcn" and c.bytes_per_device > 4096]
+    step = compiled(lm({"slice": 2, **mesh}, rows=64, **settings), slices=2)
+    crossing = [c for c in step.collectives if c.network == "dcn" and c.bytes_per_device > 4096]
     assert {(c.kind, c.count_per_step) for c in crossing} == {("all-reduce", 1)}
     total = sum(c.bytes_per_step for c in crossing)
-    assert total == pytest.approx(4 * program.program.num_params / 8, rel=0.02)
+    assert total == pytest.approx(4 * step.program.num_params / 8, rel=0.02)
 
 
 # --- pipelines --------------------------------------------------------------------------------------
 
 def test_a_pipeline_sends_micro_batches_and_no_weights():
     config = lm({"stage": 4, "tensor": 2}, layers=4, rows=32, pipeline=PipelineConfig("gpipe", 8))
-    program = compiled(config)
-    assert {c.kind for c in program.collectives if "stage" in c.axes
+    step = compiled(config)
+    assert {c.kind for c in step.collectives if "stage" in c.axes
             and c.bytes_per_device > 8 * VOCAB * WIDTH} <= {"all-reduce"}
-    sent = [c for c in program.collectives if c.kind == "collective-permute"
+    sent = [c for c in step.collectives if c.kind == "collective-permute"
             and c.bytes_per_device >= 32 // 8 * LENGTH * WIDTH * 2]
     # 11 ticks: a stage's hand-over, the ring that feeds and the ring that drains, both ways.
     assert sum(c.count_per_step for c in sent) >= 3 * 11
