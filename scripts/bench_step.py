@@ -15,9 +15,9 @@ import cpu_environment  # noqa: F401  first of all: it may start the script agai
 
 START = time.perf_counter()
 
-from absl import flags  # noqa: E402
+from absl import flags
 
-from t5x_lite import cli  # noqa: E402
+from t5x_lite import cli
 
 _CONFIG = cli.define_config()
 _BATCH = flags.DEFINE_integer("batch", 8, "Sequences a step.")

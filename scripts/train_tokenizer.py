@@ -25,8 +25,8 @@ from sentencepiece import sentencepiece_model_pb2
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from t5x_lite.data import tasks as data_tasks  # noqa: E402
-from t5x_lite.errors import UserError  # noqa: E402
+from t5x_lite.data import tasks as data_tasks
+from t5x_lite.errors import UserError
 
 SENTINELS = 100
 NORMALIZATION = "D A\tA\n"   # Windows' line ends become plain ones, the only change to the text

@@ -18,17 +18,13 @@ os.environ.setdefault("GLOG_minloglevel", "2")
 if not any(map(os.path.exists, ("/dev/accel0", "/dev/vfio/0", "/proc/driver/nvidia"))):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax  # noqa: E402
-from absl import (  # noqa: E402
-    app,
-    flags,
-    logging as absl_logging,  # noqa: E402
-)
-from ml_collections import config_flags  # noqa: E402
+import jax
+from absl import app, flags, logging as absl_logging
+from ml_collections import config_flags
 
 from t5x_lite.config import RunConfig, from_mapping, load
 from t5x_lite.errors import UserError, nearest
-from t5x_lite.parallel import processes  # noqa: E402
+from t5x_lite.parallel import processes
 
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "host:port of process 0, for more than one process.")

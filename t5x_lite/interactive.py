@@ -11,7 +11,6 @@ Nothing is written; the steps are those of t5x_lite.train, on the config's mesh.
 """
 
 import dataclasses
-import functools
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,6 +28,7 @@ from t5x_lite.evaluation.predictor import Predictor
 from t5x_lite.training import metrics
 
 Examples = Sequence[tuple[str, str]]   # (inputs, targets)
+MAX_PREDICTORS = 8   # that a session keeps, each with its compiled functions
 
 
 class Session:
@@ -44,6 +44,7 @@ class Session:
         data_vocabulary.check_vocabulary(self._vocabulary, program.config.model.vocab_size,
                               sentinels=False)
         self._train_step = program.jit_train_step()
+        self._predictors: dict[tuple, Predictor] = {}   # with compiled functions; newest last
 
     @property
     def params(self) -> dict:
@@ -104,9 +105,16 @@ class Session:
                 values.update(metric_fn(targets, predictions))
         return {**values, "score": float(np.mean(self.score(inputs, targets)))}
 
-    @functools.lru_cache(maxsize=8)   # compiled functions, by decode config
-    def _predictor(self, decode, batch_size: int = 0) -> Predictor:
-        return Predictor(self.program, self._vocabulary, decode, batch_size)
+    def _predictor(self, decode: DecodeConfig, batch_size: int = 0) -> Predictor:
+        """The predictor of these settings. It is the session's own, and goes when that goes."""
+        key = (decode, batch_size)
+        predictor = self._predictors.pop(key, None)
+        if predictor is None:
+            predictor = Predictor(self.program, self._vocabulary, decode, batch_size)
+        while len(self._predictors) >= MAX_PREDICTORS:
+            del self._predictors[next(iter(self._predictors))]
+        self._predictors[key] = predictor
+        return predictor
 
 
 def start(config: RunConfig) -> Session:

@@ -53,7 +53,7 @@ class Fact:
     answers: tuple[str, ...]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def facts() -> tuple[Fact, ...]:
     """All cells that are not empty, in the order of the tables."""
     found = []
@@ -67,7 +67,7 @@ def facts() -> tuple[Fact, ...]:
     return tuple(found)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def templates() -> Mapping[Relation, tuple[tuple[str, ...], tuple[str, ...]]]:
     """{(kind, relation): (statements, questions)} with {name} and {answer} to be filled in."""
     found: dict[Relation, tuple[list[str], list[str]]] = collections.defaultdict(lambda: ([], []))

@@ -1,4 +1,4 @@
-"""Fixtures of the tasks' tests: data sets of TFDS without a network."""
+"""Fixtures of the tasks' tests: the registered zoo, its files, data sets of TFDS offline."""
 
 import runpy
 import sys
@@ -7,6 +7,25 @@ import pytest
 
 from t5x_lite.data import tasks as data_tasks
 from tests.helpers import shared_data, shared_tool
+
+
+@pytest.fixture(scope="session")
+def registered():
+    """seqio's TaskRegistry with every task of the zoo."""
+    data_tasks.tensorflow_side()
+    import seqio
+
+    import tasks
+    tasks.register_all()
+    return seqio.TaskRegistry
+
+
+@pytest.fixture
+def files(monkeypatch):
+    """Tasks read the fine-tuning files and T5's vocabulary that stand beside the repository."""
+    monkeypatch.setenv("T5X_LITE_FILES", str(shared_data("finetune")))
+    monkeypatch.setenv("T5X_LITE_T5_VOCAB", str(shared_data(
+        "vocab/cc_all.32000.100extra.sentencepiece.model")))
 
 
 @pytest.fixture(scope="session")

@@ -90,7 +90,7 @@ def test_evaluation_runs_the_tasks_metrics_in_the_loop(run, session):
     config, _, held_out = run
     [values] = held_out.values()
     predictions = session.predict([i for i, _ in EXAMPLES])
-    exact = 100 * np.mean([p.strip() == t for p, (_, t) in zip(predictions, EXAMPLES)])
+    exact = 100 * np.mean([p.strip() == t for p, (_, t) in zip(predictions, EXAMPLES, strict=True)])
     assert values["metric/exact_match"] == pytest.approx(exact)
     assert {"metric/em", "metric/f1", "loss"} <= values.keys()
 
@@ -215,7 +215,7 @@ def test_a_run_refused_before_its_first_line_leaves_nothing_in_the_way(run, file
 def test_scoring(run, files, tmp_path, session):
     output = tmp_path / "scores.jsonl"
     go(run, items(files / "a.tsv", needs_targets=True), output, mode="score")
-    inputs, targets = zip(*EXAMPLES)
+    inputs, targets = zip(*EXAMPLES, strict=True)
     expected = session.score(inputs, targets)
     assert [r["scores"][0] for r in written(output)] == pytest.approx(expected, rel=1e-6)
 

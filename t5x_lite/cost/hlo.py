@@ -99,7 +99,7 @@ class MeshLayout:
         for group in groups:
             places = np.unravel_index(self._local[np.asarray(group)], self.shape)
             varies |= [len(set(place.tolist())) > 1 for place in places]
-        return tuple(name for name, v in zip(self.axis_names, varies) if v)
+        return tuple(name for name, v in zip(self.axis_names, varies, strict=True) if v)
 
     @property
     def num_local_devices(self) -> int:

@@ -55,7 +55,8 @@ class PowerMeter:
                 used = sum(
                     # the counters wrap around at their range
                     (after - before) % wrap
-                    for before, after, (_, wrap) in zip(joules_then, joules_now, self._domains))
+                    for before, after, (_, wrap) in zip(
+                        joules_then, joules_now, self._domains, strict=True))
                 watts, sources = watts + used / (now - then), [*sources, "rapl"]
         return PowerReading(watts, " + ".join(sources)) if sources else None
 

@@ -135,11 +135,12 @@ class ShardedRows:
         """The next `rows` of the stream, a multiple of V: rows / V of every shard."""
         share = rows // self._num_shards
         parts = self._pool.map(lambda reader: reader.take(share), self._readers.values())
-        return dict(zip(self._readers, parts))
+        return dict(zip(self._readers, parts, strict=True))
 
     def state(self, shards: Sequence[int]) -> dict[int, bytes]:
         """The places of some of the shards after the rows handed out."""
-        return dict(zip(shards, self._pool.map(lambda s: self._readers[s].state(), shards)))
+        states = self._pool.map(lambda s: self._readers[s].state(), shards)
+        return dict(zip(shards, states, strict=True))
 
     def restore(self, states: Mapping[int, bytes]) -> None:
         """Puts every shard at its place; UserError where one is missing or of other data."""

@@ -188,7 +188,7 @@ class _ById:
         return id(self.value)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _bart_fn(noise_density: float, mean_span_length: float, vocabulary: _ById):
     """(example, seeds) -> example; one graph for all the shards of a run."""
     eos, mask_id = vocabulary.value.eos_id, vocabularies.mask_id(vocabulary.value)
@@ -259,11 +259,11 @@ def ul2(dataset: tf.data.Dataset, sequence_length, output_features,
         vocabulary.vocab_size - 1, vocabulary.eos_id))(rounds.flat_map(windows))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _ul2_fn(denoisers: tuple[tuple[tuple[int, ...], float, float], ...], first_sentinel: int,
             eos: int):
     """(example, seeds) -> example; one graph for all the shards of a run."""
-    names, densities, means = zip(*denoisers)
+    names, densities, means = zip(*denoisers, strict=True)
     width = max(map(len, names))
     table = np.array([(*name, *[0] * (width - len(name))) for name in names], np.int32)
 

@@ -147,14 +147,15 @@ def windows_of(inputs_length: int, targets_length: int, vocabulary: seqio.Vocabu
     sentinels = vocabularies.num_sentinels(vocabulary)
     most = sentinels if shorten else None
     found = [window_lengths(inputs_length, *setting, most) for setting in settings]
-    (tokens, needed, _), (density, mean) = max(zip(found, settings), key=lambda x: x[0][1])
+    pairs = list(zip(found, settings, strict=True))
+    (tokens, needed, _), (density, mean) = max(pairs, key=lambda x: x[0][1])
     if targets_length < needed:
         raise UserError(
             f"data.targets_length leaves {targets_length} tokens to targets, which is too short: "
             f"span corruption of {tokens} tokens with density {density} and mean span {mean} gives "
             f"{needed}; raise data.targets_length by {needed - targets_length}, or lower "
             "data.inputs_length")
-    (tokens, _, spans), (density, mean) = max(zip(found, settings), key=lambda x: x[0][2])
+    (tokens, _, spans), (density, mean) = max(pairs, key=lambda x: x[0][2])
     if spans > sentinels:
         raise UserError(
             f"span corruption of {tokens} tokens with density {density} and mean span {mean} needs "
@@ -167,11 +168,12 @@ def corrupt(tokens_T, noise_density: float, mean_span_length: float, first_senti
             eos_ids: tuple[int, int], seeds) -> dict[str, tf.Tensor]:
     """{"inputs", "targets"} of a window with random spans behind sentinels, each with EOS."""
     mask_T = random_spans_noise_mask(tf.size(tokens_T), noise_density, mean_span_length, seeds)
+    features = zip(("inputs", "targets"), (mask_T, ~mask_T), eos_ids, strict=True)
     return {name: tf.concat([spans_to_sentinels(tokens_T, masked_T, first_sentinel), [eos]], 0)
-            for name, masked_T, eos in zip(("inputs", "targets"), (mask_T, ~mask_T), eos_ids)}
+            for name, masked_T, eos in features}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _corrupt_fn(noise_density: float, mean_span_length: float, first_sentinel: int,
                 eos_ids: tuple[int, int]):
     """(example, seeds) -> example; one graph for all the shards of a run."""

@@ -197,7 +197,8 @@ def rouge(targets: Sequence[str], predictions: Sequence[str],
     generator = np.random.default_rng(seed)
     means = [table[generator.integers(len(table), size=len(table))].mean(axis=0)
              for _ in range(_BOOTSTRAP_SAMPLES)]
-    return {kind: 100 * float(value) for kind, value in zip(kinds, np.median(means, axis=0))}
+    medians = np.median(means, axis=0)
+    return {kind: 100 * float(value) for kind, value in zip(kinds, medians, strict=True)}
 
 
 # --- scores: (targets, scores) --------------------------------------------------------------

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # --- TensorFlow, late and quiet -------------------------------------------------------------
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def tensorflow_side():
     """data_pipeline, which needs TensorFlow: about 4 s on first use."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -150,10 +150,10 @@ def train_mixture(config: DataConfig, objective: str) -> tuple["data_pipeline.We
                             f"{config.train!r}; list the tasks, or leave them at 1.0 and 0.0")
         shares = [1.0]
     else:
-        sizes = [_size(entry, provider) for entry, provider in zip(entries, providers)]
+        sizes = [_size(entry, provider) for entry, provider in zip(entries, providers, strict=True)]
         shares = mixing_rates(sizes, config.temperature, config.rate_cap)
     weights: dict = {}
-    for provider, share in zip(providers, shares):
+    for provider, share in zip(providers, shares, strict=True):
         for task, part in _subtasks(provider).items():
             weights[task] = weights.get(task, 0.0) + share * part
     mixture = tuple(pipeline.Weighted(_adapted(task, config, objective, "data.train"), weight)
@@ -250,7 +250,7 @@ def _cut(task: "seqio.Task", config: DataConfig, objective: str) -> Iterator[str
         rooms = [limits[name]] * len(examples)
         if name == "targets" and "row" in limits:   # what the inputs leave of a row
             rooms = [limits["row"] - min(len(e["inputs"]), limits["inputs"]) for e in examples]
-        cut = sum(size > room for size, room in zip(sizes, rooms))
+        cut = sum(size > room for size, room in zip(sizes, rooms, strict=True))
         empty = sum(size <= 1 for size in sizes)   # EOS alone
         counts = [f"{cut} are longer than {min(rooms)} tokens and cut"] if cut else []
         counts += [f"{empty} are empty"] if empty and name == "targets" else []

@@ -79,7 +79,7 @@ def t5_model_path() -> str:
     return str(cached)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def load(name: str) -> seqio.Vocabulary:
     """The vocabulary of that name or path (see the module's head); UserError for others."""
     if name in SHIPPED:

@@ -35,7 +35,8 @@ the batch a row stands in (see `row_ids_B`).
 
 import dataclasses
 import functools
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp

@@ -112,7 +112,7 @@ def read(folder: pathlib.Path, config: ModelConfig, model_type: str
         a, b = _padded(a, 0, rank), _padded(b, 1, rank) * own_scale
         for path, at, slot in by_module[module]:
             lead, (into, out) = placed[path].lead, placed[path].inner
-            block = slot.layout.view((b.T if _is_input_first(slot) else b)).reshape(rank, out)
+            block = slot.layout.view(b.T if _is_input_first(slot) else b).reshape(rank, out)
             if len(by_module[module]) > 1 and not block.any() and b.any():
                 continue   # of a fused tensor, a part that was no target
             for name, value, shape in (("lora_a", a.T, (into, rank)),

@@ -77,7 +77,7 @@ def obstacle(name: str, backend: str, q: jax.Array, k: jax.Array, bias: bool, te
     return ""
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def cudnn_lacks() -> str:
     """What cuDNN's attention lacks in this process, "" for nothing: a plan for GPUs is made where
     there are none, and older GPUs (before Ampere) have no kernel."""
@@ -134,7 +134,7 @@ def choose(implementation: str, q: jax.Array, k: jax.Array, *, bias: bool, softc
     return chosen
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _log_once(message: str) -> None:
     _log.info(message)
 

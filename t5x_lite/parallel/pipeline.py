@@ -139,7 +139,7 @@ def _in_turn(fn, stacked, x, xs, inputs, repeats, scan):
     layers = jax.tree.map(functools.partial(jnp.unstack, axis=0), (stacked, xs))
     outputs = []
     for i in range(repeats):
-        layer, here = jax.tree.map(lambda leaf: leaf[i], layers,
+        layer, here = jax.tree.map(lambda leaf, i=i: leaf[i], layers,
                                    is_leaf=lambda node: isinstance(node, tuple)
                                    and bool(node) and isinstance(node[0], jax.Array))
         x, out = fn(x, layer, here, inputs)

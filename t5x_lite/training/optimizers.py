@@ -263,7 +263,7 @@ class Optimizer:
             key = (axes[0], x.shape[0]) if stacked_dims(axes) else ("", 0)
             alike.setdefault(key, []).append(path)
         for (_, layers), paths in alike.items():
-            some = lambda flat: {path: flat[path] for path in paths if path in flat}
+            some = lambda flat, paths=paths: {path: flat[path] for path in paths if path in flat}
             values = (some(old), {name: some(m) for name, m in moments.items()})
             run = lambda g, values: self._apply(g, *values, count, step, finite)
             done = offload.each_layer(run, some(g), values) if layers else \

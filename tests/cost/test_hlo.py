@@ -305,7 +305,7 @@ def _layers_on(devices, axis_sizes, layers=6, embed=512, hidden=2048, rows=128):
 
     def layer(x, weights):
         wi, wo = (jax.reshard(w.astype(jnp.bfloat16), spec) for w, spec in
-                  zip(weights, (P(None, "tensor"), P("tensor", None))))
+                  zip(weights, (P(None, "tensor"), P("tensor", None)), strict=True))
         h = jnp.einsum("BD,DF->BF", x, wi, out_sharding=P("fsdp", "tensor"))
         return x + jnp.einsum("BF,FD->BD", jax.nn.relu(h), wo, out_sharding=P("fsdp", None)), None
 

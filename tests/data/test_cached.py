@@ -26,8 +26,8 @@ def task(tmp_path_factory):
     (folder / "examples.jsonl").write_text("".join(
         json.dumps({"inputs": f"input {i}", "targets": f"target {i}"}) + "\n" for i in range(40)))
     (folder / "cached_test_tasks.py").write_text(f"""
-from tasks import records, text_to_text
-from tasks.text_to_text import each
+from t5x_lite.data import records, text_to_text
+from t5x_lite.data.text_to_text import each
 text_to_text.register("data_test_cached", records.RecordSource(
     "data_test_cached", {{"train": [{str(folder / "examples.jsonl")!r}]}}, records.read_examples),
     lambda ds: each(lambda e: {{**e, "targets": e["answers"][0]}})(

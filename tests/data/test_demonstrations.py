@@ -13,7 +13,6 @@ from t5x_lite.data import batches as data_batches, tasks as data_tasks
 from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError
 from tests import tiny
-from tests.tasks.test_formats import files, registered  # noqa: F401  fixtures
 
 LENGTHS = dict(vocabulary="byt5", inputs_length=512, targets_length=16)
 
@@ -36,7 +35,7 @@ def pairs(tmp_path):
     return path
 
 
-def test_a_choice_is_shown_right_once_and_never_asked(registered, tmp_path):  # noqa: F811
+def test_a_choice_is_shown_right_once_and_never_asked(registered, tmp_path):
     from t5x_lite.data import choices
     from tasks import rank_classification
     path = tmp_path / "rank.jsonl"
@@ -57,7 +56,7 @@ def test_a_choice_is_shown_right_once_and_never_asked(registered, tmp_path):  # 
     assert together == shown and e["targets_pretokenized"].startswith(b"yes")
 
 
-def test_training_examples_are_shown_before_all_of_the_rest(registered, files):  # noqa: F811
+def test_training_examples_are_shown_before_all_of_the_rest(registered, files):
     import seqio
 
     from t5x_lite.data import prompts
@@ -72,7 +71,7 @@ def test_training_examples_are_shown_before_all_of_the_rest(registered, files): 
     assert all(text.startswith(front) and text.endswith("\n") for text in whole)
     halves = [[e["inputs"].decode() for e in source.get_dataset(
         shard_info=seqio.ShardInfo(i, 2)).take(4).as_numpy_iterator()] for i in range(2)]
-    assert [text for both in zip(*halves) for text in both] == whole
+    assert [text for both in zip(*halves, strict=True) for text in both] == whole
     zero = prompts.few_shot("data_test_scan_0shot", "scan_simple", shots=0)
     assert b"\n" not in next(zero.source.get_dataset().as_numpy_iterator())["inputs"]
     from_test = prompts.few_shot("data_test_scan_val", "scan_simple", 2, split="validation")
@@ -85,7 +84,7 @@ def scan_lines(split):
     return scan.read_scan(example_files._scan_files()[split][0])
 
 
-def test_tasks_of_one_split_hold_out_what_they_show(registered, files, pairs):  # noqa: F811
+def test_tasks_of_one_split_hold_out_what_they_show(registered, files, pairs):
     for name, count in (("piqa", 1_838), ("bigbench_boolean_expressions", 250), (str(pairs), 20)):
         found = list(prompts_of(name, shots=3))
         _, shown, question = found[0]
@@ -98,7 +97,7 @@ def test_tasks_of_one_split_hold_out_what_they_show(registered, files, pairs):  
         next(prompts_of(str(pairs), shots=20))
 
 
-def test_files_and_mixtures_by_name(registered, pairs):  # noqa: F811
+def test_files_and_mixtures_by_name(registered, pairs):
     import seqio
 
     from t5x_lite.data import prompts
@@ -122,7 +121,7 @@ def test_files_and_mixtures_by_name(registered, pairs):  # noqa: F811
     (2, {"validation_files": "x.txt"}, "leave data.validation_files empty"),
     (2, {"cached_tasks": "folder"}, "leave data.cached_tasks empty"),
 ])
-def test_shots_that_cannot_be(registered, pairs, shots, settings, message):  # noqa: F811
+def test_shots_that_cannot_be(registered, pairs, shots, settings, message):
     with pytest.raises(UserError, match=message):
         next(prompts_of(str(pairs), shots=shots, **settings))
 
@@ -143,7 +142,7 @@ def json_vocabulary(folder) -> str:
 
 @pytest.mark.parametrize("kind", ["byt5", "tokenizer.json"])
 def test_demonstrations_give_way_to_the_question(
-        registered, tmp_path, pairs, kind, caplog):  # noqa: F811
+        registered, tmp_path, pairs, kind, caplog):
     in_bytes = kind == "byt5"
     pairs.write_text(pairs.read_text() + json.dumps(
         {"inputs": "q1 ? " * (6 if in_bytes else 4) + "q2 ?", "targets": "a2"}) + "\n")
@@ -156,7 +155,7 @@ def test_demonstrations_give_way_to_the_question(
     caplog.set_level(logging.INFO)
     found = list(prompts_of(str(pairs), shots=3, inputs_length=limit, **settings))
     counts = [len(shown) for _, shown, _ in found]
-    for (e, shown, question), n in zip(found, counts):
+    for (e, shown, question), n in zip(found, counts, strict=True):
         assert shown == solved[3 - n:]   # the front goes first
         assert len(e["inputs"]) == size(prompt(shown, question)) + 1 <= limit
         assert n == 3 or size(prompt(solved[2 - n:], question)) + 1 > limit
@@ -172,7 +171,7 @@ def test_demonstrations_give_way_to_the_question(
     batch = next(data_batches.eval_batches(config, name, objective="seq2seq", batch_size=18,
                                    sharding=sharding))
     rows = np.asarray(batch["encoder_input_tokens"])
-    assert [r[:len(e["inputs"])].tolist() for r, (e, _, _) in zip(rows, found)] == [
+    assert [r[:len(e["inputs"])].tolist() for r, (e, _, _) in zip(rows, found, strict=True)] == [
         e["inputs"].tolist() for e, _, _ in found]
     assert len([r for r in caplog.records if "lose demonstrations" in r.getMessage()]) == 1
     bare = list(prompts_of(str(pairs), shots=3, inputs_length=size("q1 ?\n") + 1, **settings))

@@ -99,7 +99,7 @@ def test_bert_rows_end_with_an_eos_that_is_not_asked_for():
         assert len(e["inputs"]) == len(e["targets"]) <= 32
         assert e["inputs"].pop() == 1 and e["targets"].pop() == 0
         assert any(e["targets"])
-        restored += [t or i for i, t in zip(e["inputs"], e["targets"])]
+        restored += [t or i for i, t in zip(e["inputs"], e["targets"], strict=True)]
     assert restored == WHOLE
 
 

@@ -9,7 +9,7 @@ from t5x_lite.data import tasks as data_tasks
 from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError
 from tests.helpers import shared_data
-from tests.tasks.test_formats import CASES, batches, files, made, registered  # noqa: F401  fixtures
+from tests.tasks.test_formats import CASES, batches, made
 
 
 def test_the_right_choice_is_marked_and_measured(registered):
@@ -32,7 +32,7 @@ def test_piqa_records(registered, files):
     labels = shared_data("finetune/piqa.valid-labels.lst").read_text().split()
     goals = [json.loads(line) for line in shared_data(
         "finetune/piqa.valid.jsonl").read_text().splitlines()]
-    right = {(r["goal"], r[f"sol{int(l) + 1}"]) for r, l in zip(goals, labels)}
+    right = {(r["goal"], r[f"sol{int(l) + 1}"]) for r, l in zip(goals, labels, strict=True)}
     examples = registered.get("piqa").preprocessors[0](
         source.get_dataset("validation", shuffle=False)).take(10)
     for e in examples.as_numpy_iterator():

@@ -115,7 +115,8 @@ def test_no_token_is_lost_and_every_window_fits(density, mean_span):
 def test_seeds_decide_the_masks():
     documents = [np.arange(2, 400)]
     first, again, other = (_corrupt(documents, seed=s) for s in (3, 3, 4))
-    same = lambda a, b: all(np.array_equal(x["inputs"], y["inputs"]) for x, y in zip(a, b))
+    same = lambda a, b: all(np.array_equal(x["inputs"], y["inputs"])
+                            for x, y in zip(a, b, strict=True))
     assert same(first, again) and not same(first, other)
 
 

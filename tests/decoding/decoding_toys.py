@@ -7,6 +7,7 @@ would, so that tests share compiled programs.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +119,7 @@ def chain(*tokens, vocab=6, other=None):
     """A table that makes each token follow the one before it; `other` adds (from, to, logit)."""
     table = np.zeros((vocab, vocab), np.float32)
     table[:, 1] = -20.0  # nothing ends by chance
-    for a, b in zip(tokens, tokens[1:]):
+    for a, b in itertools.pairwise(tokens):
         table[a, b] = 5.0
     for a, b, value in other or ():
         table[a, b] = value

@@ -51,8 +51,8 @@ def test_wide_beam_finds_the_best_sequences(rule, alpha):
         lambda n: ((5 + n) / 6) ** alpha)
     ranked = sorted(((total / scale(len(t)), t) for total, t in sequences), reverse=True)[:10]
     found = run_mixing(table, [[0]], config)
-    assert [tuple(t[:n].tolist()) for t, n in zip(found.tokens[0], found.lengths[0])] == [
-        t for _, t in ranked]
+    sequences = zip(found.tokens[0], found.lengths[0], strict=True)
+    assert [tuple(t[:n].tolist()) for t, n in sequences] == [t for _, t in ranked]
     np.testing.assert_allclose(found.scores[0], [s for s, _ in ranked], rtol=1e-5)
 
 

@@ -40,7 +40,7 @@ def test_equals_t5x_greedy():
     np.testing.assert_array_equal(found.tokens, case["sequences"])
     np.testing.assert_allclose(found.scores, case["scores"], atol=1e-4)
     tokens = case["sequences"][0][0]
-    expected = sum(log_softmax(table)[a, b] for a, b in zip([0] + tokens, tokens))
+    expected = sum(log_softmax(table)[a, b] for a, b in zip([0] + tokens, tokens, strict=False))
     np.testing.assert_allclose(run_markov(table, DecodeConfig(**config)).scores, [[expected]],
                                rtol=1e-5)
 
@@ -373,7 +373,7 @@ def test_score_on_a_mesh():
         put = lambda x, spec: jax.device_put(x, jax.NamedSharding(mesh, spec))
         found = jax.jit(decode.score)(put(logits, P(BATCH_AXES, None, "tensor")),
                                         put(targets, P(BATCH_AXES)), put(weights, P(BATCH_AXES)))
-        for a, b in zip(found, expected):
+        for a, b in zip(found, expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6)
 
 

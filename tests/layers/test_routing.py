@@ -20,8 +20,8 @@ def logits_of(probabilities):
 def places(route):
     """[[(expert, slot) or None of each choice] of each token] of the only group."""
     expert, slot, kept = (np.asarray(a)[0] for a in (route.expert_index, route.slot, route.kept))
-    return [[(int(e), int(s)) if k else None for e, s, k in zip(*row)]
-            for row in zip(expert, slot, kept)]
+    return [[(int(e), int(s)) if k else None for e, s, k in zip(*row, strict=True)]
+            for row in zip(expert, slot, kept, strict=True)]
 
 
 # Four tokens, three experts. First choices: 0, 0, 0, 1; second choices: 1, 2, 1, 0.

@@ -8,7 +8,6 @@ from t5x_lite.data import tasks as data_tasks
 from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError
 from tests.helpers import shared_data
-from tests.tasks.test_formats import registered  # noqa: F401  fixture
 
 SCORED = {"name": "x", "task_prefix": "Choose.", "examples": [
     {"input": "2 + 2", "target_scores": {"3": 0, "4": 1, "four": 1}},
@@ -35,7 +34,7 @@ def check_ranked(task, found):
 
 
 def test_target_scores_are_choices_by_path_by_name_and_as_published(
-        registered, tmp_path, monkeypatch):  # noqa: F811
+        registered, tmp_path, monkeypatch):
     from t5x_lite.data import big_bench
     path = tmp_path / "navigate" / "sub" / "task.json"
     path.parent.mkdir(parents=True)
@@ -52,7 +51,7 @@ def test_target_scores_are_choices_by_path_by_name_and_as_published(
     assert next(big_bench.read_choices(str(path)))[0] == "Choose.2 + 2 ="
 
 
-def test_answers_are_written(tmp_path, registered):  # noqa: F811
+def test_answers_are_written(tmp_path, registered):
     task, found = examples(str(shared_data("finetune/boolean_expressions.json")), tmp_path)
     assert len(found) == 250 and task.predict_metric_fns and not task.score_metric_fns
     assert ("not ( True ) and ( True ) is", "False") in [
@@ -65,7 +64,7 @@ def test_answers_are_written(tmp_path, registered):  # noqa: F811
     ({"examples": []}, 'has no list "examples"'),
     ({"examples": [{"input": "a", "target": ["b", ""]}]}, "example 0 has an empty target"),
 ])
-def test_malformed_tasks_are_named(tmp_path, registered, content, message):  # noqa: F811
+def test_malformed_tasks_are_named(tmp_path, registered, content, message):
     path = tmp_path / "task.json"
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=message):

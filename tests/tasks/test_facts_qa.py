@@ -11,8 +11,8 @@ from t5x_lite.data.tasks import eval_examples, train_mixture
 
 data_tasks.tensorflow_side()
 
-from tasks import facts_qa  # noqa: E402
-from tasks.facts_qa import Fact  # noqa: E402
+from tasks import facts_qa
+from tasks.facts_qa import Fact
 
 NORWAY = (Fact("country", "capital", "Norway", ("Oslo",)),
           Fact("country", "calling_code", "Norway", ("47",)))

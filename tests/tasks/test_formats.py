@@ -127,23 +127,6 @@ def names() -> set[str]:
             *(f"bigbench_{name}_ranked" for name in big_bench.RANKED)}
 
 
-@pytest.fixture(scope="module")
-def registered():
-    data_tasks.tensorflow_side()
-    import seqio
-
-    import tasks
-    tasks.register_all()
-    return seqio.TaskRegistry
-
-
-@pytest.fixture
-def files(monkeypatch):
-    monkeypatch.setenv("T5X_LITE_FILES", str(shared_data("finetune")))
-    monkeypatch.setenv("T5X_LITE_T5_VOCAB", str(shared_data(
-        "vocab/cc_all.32000.100extra.sentencepiece.model")))
-
-
 def made(task, record) -> list[dict]:
     """What the task's format makes of one record, as a pipeline whose place can be saved."""
     import tensorflow as tf
@@ -230,7 +213,7 @@ def batches(name, objective="seq2seq", split="validation", config=None, batch_si
         "targets"].vocabulary
     text = lambda ids: vocabulary.decode([int(i) for i in ids if i > 1])
     return [(text(i), text(t)) for b in found for i, t in zip(
-        np.asarray(b["encoder_input_tokens"]), np.asarray(b["decoder_target_tokens"]))]
+        np.asarray(b["encoder_input_tokens"]), np.asarray(b["decoder_target_tokens"]), strict=True)]
 
 
 def test_natural_questions_through_tfds(registered, offline_tfds):

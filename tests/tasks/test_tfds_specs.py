@@ -4,8 +4,6 @@ import collections
 
 import pytest
 
-from tests.tasks.test_formats import registered  # noqa: F811,F401  fixture
-
 LENGTHS = {"inputs": 64, "targets": 64}
 
 
@@ -21,7 +19,7 @@ def spec_of(name, data_dir):
     return None
 
 
-def test_formats_fit_the_specs_of_tfds(registered, tmp_path, monkeypatch):  # noqa: F811
+def test_formats_fit_the_specs_of_tfds(registered, tmp_path, monkeypatch):
     import seqio
     import tensorflow as tf
     import tensorflow_datasets as tfds
@@ -65,7 +63,7 @@ def problems(task, dataset):
             yield f"{name} is {spec.get(name)}"
 
 
-def test_a_wrong_field_is_found(registered):  # noqa: F811
+def test_a_wrong_field_is_found(registered):
     import tensorflow as tf
     spec = {"context": tf.TensorSpec([], tf.string), "endings": tf.TensorSpec([None], tf.string),
             "gold": tf.TensorSpec([], tf.int64)}

@@ -36,7 +36,7 @@ def worst(found, expected):
     """Largest max|a-b|/max|b| over the leaves."""
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     return max(float(np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max())
-               for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)))
+               for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True))
 
 
 def whole(head, hidden, targets, weights):
@@ -164,7 +164,8 @@ def test_sharded_equals_one_device(name, chunk):
         log_probs = jax.jit(lambda *a: losses.target_log_probs(gather_head, *a, chunk=chunk))(
             *placed[:3])
     assert worst(found, expected) < 2e-6
-    for gradient, primal in zip(jax.tree.leaves(found[1]), jax.tree.leaves(placed[:2])):
+    pairs = zip(jax.tree.leaves(found[1]), jax.tree.leaves(placed[:2]), strict=True)
+    for gradient, primal in pairs:
         assert jax.typeof(gradient) == jax.typeof(primal)
     assert worst(log_probs, expected_log_probs) < 1e-6
     assert tuple(log_probs.sharding.spec) == tuple(hidden_spec)

@@ -227,7 +227,8 @@ def test_weight_decay_exponent(exponent):
         config = OptimizerConfig(name, CONSTANT, weight_decay=0.5,
                                  weight_decay_lr_exponent=exponent)
         zeros = jax.tree.map(jnp.zeros_like, draw(0))
-        params, _, _ = run(optimizers.make_optimizer(config, TABLE), draw(0), lambda _: zeros, 1)
+        no_gradients = lambda _, zeros=zeros: zeros
+        params, _, _ = run(optimizers.make_optimizer(config, TABLE), draw(0), no_gradients, 1)
         left = 1 - 0.5 * 0.01**exponent
         expected = {path: x * (1 if path.endswith(("bias", "scale")) else left)
                     for path, x in tree.flatten(draw(0)).items()}
@@ -326,7 +327,7 @@ def test_loss_scaling_skips_overflows_and_changes_nothing_else():
     seen = []
     for step, bad in enumerate((False, True, False)):
         scale = scaled.loss_scale(state)
-        grads = jax.tree.map(lambda g: g * scale, draw(step // 2))
+        grads = jax.tree.map(lambda g, scale=scale: g * scale, draw(step // 2))
         if bad:
             grads["table"]["scale"] = grads["table"]["scale"].at[0].set(jnp.inf)
         params, state, info = update(grads, state, params, jnp.int32(step))
