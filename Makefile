@@ -3,6 +3,8 @@
 #   make quickstart   trains and shows configs/quickstart.py; ARGS="--config.train.num_steps=100"
 #   make test         runs the tests; ARGS="tests/test_checkpoint.py -k damage", WORKERS=4
 #   make test-all     runs the slow ones as well
+#   make check        style, types, directions of imports and the quick tests, in two minutes
+#   make docs         builds docs/ into docs/_build/html; a warning is an error
 #   make clean        removes .venv and build leftovers, never runs/
 #
 # PYTHON=/path/to/python chooses the interpreter, VENV=… another place for the environment.
@@ -30,7 +32,7 @@ CPU_ENVIRONMENT := GLIBC_TUNABLES=$(MALLOC) XLA_FLAGS="$$XLA_FLAGS \
 VENV_PYTHON := $(VENV)/bin/python
 INSTALL := $(VENV_PYTHON) -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test test-all clean
+.PHONY: quickstart test test-all check docs clean
 
 quickstart: $(VENV)/cpu.stamp
 	@$(CPU_ENVIRONMENT) $(VENV_PYTHON) -m t5x_lite.train \
@@ -42,8 +44,17 @@ test: $(VENV)/test.stamp
 test-all: $(VENV)/test.stamp
 	@$(VENV_PYTHON) -m pytest -q -n $(WORKERS) --dist=loadfile -m '' $(ARGS)
 
+# Without TensorFlow, torch or a compilation: what a commit is checked by.
+check: $(VENV)/check.stamp
+	@$(VENV_PYTHON) -m ruff check .
+	@$(VENV_PYTHON) -m mypy
+	@$(VENV_PYTHON) -m pytest -q -n $(WORKERS) -m quick $(ARGS)
+
+docs: $(VENV)/docs.stamp
+	@$(VENV_PYTHON) -m sphinx -q -W --keep-going -b html docs docs/_build/html $(ARGS)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache docs/_build
 
 $(VENV)/cpu.stamp: setup.py constraints.txt | $(VENV_PYTHON)
 	@echo "Installing t5x_lite[cpu] with its tested versions into $(VENV) (1 to 3 minutes)"
@@ -55,6 +66,16 @@ $(VENV)/test.stamp: setup.py constraints.txt | $(VENV_PYTHON)
 	@$(INSTALL) $$($(VENV_PYTHON) -c "import urllib.request as r; \
 	    r.urlopen('$(TORCH_INDEX)/torch/', timeout=5); \
 	    print('--extra-index-url $(TORCH_INDEX)')" 2>/dev/null) -e '.[cpu,test,plan,convert]'
+	@touch $@ $(VENV)/cpu.stamp
+
+$(VENV)/check.stamp: setup.py constraints.txt | $(VENV_PYTHON)
+	@echo "Installing t5x_lite and what its checks need into $(VENV) (1 to 3 minutes)"
+	@$(INSTALL) -e '.[cpu,check]'
+	@touch $@ $(VENV)/cpu.stamp
+
+$(VENV)/docs.stamp: setup.py constraints.txt | $(VENV_PYTHON)
+	@echo "Installing t5x_lite and what its documentation needs into $(VENV) (1 to 3 minutes)"
+	@$(INSTALL) -e '.[cpu,docs]'
 	@touch $@ $(VENV)/cpu.stamp
 
 # Some systems' Python has pip but not what `venv` copies it from: pip itself then fills the

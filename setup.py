@@ -51,6 +51,8 @@ setuptools.setup(
         # importlib_resources: TFDS builds data sets with it without asking for it.
         "test": ["pytest", "pytest-xdist", "importlib_resources", "torch", "transformers",
                  "peft", "safetensors", "nbclient", "nbformat", "ipykernel"],
+        "check": ["mypy", "pytest", "pytest-xdist", "ruff"],
+        "docs": ["ipykernel", "myst-nb", "sphinx", "sphinx-book-theme"],
         "plan": ["libtpu"],
         "convert": ["safetensors"],
         # seqio_cache_tasks. Beam wants protobuf<7, and sentencepiece 0.2.3 a newer one: an
