@@ -28,7 +28,8 @@ setuptools.setup(
     python_requires=">=3.11,<3.13",
     packages=setuptools.find_packages(include=["t5x_lite*", "configs*", "tasks*"]),
     # The tables of facts and the vocabularies, whatever their suffix.
-    package_data={"tasks": ["**/*"], "t5x_lite.data": ["vocab/*"]},
+    package_data={"tasks": ["**/*"], "t5x_lite.data": ["vocab/*"],
+                  "t5x_lite.corpus": ["lists/*"]},
     install_requires=[
         "absl-py",
         "etils[epath]",
@@ -55,6 +56,8 @@ setuptools.setup(
         "docs": ["ipykernel", "myst-nb", "sphinx", "sphinx-book-theme"],
         "plan": ["libtpu"],
         "convert": ["safetensors"],
+        # python -m t5x_lite.audit
+        "audit": ["datasketch>=2", "py3langid", "markdown-it-py"],
         # seqio_cache_tasks. Beam wants protobuf<7, and sentencepiece 0.2.3 a newer one: an
         # environment of its own, see data/cached.py.
         "beam": ["apache-beam[tfrecord]>=2.77", "sentencepiece<0.2.3"],

@@ -23,8 +23,9 @@ FLOORS = (
     ("training", "formats", "cost"),
     ("config",),
     ("build",),
-    ("init_from", "report", "cli", "evaluation", "planning", "scaling"),
-    ("train", "eval", "infer", "plan", "convert", "experiment", "interactive", "inspect_task"),
+    ("init_from", "report", "cli", "evaluation", "planning", "scaling", "corpus"),
+    ("train", "eval", "infer", "plan", "convert", "experiment", "interactive", "inspect_task",
+     "audit"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 LONGEST_CHAIN = 12   # modules, each importing the next

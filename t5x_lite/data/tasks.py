@@ -95,7 +95,7 @@ def task_names(config: DataConfig) -> list[str]:
     return sorted(_registered(config))
 
 
-def _find(name: str, field: str, config: DataConfig):
+def find(name: str, field: str, config: DataConfig):
     registered = _registered(config)
     if name not in registered:
         from t5x_lite.data import example_files  # a file of examples is a task by its path
@@ -139,7 +139,7 @@ def train_mixture(config: DataConfig, objective: str) -> tuple["data_pipeline.We
         raise UserError("nothing to train on: set data.train to a task or mixture, or "
                         "data.train_files to text files")
     entries = _entries(config)
-    providers = [_find(name, "data.train", config) for name, _, _ in entries]
+    providers = [find(name, "data.train", config) for name, _, _ in entries]
     if config.temperature <= 0 or config.rate_cap < 0:
         raise UserError(f"data.temperature={config.temperature} must be positive and "
                         f"data.rate_cap={config.rate_cap} not negative")
@@ -267,7 +267,7 @@ def validation_tasks(config: DataConfig) -> tuple[str, ...]:
         return ("validation_files",)
     names: dict[str, None] = {}
     for part in filter(None, config.validation.split(",")):
-        for task in _subtasks(_find(part.strip(), "data.validation", config)):
+        for task in _subtasks(find(part.strip(), "data.validation", config)):
             names[task.name + _shots_of(config)] = None
     return tuple(names)
 
@@ -284,7 +284,7 @@ def validation_task(config: DataConfig, name: str, objective: str,
         return _text_task(config, "validation", objective)
     if name not in _registered(config):
         name = name.removesuffix(_shots_of(config))
-    found = _find(name, field, config)
+    found = find(name, field, config)
     parts = [task.name for task in _subtasks(found)]
     if parts != [found.name]:
         raise UserError(f"{found.name!r} is a mixture; name one of its tasks: {', '.join(parts)}")
@@ -358,7 +358,7 @@ def vocabulary_of(config: DataConfig) -> "seqio.Vocabulary":
         raise UserError("which vocabulary? set data.vocabulary to python, byt5, t5 or the path of "
                         "a SentencePiece model (scripts/train_tokenizer.py makes one) or of a "
                         "tokenizer.json")
-    return _find(_first_of_train(config), "data.train", config).output_features[
+    return find(_first_of_train(config), "data.train", config).output_features[
         "targets"].vocabulary
 
 
@@ -400,7 +400,7 @@ def _check_same_vocabulary(task: "seqio.Task", config: DataConfig, field: str) -
         return
     from t5x_lite.data import vocabularies
     name = _first_of_train(config)
-    ours = _find(name, "data.train", config).output_features
+    ours = find(name, "data.train", config).output_features
     for feature in sorted(ours.keys() & task.output_features.keys()):
         run, own = ours[feature].vocabulary, task.output_features[feature].vocabulary
         if run != own:

@@ -1,0 +1,1 @@
+"""What a corpus holds: sizes, languages, duplicates, evaluation sets and personal data in it."""

@@ -1,0 +1,169 @@
+"""Documents of a corpus as a stream of blocks, and the evaluation texts to look for in them.
+
+A corpus is files (.txt, .jsonl, .json lists, also .gz; globs and comma-separated lists) or a seqio
+task. A .jsonl line may say where and when its text comes from: C4's fields url and timestamp, or
+source, domain, date, created.
+"""
+
+import dataclasses
+import itertools
+import pathlib
+import re
+import urllib.parse
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from t5x_lite.errors import UserError
+
+BLOCK_CHARACTERS = 1 << 20   # of text that one worker takes at a time
+_HOST_FIELDS = ("url", "source", "domain")
+_DATE_FIELDS = ("timestamp", "date", "created")
+_YEAR = re.compile(r"\b(?:19|20)\d\d\b")
+_TEXT_FIELDS = ("text", "inputs", "targets", "question", "answer", "choices")
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One document of a corpus."""
+
+    text: str
+    host: str = ""      # "" where the file does not say
+    year: str = ""
+    file: str = ""      # the file or task that it stands in
+
+
+Block = list[Document]
+
+
+def blocks(documents: Iterable[Document], characters: int = BLOCK_CHARACTERS) -> Iterator[Block]:
+    """The documents in order, gathered into lists of about so many characters of text."""
+    block: Block = []
+    size = 0
+    for document in documents:
+        block.append(document)
+        size += len(document.text)
+        if size >= characters:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+def of_files(files: Sequence[str], document: str) -> Iterator[Document]:
+    """The documents of text files, in order.
+
+    document: what one is in a .txt file: a "line", a "paragraph" or the whole "file".
+
+    Raises:
+        UserError: a file that cannot be read as what its name says, with the file and the line.
+    """
+    from t5x_lite.data import text_files
+    for file in files:
+        if not _holds_records(file):
+            yield from (Document(text, file=file)
+                        for text in text_files.read_documents([file], document))
+            continue
+        for number, record in _records(file):
+            text = record.get("text")
+            if not isinstance(text, str):
+                raise UserError(f"{file}, line {number} has no string field 'text' (it has "
+                                f"{', '.join(sorted(record)) or 'no fields'}).")
+            if text.strip():
+                yield Document(text, _host(record), _year(record), file)
+
+
+def _holds_records(file: str) -> bool:
+    return file.removesuffix(".gz").endswith((".jsonl", ".json"))
+
+
+def _records(file: str) -> Iterator[tuple[int, Mapping]]:
+    """(line or place, object) of a .jsonl file or of a list in a .json file."""
+    from t5x_lite.data import records
+    is_list = file.removesuffix(".gz").endswith(".json")
+    return records.json_list(file) if is_list else records.json_lines(file)
+
+
+def of_task(name: str, split: str, modules: str = "") -> Iterator[Document]:
+    """The texts of a seqio task's source, before any preprocessing.
+
+    Raises:
+        UserError: the task is unknown, has not the split, or holds no strings.
+    """
+    from t5x_lite.data import tasks as data_tasks
+    from t5x_lite.data.config import DataConfig
+    config = DataConfig(task_modules=modules)
+    task = data_tasks.find(name, "audit", config)
+    if split not in task.splits:
+        raise UserError(f"the task {name!r} has no split {split!r}; it has "
+                        f"{', '.join(sorted(task.splits))}.")
+    count = 0
+    for record in task.source.get_dataset(split, shuffle=False).as_numpy_iterator():
+        text = text_of(record)
+        if text.strip():
+            count += 1
+            yield Document(text, _host(record), _year(record), name)
+    if not count:
+        raise UserError(f"the split {split!r} of {name!r} holds no texts.")
+
+
+def text_of(record: Any) -> str:
+    """The strings of an example: its "text", else all that it holds, a line each."""
+    if isinstance(record, Mapping) and "text" in record:
+        return _string(record["text"])
+    return "\n".join(filter(None, _strings(record)))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        known = [value[name] for name in _TEXT_FIELDS if name in value]
+        for part in known or value.values():
+            yield from _strings(part)
+    elif isinstance(value, (str, bytes)):
+        yield _string(value)
+    elif isinstance(value, Iterable):
+        for part in value:
+            yield from _strings(part)
+
+
+def _string(value: str | bytes) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def _host(record: Mapping) -> str:
+    value = next((_string(record[f]) for f in _HOST_FIELDS if record.get(f)), "")
+    host = urllib.parse.urlsplit(value).hostname if "//" in value else value
+    return (host or "").removeprefix("www.")
+
+
+def _year(record: Mapping) -> str:
+    value = next((_string(record[f]) for f in _DATE_FIELDS if record.get(f)), "")
+    year = _YEAR.search(value)
+    return year[0] if year else ""
+
+
+def texts_of(name: str, modules: str = "") -> list[str]:
+    """The examples of an evaluation set, a text each: of a task its validation or test split, of a
+    file its records.
+
+    Raises:
+        UserError: nothing is called so, or it holds no texts.
+    """
+    from t5x_lite.data import text_files
+    if not pathlib.Path(name).suffix and not any(c in name for c in "*/"):
+        from t5x_lite.data import tasks as data_tasks
+        from t5x_lite.data.config import DataConfig
+        task = data_tasks.find(name, "--against", DataConfig(task_modules=modules))
+        split = next((s for s in ("validation", "test") if s in task.splits), None)
+        if split is None:
+            raise UserError(f"--against={name}: the task has neither a validation nor a test "
+                            f"split, only {', '.join(sorted(task.splits))}.")
+        texts = [document.text for document in of_task(name, split, modules)]
+    else:
+        files = text_files.find_files([name], "--against")
+        texts = list(itertools.chain.from_iterable(
+            (text_of(record) for _, record in _records(file)) if _holds_records(file)
+            else text_files.read_documents([file], "line") for file in files))
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise UserError(f"--against={name}: the evaluation set holds no texts.")
+    return texts
