@@ -12,7 +12,7 @@ CONFIG = '''
 import dataclasses
 from t5x_lite import config as configs
 from t5x_lite.experiment import Run
-from t5x_lite.sharding import MeshConfig
+from t5x_lite.parallel.sharding import MeshConfig
 from tests import tiny_config
 
 SHOWN = ("validation_files/loss",)

@@ -138,13 +138,13 @@ def test_micro_batches_add_up():
 def colours(tmp_path_factory):
     """Registers colours and colours_choices: the right choice stands in the question."""
     data_tasks.tensorflow_side()
-    from t5x_lite.data import choices as rank_classification
+    from t5x_lite.data import choices
     words = "red green blue grey pink teal".split()
     path = tmp_path_factory.mktemp("colours") / "colours.jsonl"
     path.write_text("".join(json.dumps({
         "question": f"{w} or {v}", "choices": [v, w], "label": 1}) + "\n"
         for w in words for v in words if v != w))
-    rank_classification.register_files("data_test_colours", {
+    choices.register_files("data_test_colours", {
         "train": [str(path)], "validation": [str(path)]})
     return DataConfig(train="data_test_colours_choices", validation="data_test_colours",
                       vocabulary="byt5", inputs_length=48, targets_length=16, num_shards=1,
@@ -194,13 +194,13 @@ def test_of_several_right_choices_training_keeps_one():
     data_tasks.tensorflow_side()
     import tensorflow as tf
 
-    from t5x_lite.data import choices as rank_classification
+    from t5x_lite.data import choices
     record = tf.data.Dataset.from_tensors(
         {"q": "q", "c": ["a", "b", "c", "d"], "l": [3, 1]})
     read = lambda r: (r["q"], r["c"], r["l"])
-    [one] = rank_classification.together(read)(record).as_numpy_iterator()
+    [one] = choices.together(read)(record).as_numpy_iterator()
     assert one["targets"].tolist() == [b"b", b"a", b"c"]
-    marks = [e["is_correct"] for e in rank_classification.choices(read)(record).as_numpy_iterator()]
+    marks = [e["is_correct"] for e in choices.choices(read)(record).as_numpy_iterator()]
     assert marks == [False, True, False, True]
 
 

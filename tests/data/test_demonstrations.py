@@ -37,13 +37,12 @@ def pairs(tmp_path):
 
 def test_a_choice_is_shown_right_once_and_never_asked(registered, tmp_path):
     from t5x_lite.data import choices
-    from tasks import rank_classification
     path = tmp_path / "rank.jsonl"
     path.write_text("".join(json.dumps({
         "question": f"q{i}", "choices": [f"no{i}", f"yes{i}", f"no{i}!"], "label": 1}) + "\n"
         for i in range(20)))
     choices.register_files("data_test_shown", {   # the same data under both names
-        "train": [str(path)], "validation": [str(path)]}, rank_classification.read_questions)
+        "train": [str(path)], "validation": [str(path)]}, choices.read_questions)
     found = list(prompts_of("data_test_shown", shots=4))
     shown = found[0][1]
     assert len(dict(shown)) == 4 and all(a == f"yes{q[1:]}" for q, a in shown)

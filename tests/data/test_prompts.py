@@ -131,10 +131,10 @@ def test_raft_does_not_score_its_training_lines(registered, monkeypatch, tmp_pat
     ('{"question": "q", "choices": [], "label": 0}', 'line 1 must hold a string "question"'),
 ])
 def test_bad_questions_are_named(tmp_path, line, message):
-    from tasks import rank_classification
+    from t5x_lite.data import choices
     (tmp_path / "q.jsonl").write_text(line)
     with pytest.raises(UserError, match=message):
-        list(rank_classification.read_questions(str(tmp_path / "q.jsonl")))
+        list(choices.read_questions(str(tmp_path / "q.jsonl")))
 
 
 def test_wikitext_and_pile_text(registered, monkeypatch, tmp_path):

@@ -71,7 +71,7 @@ def test_a_line_is_whole_on_disk_before_the_next_step(tmp_path):
     """A process that dies without closing anything has lost nothing."""
     code = f"""
 import os
-from t5x_lite import metrics
+from t5x_lite.training import metrics
 writer = metrics.MetricsWriter({str(tmp_path)!r})
 values = {{f"{{'long' * 50}}/{{i}}": 1.0 for i in range(200)}}
 for step in (1, 2):
@@ -106,5 +106,5 @@ def test_reading_what_is_not_there(tmp_path):
 
 
 def test_importing_does_not_import_tensorflow():
-    code = "import sys, t5x_lite.metrics; assert 'tensorflow' not in sys.modules"
+    code = "import sys, t5x_lite.training.metrics; assert 'tensorflow' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
