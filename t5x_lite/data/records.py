@@ -103,8 +103,9 @@ def published(name: str, origin: str) -> str:
 
 
 def json_lines(path: str) -> Iterator[tuple[int, dict]]:
-    """(line number, object) of a .jsonl file; UserError names a line that is none."""
-    with open(path, encoding="utf-8-sig") as lines:
+    """(line number, object) of a .jsonl or .jsonl.gz file; UserError names a line that is none."""
+    opened = gzip.open if path.endswith(".gz") else open
+    with opened(path, "rt", encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
