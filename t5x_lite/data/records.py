@@ -12,6 +12,7 @@ T5X_LITE_FILES (default: ./data).
 """
 
 import csv
+import gzip
 import hashlib
 import json
 import os
