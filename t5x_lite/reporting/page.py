@@ -1,0 +1,72 @@
+"""One HTML page of runs: curves to zoom into, final values, settings, cost. It needs no network."""
+
+import json
+import pathlib
+from collections.abc import Sequence
+
+from t5x_lite.errors import UserError
+from t5x_lite.reporting import runs as reporting_runs, tables
+from t5x_lite.reporting.runs import AXES, Run
+
+_TEMPLATE = pathlib.Path(__file__).parent / "page.html.j2"
+
+
+def render(runs: Sequence[Run], title: str) -> str:
+    """The page as text: about 1 MB, nearly all of it the drawing library.
+
+    Raises:
+        UserError: what draws the curves is not installed.
+    """
+    try:
+        import jinja2
+        import vl_convert
+    except ImportError as error:
+        raise UserError(f"a report needs {error.name}: pip install 't5x_lite[report]'.") from error
+    metrics = reporting_runs.metrics_of(runs)
+    if not metrics:
+        raise UserError(f"{runs[0].folder}: the lines of metrics.jsonl hold no metric yet.")
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True,
+                                     undefined=jinja2.StrictUndefined)
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    arms = reporting_runs.by_arm(runs)
+    lead = f"{len(runs)} run{'s' * (len(runs) > 1)}, {len(arms)} arm{'s' * (len(arms) > 1)}"
+    return template.render(
+        title=title, lead=lead, runs=runs, metrics=metrics, axes=list(AXES),
+        final=tables.final(runs, metrics), differing=tables.differing(runs),
+        cost=tables.cost(runs), load=tables.expert_load(runs), settings=tables.settings,
+        remarks=_remarks(runs), points=_script(tables.points(runs, metrics)),
+        units=_script({axis: unit for axis, (_, unit) in AXES.items()}),
+        library=_markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")))
+
+
+def _remarks(runs: Sequence[Run]) -> list[str]:
+    remarks = [f"{run.folder}: {run.unreadable} lines of metrics.jsonl could not be read and are "
+               "left out." for run in runs if run.unreadable]
+    return remarks + [f"{run.folder}: config.json could not be read." for run in runs
+                      if not run.settings]
+
+
+def _script(value):
+    """JSON as it may stand inside <script>: "</script>" in a text must not end it."""
+    return _markup(json.dumps(value).replace("<", "\\u003c"))
+
+
+def _markup(text: str):
+    import markupsafe
+    return markupsafe.Markup(text.replace("</script", "<\\/script"))
+
+
+def write(paths: Sequence[str], output: str, title: str = "") -> pathlib.Path:
+    """Writes the page of the runs in these folders; returns its path."""
+    if not paths:
+        raise UserError("which runs? python -m t5x_lite.report WORKDIR… [--output=report.html]")
+    runs = reporting_runs.find(paths)
+    name = title or ", ".join(pathlib.Path(path).resolve().name for path in paths)
+    file = pathlib.Path(output)
+    text = render(runs, name)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output={output} cannot be written ({error.strerror}).") from error
+    return file

@@ -1,0 +1,174 @@
+"""Runs as a reader of their folders sees them: config.json, metrics.jsonl and what lies beside.
+
+Nothing here needs the run's code, its devices or TensorFlow.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from t5x_lite.errors import UserError
+
+# The x axes of every curve: name -> (field of a line of metrics.jsonl, unit).
+AXES = {"step": ("step", ""), "tokens": ("tokens_seen", "tokens"), "FLOPs": ("flops", "FLOP"),
+        "hours": ("hours", "h")}
+_SEED = re.compile(r"seed_(\d+)")
+# Fields of a config in which runs of one arm differ: their seeds, and where they lie.
+_NOT_SETTINGS = ("train.seed", "data.seed", "name", "data.cache_dir", "init_from")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run's folder, read."""
+
+    folder: pathlib.Path
+    arm: str                          # what it is grouped by: the experiment's arm, or its settings
+    seed: int
+    settings: Mapping[str, Any]       # config.json, flat: "train.num_steps" -> 400
+    lines: Sequence[Mapping[str, Any]]   # of metrics.jsonl, each with "hours" where they are known
+    texts: Mapping[str, str]          # file name -> content, of what a run writes for people
+    unreadable: int = 0               # lines of metrics.jsonl that are none
+
+    @property
+    def name(self) -> str:
+        """Arm and seed, which tell it from others on a page."""
+        return f"{self.arm}, seed {self.seed}"
+
+    def last(self, metric: str) -> float | None:
+        """The last finite value of a metric."""
+        values = (line.get(metric) for line in reversed(self.lines))
+        return next((v for v in values if is_number(v)), None)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def find(paths: Sequence[str]) -> list[Run]:
+    """The runs of folders: a run's own, or one that holds runs at any depth.
+
+    Raises:
+        UserError: a path that is no folder, or holds no metrics.jsonl with a line in it.
+    """
+    folders: dict[pathlib.Path, pathlib.Path] = {}   # a run's folder -> the path that named it
+    for path in map(pathlib.Path, paths):
+        if not path.is_dir():
+            raise UserError(f"{path} is no folder: name workdirs, or a folder that holds some.")
+        files = sorted(path.rglob("metrics.jsonl"))
+        if not files:
+            raise UserError(f"{path} holds no metrics.jsonl: is it the workdir of a run?")
+        folders |= {file.parent: path for file in files}
+    runs = [_read(folder, path) for folder, path in folders.items()]
+    kept = [run for run in runs if run.lines]
+    if not kept:
+        raise UserError(f"{', '.join(map(str, folders))}: no line of metrics yet; train.log_every "
+                        "says how often one is written.")
+    return _with_arms(kept)
+
+
+def _read(folder: pathlib.Path, path: pathlib.Path) -> Run:
+    lines, unreadable = _lines(folder / "metrics.jsonl")
+    config = _json(folder / "config.json")
+    settings = dict(flatten(config))
+    texts = {name: (folder / name).read_text(encoding="utf-8", errors="replace")
+             for name in ("samples.txt", "data.txt") if (folder / name).is_file()}
+    seed = settings.get("train.seed", 0)
+    return Run(folder, _arm(folder, path), seed if isinstance(seed, int) else 0, settings,
+               [*_with_hours(lines)], texts, unreadable)
+
+
+def _arm(folder: pathlib.Path, path: pathlib.Path) -> str:
+    """The folders between the named path and the run, without the seed's; "" where there are none."""
+    parts = [part for part in folder.relative_to(path).parts if not _SEED.fullmatch(part)]
+    return "/".join(parts)
+
+
+def _json(file: pathlib.Path) -> dict:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8", errors="replace"))
+    except (OSError, json.JSONDecodeError):
+        return {}   # a page can do without: the table of settings then has a gap
+    return content if isinstance(content, dict) else {}
+
+
+def _lines(file: pathlib.Path) -> tuple[list[dict], int]:
+    """(lines that are objects with a step, how many are none): a kill may leave half a line."""
+    lines, unreadable = [], 0
+    for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            line = None
+        if isinstance(line, dict) and is_number(line.get("step")):
+            lines.append(line)
+        elif text.strip():
+            unreadable += 1
+    return lines, unreadable
+
+
+def _with_hours(lines: Sequence[Mapping]) -> Iterator[dict]:
+    """Each line with "hours": of the seconds that it says, else of chips; the last known ones where
+    it says neither, as an evaluation's does not."""
+    hours = 0.0
+    for line in lines:
+        if is_number(line.get("seconds")):
+            hours = line["seconds"] / 3600
+        elif is_number(line.get("chip_hours")):
+            hours = line["chip_hours"]
+        yield {**line, "hours": hours}
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("a.b.c", value) of every leaf of nested mappings; lists are leaves."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _with_arms(runs: Sequence[Run]) -> list[Run]:
+    """The runs, each with an arm: the experiment's, or one for each setting of what is no seed."""
+    known: dict[str, str] = {}
+    named = []
+    for run in runs:
+        arm = run.arm
+        if not arm:
+            key = json.dumps({k: v for k, v in sorted(run.settings.items())
+                              if k not in _NOT_SETTINGS}, default=str)
+            arm = known.setdefault(key, _unused(run.folder.resolve().name, known.values()))
+        named.append(dataclasses.replace(run, arm=arm))
+    return named
+
+
+def _unused(name: str, taken) -> str:
+    """The name, numbered where it is taken."""
+    names, number, chosen = set(taken), 1, name
+    while chosen in names:
+        number += 1
+        chosen = f"{name} ({number})"
+    return chosen
+
+
+def by_arm(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """{arm: its runs}, in the order of the first of each."""
+    arms: dict[str, list[Run]] = {}
+    for run in runs:
+        arms.setdefault(run.arm, []).append(run)
+    return arms
+
+
+def metrics_of(runs: Sequence[Run]) -> list[str]:
+    """Names of what is measured, "eval/all/loss" first, then held-out, then training's."""
+    names: dict[str, None] = {}
+    for run in runs:
+        for line in run.lines:
+            names |= dict.fromkeys(n for n, v in line.items() if "/" in n and is_number(v))
+    order = {"eval/all/loss": 0}
+    return sorted(names, key=lambda n: (order.get(n, 1), not n.startswith("eval/"),
+                                        not n.endswith("loss"), n))
