@@ -29,7 +29,7 @@ setuptools.setup(
     packages=setuptools.find_packages(include=["t5x_lite*", "configs*", "tasks*"]),
     # The tables of facts and the vocabularies, whatever their suffix.
     package_data={"tasks": ["**/*"], "t5x_lite.data": ["vocab/*"],
-                  "t5x_lite.corpus": ["lists/*"]},
+                  "t5x_lite.corpus": ["lists/*"], "t5x_lite.reporting": ["*.j2"]},
     install_requires=[
         "absl-py",
         "etils[epath]",
@@ -56,6 +56,8 @@ setuptools.setup(
         "docs": ["ipykernel", "myst-nb", "sphinx", "sphinx-book-theme"],
         "plan": ["libtpu"],
         "convert": ["safetensors"],
+        # python -m t5x_lite.report: what draws its curves, with its JavaScript
+        "report": ["jinja2", "vl-convert-python>=1.9"],
         # python -m t5x_lite.audit
         "audit": ["datasketch>=2", "py3langid", "markdown-it-py"],
         # seqio_cache_tasks. Beam wants protobuf<7, and sentencepiece 0.2.3 a newer one: an

@@ -1,4 +1,9 @@
-"""What a run shows: the header, the progress line, evaluation lines, completed samples."""
+"""What a run shows: the header, the progress line, evaluation lines, completed samples.
+
+As a command, `python -m t5x_lite.report WORKDIR… [--output=report.html]`, one page of any runs: curves
+over steps, tokens, FLOPs or hours, final values with their ranges over seeds, settings that differ,
+cost. It needs no network. A folder that holds runs, such as an experiment's, stands for all of them.
+"""
 
 import math
 import os
@@ -105,3 +110,23 @@ def samples(rows: Sequence[tuple[str, str, str]]) -> str:
                                         subsequent_indent=" " * 13))
         blocks.append("")
     return "\n".join(blocks).rstrip()
+
+
+if __name__ == "__main__":
+    import sys
+
+    from absl import flags
+
+    from t5x_lite import cli
+    from t5x_lite.reporting import page
+
+    _OUTPUT = flags.DEFINE_string("output", "report.html", "The page to write.")
+    _TITLE = flags.DEFINE_string("title", "", "Its heading; without one the folders' names.")
+    # Folders stand before or between the flags, as files do on other command lines.
+    _FOLDERS = [a for a in sys.argv[1:] if not a.startswith("-")]
+    sys.argv = [sys.argv[0], *(a for a in sys.argv[1:] if a.startswith("-"))]
+
+    def main() -> None:
+        print(f"written: {page.write(_FOLDERS, _OUTPUT.value, _TITLE.value)}")
+
+    cli.run(main, alone=True)

@@ -23,7 +23,8 @@ FLOORS = (
     ("training", "formats", "cost"),
     ("config",),
     ("build",),
-    ("init_from", "report", "cli", "evaluation", "planning", "scaling", "corpus"),
+    ("init_from", "report", "cli", "evaluation", "planning", "scaling", "corpus",
+     "reporting"),
     ("train", "eval", "infer", "plan", "convert", "experiment", "interactive", "inspect_task",
      "audit"),
 )

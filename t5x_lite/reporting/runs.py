@@ -124,12 +124,15 @@ def _with_hours(lines: Sequence[Mapping]) -> Iterator[dict]:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """("a.b.c", value) of every leaf of nested mappings; lists are leaves."""
+    """("a.b[0].c", value) of every leaf of nested mappings and of lists that hold some."""
     for name, value in config.items():
+        path = f"{prefix}{name}"
         if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{name}.")
+            yield from flatten(value, f"{path}.")
+        elif isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
+            yield from flatten({f"{name}[{i}]": part for i, part in enumerate(value)}, prefix)
         else:
-            yield f"{prefix}{name}", value
+            yield path, value
 
 
 def _with_arms(runs: Sequence[Run]) -> list[Run]:

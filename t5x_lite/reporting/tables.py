@@ -8,7 +8,7 @@ from t5x_lite.log import si
 from t5x_lite.reporting.runs import Run, by_arm, is_number
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]   # column heads, rows
-_SAME = "–"
+_NONE = "–"   # nothing to show
 _MOST_METRICS = 12
 # Sums that a run writes into its lines, and how each is shown.
 _COSTS = (("tokens_seen", "tokens", "tokens"), ("flops", "FLOPs", "FLOP"),
@@ -31,7 +31,7 @@ def final(runs: Sequence[Run], metrics: Sequence[str]) -> Table:
 def _range(values: Sequence[float | None]) -> str:
     numbers = [v for v in values if v is not None]
     if not numbers:
-        return _SAME
+        return _NONE
     mean = f"{statistics.fmean(numbers):.4g}"
     return mean if len(numbers) == 1 else f"{mean} ({min(numbers):.4g} … {max(numbers):.4g})"
 
@@ -42,7 +42,8 @@ def differing(runs: Sequence[Run]) -> Table:
     names = sorted({name for run in runs for name in run.settings} - {"train.seed"})
     rows = []
     for name in names:
-        values = {arm: {repr(run.settings.get(name)) for run in members}
+        values = {arm: {repr(run.settings[name]) if name in run.settings else _NONE
+                        for run in members}
                   for arm, members in arms.items()}
         if len(set().union(*values.values())) > 1:
             rows.append([name, *(" / ".join(sorted(v)) for v in values.values())])
@@ -66,7 +67,7 @@ def cost(runs: Sequence[Run]) -> Table:
 
 
 def _quantity(value: float | None, unit: str) -> str:
-    return _SAME if value is None else si(value, unit)
+    return _NONE if value is None else si(value, unit)
 
 
 def settings(run: Run) -> Table:
