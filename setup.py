@@ -28,8 +28,8 @@ setuptools.setup(
     python_requires=">=3.11,<3.13",
     packages=setuptools.find_packages(include=["t5x_lite*", "configs*", "tasks*"]),
     # The tables of facts and the vocabularies, whatever their suffix.
-    package_data={"tasks": ["**/*"], "t5x_lite.data": ["vocab/*"],
-                  "t5x_lite.corpus": ["lists/*"], "t5x_lite.reporting": ["*.j2"]},
+    package_data={"tasks": ["**/*"], "t5x_lite": ["py.typed"],
+                  "t5x_lite.data": ["vocab/*"], "t5x_lite.corpus": ["lists/*"], "t5x_lite.reporting": ["*.j2"]},
     install_requires=[
         "absl-py",
         "etils[epath]",

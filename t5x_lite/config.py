@@ -143,7 +143,8 @@ def from_mapping(kind: Any, value: Any, where: str = "config") -> Any:
             if name not in hints:
                 raise UserError(f"{where}.{name}: no such field.{nearest(name, hints)} "
                                 f"Known: {', '.join(hints)}.")
-        return kind(**{name: from_mapping(hints[name], value[name], f"{where}.{name}")
+        make: Any = kind
+        return make(**{name: from_mapping(hints[name], value[name], f"{where}.{name}")
                        for name in value})
     if origin is tuple:
         if isinstance(value, str) and args[0] is str:

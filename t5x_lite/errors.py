@@ -42,7 +42,7 @@ def one_of(field: str, value: Any, allowed: Iterable[Any]) -> Any:
     return value
 
 
-def at_least(field: str, value: Number, lowest: Number, fix: str = "") -> Number:
+def at_least(field: str, value: Number, lowest: float, fix: str = "") -> Number:
     """The value, a finite number of at least `lowest`. fix: what to do, a sentence."""
     return between(field, value, lowest, math.inf, fix)
 
@@ -52,7 +52,7 @@ def positive(field: str, value: Number, fix: str = "") -> Number:
     return between(field, value, 0, math.inf, fix, open_below=True)
 
 
-def between(field: str, value: Number, lowest: Number, highest: Number, fix: str = "", *,
+def between(field: str, value: Number, lowest: float, highest: float, fix: str = "", *,
             open_below: bool = False, open_above: bool = False) -> Number:
     """The value, a finite number from `lowest` to `highest` (open: without that end).
 

@@ -169,8 +169,9 @@ class RecordHandler(ocp.AsyncCheckpointHandler):
     async def _write(self, directory: epath.Path, args: "RecordSave"):
         process, count = jax.process_index(), jax.process_count()
         buffer = io.BytesIO()  # npz, because a zip file carries a checksum of each member
-        np.savez(buffer, **{str(shard): np.frombuffer(state, np.uint8)
-                            for shard, state in args.iterator_states.items()})
+        states: dict[str, Any] = {str(shard): np.frombuffer(state, np.uint8)
+                                  for shard, state in args.iterator_states.items()}
+        np.savez(buffer, **states)
         (directory / f"iterators-{process}-of-{count}.npz").write_bytes(buffer.getvalue())
         if process == 0:
             digests = jax.device_get(args.digests)  # waits for the devices here, not in save()
@@ -272,6 +273,7 @@ def read_step(folder: epath.Path, abstract_state: Any,
     arrays = _read_arrays(folder, record, {
         p: x for p, x in expected.items() if not p.startswith(f"{FROZEN}/")})
     if len(arrays) < len(expected):
+        assert frozen_fn is not None, "the state has frozen parameters, which a checkpoint has not"
         frozen = {FROZEN: frozen_fn()}
         check_frozen(folder, record, frozen[FROZEN])
         arrays |= named_leaves(frozen)

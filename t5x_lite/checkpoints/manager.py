@@ -13,7 +13,7 @@ job of several processes every process makes the same calls.
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -62,10 +62,10 @@ def _step_paths(path: os.PathLike | str) -> dict[int, epath.Path]:
 
     `path` is a workdir, its checkpoints/ folder, or the folder of one step.
     """
-    path = _absolute(path)
-    if path.name.isdigit() and (path / "record").exists():
-        return {int(path.name): path}
-    root = path / "checkpoints" if (path / "checkpoints").exists() else path
+    folder = _absolute(path)
+    if folder.name.isdigit() and (folder / "record").exists():
+        return {int(folder.name): folder}
+    root = folder / "checkpoints" if (folder / "checkpoints").exists() else folder
     if not root.exists():
         return {}
     found = ocp.path.step.standard_name_format().find_all(root)
@@ -93,9 +93,9 @@ def _candidates(path: os.PathLike | str, step: int | str) -> dict[int, epath.Pat
     return {step: found[step]}
 
 
-def _list(steps: Sequence[int]) -> str:
+def _list(steps: Iterable[int]) -> str:
     steps = list(steps)
-    shown = steps if len(steps) <= 12 else [*steps[:4], "…", *steps[-7:]]
+    shown: list = steps if len(steps) <= 12 else [*steps[:4], "…", *steps[-7:]]
     return ", ".join(map(str, shown))
 
 

@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -120,7 +120,7 @@ def place(rules: Iterable[Rule], config: ModelConfig, table: Mapping[str, ParamI
         if rule is None:
             homeless.append(path)
             continue
-        ranges = [] if layers is None else [layers]
+        ranges: list[Sequence[int]] = [] if layers is None else [layers]
         if "{e}" in rule.theirs:
             ranges.append(range(info.shape[len(ranges)]))
         inner = info.shape[len(ranges):]
@@ -154,6 +154,7 @@ def read_parameter(placed: Placed, read: ReadTensor, dtype: Any = None,
         if result is None:
             result = np.empty((*chosen.shape, *part.shape), dtype or part.dtype)
         result[at] = part
+    assert result is not None, "no slot of this parameter was chosen"
     return result
 
 

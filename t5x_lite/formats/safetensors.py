@@ -151,7 +151,7 @@ class Writer:
                 {"metadata": {"total_size": sum(sizes.values())},
                  "weight_map": {n: f.name for n, f in self._files.items()}}, indent=1))
 
-    def _lay_out(self, file, names, shapes, dtypes, sizes):
+    def _lay_out(self, file, names, shapes, dtypes, sizes) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name in names:

@@ -48,7 +48,7 @@ def is_on_host(x: jax.Array) -> bool:
     return jax.typeof(x).memory_space == HOST
 
 
-def _move(x: jax.Array, space: jax.memory.Space) -> jax.Array:
+def _move(x: jax.Array, space: Any) -> jax.Array:
     return x if jax.typeof(x).memory_space == space else jax.device_put(x, space)
 
 

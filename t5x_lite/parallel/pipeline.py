@@ -199,7 +199,7 @@ def _pipelined(fn, stacked, x, xs, inputs, repeats, scan, config, stages):
 
 def _row_axes() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The mesh axes that split a batch before `stage` does (slices), and after it."""
-    axes = sharding.spec("act_batch")[0]
+    axes = PartitionSpec(*sharding.spec("act_batch") or ())[0]
     axes = axes if isinstance(axes, tuple) else (axes,)
     if "stage" not in axes:
         raise UserError("sharding.rules.act_batch must contain 'stage' where mesh.stage > 1: "

@@ -41,11 +41,11 @@ class Processes:
         """
         known = None not in (self.coordinator_address, self.num_processes, self.process_id)
         # JAX gives each Slurm task one GPU unless it is kept from looking.
+        detection = "deactivate" if known else None
         try:
             jax.distributed.initialize(
                 self.coordinator_address, self.num_processes, self.process_id,
-                self.local_device_ids,
-                **({"cluster_detection_method": "deactivate"} if known else {}))
+                self.local_device_ids, cluster_detection_method=detection)
         except ValueError as error:   # JAX found no coordinator
             raise UserError(f"{self.source}: this is one of several processes, but {error} Set "
                             f"{', '.join(_GENERIC)}.") from error

@@ -50,16 +50,16 @@ def parse(policy: str, where: str = "remat") -> dict[str, tuple[str, ...]]:
     """
     if policy == "none" or policy in POLICIES:
         return {}
-    actions = {}
+    actions: dict[str, tuple[str, ...]] = {}
     for part in policy.split(";"):
         action, _, names = part.partition(":")
         actions[action.strip()] = tuple(name.strip() for name in names.split(",") if name.strip())
-    for action, names in actions.items():
-        if action not in ACTIONS or not names or ("recompute" in actions and len(actions) > 1):
+    for action, chosen in actions.items():
+        if action not in ACTIONS or not chosen or ("recompute" in actions and len(actions) > 1):
             raise UserError(
                 f"{where}={policy!r}: must be none, full, dots, recompute:NAMES, or save:NAMES "
                 f"and offload:NAMES joined by ';'.{nearest(action, (*ACTIONS, 'none', *POLICIES))}")
-        for name in names:
+        for name in chosen:
             if name not in NAMES:
                 raise UserError(f"{where}={policy!r}: no tensor is named {name!r}."
                                 f"{nearest(name, NAMES)} Known: {', '.join(NAMES)}.")

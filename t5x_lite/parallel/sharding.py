@@ -122,8 +122,8 @@ class Rules:
         Raises:
             UserError: unknown name, or one mesh axis on two dims.
         """
-        used: dict[str, str] = {}
-        dims = []
+        used: dict[str, str | None] = {}
+        dims: list[None | str | tuple[str, ...]] = []
         for name in axes:
             mesh_axes = tuple(a for a in self.mesh_axes(name)
                               if sizes.get(a, 1) > 1 and a not in drop)
@@ -411,7 +411,7 @@ def dense(x: jax.Array, w: jax.Array, out: Axes,
     """
     lead = x.shape[:-1]
     if mesh_sizes():
-        given, wanted = jax.typeof(x).sharding.spec, spec(*out)
+        given, wanted = jax.typeof(x).sharding.spec, PartitionSpec(*spec(*out) or ())
         x = jax.sharding.reshard(x, PartitionSpec(
             *(b if set(_names(b)) <= set(_names(a)) else a
               for a, b in zip(given[:-1], wanted[:-1], strict=True)), given[-1]))
@@ -434,7 +434,8 @@ def sum_of_copies(x: jax.Array) -> jax.Array:
     What the devices of one copy hold alike they share out before they add, and gather
     afterwards, so that each sends a different part along the axis of copies.
     """
-    copies, *kept = (*(names := jax.typeof(x).sharding.spec), *(None,) * (x.ndim - len(names)))
+    named: tuple = tuple(jax.typeof(x).sharding.spec)
+    copies, *kept = named + (None,) * (x.ndim - len(named))
     used = {axis for dim in (copies, *kept) for axis in _names(dim)}
     parts = list(kept)
     for axis in (a for a, size in mesh_sizes().items() if size > 1 and a not in used):
