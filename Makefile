@@ -32,6 +32,12 @@ CPU_ENVIRONMENT := GLIBC_TUNABLES=$(MALLOC) XLA_FLAGS="$$XLA_FLAGS \
 VENV_PYTHON := $(VENV)/bin/python
 INSTALL := $(VENV_PYTHON) -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt
 
+# Tests of seconds, of every floor: directions of imports, configs, the docs' commands, tables.
+QUICK := tests/test_imports.py tests/test_config.py tests/test_tree.py tests/cost/test_tables.py \
+    tests/cost/test_roofline.py tests/formats/test_mapping.py tests/formats/test_safetensors.py \
+    tests/layers/test_masks.py tests/parallel/test_sharding.py tests/training/test_schedules.py \
+    tests/training/test_metrics.py
+
 .PHONY: quickstart test test-all check docs clean
 
 quickstart: $(VENV)/cpu.stamp
@@ -48,7 +54,7 @@ test-all: $(VENV)/test.stamp
 check: $(VENV)/check.stamp
 	@$(VENV_PYTHON) -m ruff check .
 	@$(VENV_PYTHON) -m mypy
-	@$(VENV_PYTHON) -m pytest -q -n $(WORKERS) -m quick $(ARGS)
+	@$(VENV_PYTHON) -m pytest -q -n $(WORKERS) --dist=loadfile $(QUICK) $(ARGS)
 
 docs: $(VENV)/docs.stamp
 	@$(VENV_PYTHON) -m sphinx -q -W --keep-going -b html docs docs/_build/html $(ARGS)
