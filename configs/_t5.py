@@ -11,7 +11,7 @@ from t5x_lite.layers.mlp import MLPConfig
 from t5x_lite.layers.position import PositionConfig
 from t5x_lite.models.blocks import BlockConfig, StackConfig
 from t5x_lite.models.language_model import ModelConfig
-from t5x_lite.training.optimizers import OptimizerConfig
+from t5x_lite.training.methods import OptimizerConfig
 from t5x_lite.training.schedules import ScheduleConfig
 
 

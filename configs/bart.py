@@ -22,8 +22,8 @@ from t5x_lite.layers.mlp import MLPConfig
 from t5x_lite.layers.position import PositionConfig
 from t5x_lite.models.blocks import BlockConfig, StackConfig
 from t5x_lite.models.language_model import ModelConfig
+from t5x_lite.training.methods import OptimizerConfig
 from t5x_lite.training.objectives import ObjectiveConfig
-from t5x_lite.training.optimizers import OptimizerConfig
 from t5x_lite.training.schedules import ScheduleConfig
 
 SIZES = {"base": (6, 768, 12), "large": (12, 1024, 16)}

@@ -25,8 +25,8 @@ from t5x_lite.layers.norm import NormConfig
 from t5x_lite.layers.position import PositionConfig
 from t5x_lite.models.blocks import BlockConfig, StackConfig
 from t5x_lite.models.language_model import ModelConfig
+from t5x_lite.training.methods import OptimizerConfig
 from t5x_lite.training.objectives import ObjectiveConfig
-from t5x_lite.training.optimizers import OptimizerConfig
 from t5x_lite.training.schedules import ScheduleConfig
 
 SIZES = {"base": (12, 768, 12), "large": (24, 1024, 16)}

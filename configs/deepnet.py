@@ -21,7 +21,7 @@ from t5x_lite.layers.mlp import MLPConfig
 from t5x_lite.layers.position import PositionConfig
 from t5x_lite.models.blocks import BlockConfig, StackConfig, deepnorm_constants
 from t5x_lite.models.language_model import ModelConfig
-from t5x_lite.training.optimizers import OptimizerConfig
+from t5x_lite.training.methods import OptimizerConfig
 from t5x_lite.training.schedules import ScheduleConfig
 
 SIZES = {"3_2b": (100, 1024, 4096, 16)}

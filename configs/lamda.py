@@ -16,7 +16,7 @@ from t5x_lite.layers.mlp import MLPConfig
 from t5x_lite.layers.norm import NormConfig
 from t5x_lite.layers.position import PositionConfig
 from t5x_lite.models.blocks import BlockConfig
-from t5x_lite.training.optimizers import OptimizerConfig
+from t5x_lite.training.methods import OptimizerConfig
 
 SIZES = {"137b": (64, 8192, 65536, 128)}
 

@@ -23,7 +23,7 @@ from t5x_lite.layers.norm import NormConfig
 from t5x_lite.layers.position import PositionConfig
 from t5x_lite.models.blocks import BlockConfig
 from t5x_lite.training.batch_ramp import BatchRampConfig
-from t5x_lite.training.optimizers import AdafactorConfig, OptimizerConfig
+from t5x_lite.training.methods import AdafactorConfig, OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,8 +18,8 @@ from t5x_lite.layers.mlp import MLPConfig
 from t5x_lite.layers.moe import MoEConfig
 from t5x_lite.models.blocks import BlockConfig, SegmentConfig, StackConfig
 from t5x_lite.models.language_model import ModelConfig
+from t5x_lite.training.methods import OptimizerConfig
 from t5x_lite.training.objectives import ObjectiveConfig
-from t5x_lite.training.optimizers import OptimizerConfig
 from t5x_lite.training.schedules import ScheduleConfig
 
 _ATTENTION = AttentionConfig(num_heads=4, head_dim=64, scale=1.0)

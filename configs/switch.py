@@ -20,7 +20,7 @@ from t5x_lite.layers.mlp import MLPConfig
 from t5x_lite.layers.moe import MoEConfig
 from t5x_lite.models.blocks import SegmentConfig, StackConfig
 from t5x_lite.models.language_model import ModelConfig
-from t5x_lite.training.optimizers import GroupConfig
+from t5x_lite.training.methods import GroupConfig
 from t5x_lite.training.schedules import ScheduleConfig
 
 _RELU = MLPConfig(activation="relu", gated=False)

@@ -16,8 +16,8 @@ from t5x_lite.config import EvalConfig, RunConfig, TrainConfig, to_config_dict
 from t5x_lite.data.config import DataConfig
 from t5x_lite.layers.mlp import MLPConfig
 from t5x_lite.models.peft import PeftConfig
+from t5x_lite.training.methods import OptimizerConfig
 from t5x_lite.training.objectives import ObjectiveConfig
-from t5x_lite.training.optimizers import OptimizerConfig
 from t5x_lite.training.schedules import ScheduleConfig
 
 SIZES = {"3b": t5_1_1.SIZES["xl"], "11b": t5_1_1.SIZES["xxl"]}

@@ -195,6 +195,8 @@ def build(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Pro
     state.check_divisible({**table, **trainable}, mesh, rules)
     optimizer = make_optimizer(config.optimizer, trainable, policy, config.loss_scale,
                                seed=config.train.seed)
+    if config.sharding.offload_optimizer:
+        optimizer.check_offload()
     return Program(
         config=config, mesh=mesh, rules=rules, policy=policy, model=model, optimizer=optimizer,
         abstract_state=state.abstract(model, optimizer, mesh, rules, config.peft,

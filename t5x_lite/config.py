@@ -25,8 +25,8 @@ from t5x_lite.models.language_model import ModelConfig
 from t5x_lite.models.peft import PeftConfig
 from t5x_lite.parallel.sharding import DEFAULT_RULES, MeshConfig
 from t5x_lite.training.batch_ramp import BatchRampConfig
+from t5x_lite.training.methods import OptimizerConfig
 from t5x_lite.training.objectives import ObjectiveConfig
-from t5x_lite.training.optimizers import OptimizerConfig
 from t5x_lite.training.precision import LossScaleConfig
 
 

@@ -23,7 +23,7 @@ from t5x_lite.models.blocks import SegmentConfig
 from t5x_lite.models.peft import PeftConfig
 from t5x_lite.parallel.sharding import MeshConfig
 from t5x_lite.training import metrics, state
-from t5x_lite.training.optimizers import OptimizerConfig
+from t5x_lite.training.methods import OptimizerConfig
 from t5x_lite.training.schedules import ScheduleConfig
 from tests import tiny, tiny_config
 

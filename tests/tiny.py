@@ -15,7 +15,7 @@ from t5x_lite.layers.attention import AttentionConfig
 from t5x_lite.layers.mlp import MLPConfig
 from t5x_lite.models.blocks import BlockConfig, SegmentConfig, StackConfig
 from t5x_lite.models.language_model import Model, ModelConfig
-from t5x_lite.training.optimizers import OptimizerConfig
+from t5x_lite.training.methods import OptimizerConfig
 from t5x_lite.training.schedules import ScheduleConfig
 
 ROWS, INPUTS, TARGETS, VOCAB = 16, 12, 8, 64

@@ -63,18 +63,15 @@ def weight_spec(axes: sharding.Axes) -> PartitionSpec:
     """The stored sharding of a weight, less what this layer neither splits nor gathers."""
     place, stored = placement(), sharding.spec(*axes) or ()
     known = {*place.expert, *place.tensor, *sharding.GATHERED_AXES}
-    dims = [tuple(a for a in _names(dim) if a in known) for dim in stored]
+    dims = [tuple(a for a in sharding.mesh_axes_of(dim) if a in known) for dim in stored]
     return PartitionSpec(*(dim or None for dim in dims))
-
-
-def _names(dim) -> tuple[str, ...]:
-    return () if dim is None else (dim,) if isinstance(dim, str) else tuple(dim)
 
 
 def _gather(w: jax.Array, spec: PartitionSpec, place: Placement) -> jax.Array:
     """A device's part of a weight with its fsdp splits gathered, its expert split never."""
     for i, dim in enumerate(spec):
-        axes = tuple(a for a in _names(dim) if a in sharding.GATHERED_AXES and a not in place.expert)
+        axes = tuple(a for a in sharding.mesh_axes_of(dim)
+                     if a in sharding.GATHERED_AXES and a not in place.expert)
         if axes:
             w = jax.lax.all_gather(w, axes, axis=i, tiled=True)
     return dispatch.vary(w, place.varying)

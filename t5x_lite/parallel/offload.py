@@ -10,6 +10,8 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
+from t5x_lite.parallel.sharding import spec_of
+
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 
 
@@ -56,11 +58,6 @@ def _back(new: Any, like: Any) -> Any:
     return jax.tree.map(lambda x, y: _move(x, jax.typeof(y).memory_space), new, like)
 
 
-def _spec(x: jax.Array) -> PartitionSpec | None:
-    sharding = jax.typeof(x).sharding
-    return None if sharding.mesh.empty else sharding.spec
-
-
 def _ways(x: jax.Array) -> int:
     """Into how many the mesh splits the layers."""
     sharding = jax.typeof(x).sharding
@@ -69,10 +66,10 @@ def _ways(x: jax.Array) -> int:
 
 def _split(x: jax.Array, ways: int) -> jax.Array:
     """[layers, …] -> [ways, layers / ways, …]."""
-    spec = _spec(x)
+    spec = spec_of(x)
     return jax.lax.reshape(x, (ways, x.shape[0] // ways, *x.shape[1:]),
                            out_sharding=spec and PartitionSpec(spec[0], None, *spec[1:]))
 
 
 def _join(x: jax.Array, like: jax.Array) -> jax.Array:
-    return jax.lax.reshape(x, like.shape, out_sharding=_spec(like))
+    return jax.lax.reshape(x, like.shape, out_sharding=spec_of(like))

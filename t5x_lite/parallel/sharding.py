@@ -296,6 +296,33 @@ def named_sharding(mesh: Mesh, rules: Rules, axes: Axes) -> NamedSharding:
     return NamedSharding(mesh, rules.spec(axes, dict(mesh.shape)))
 
 
+def mesh_axes_of(dim: None | str | tuple[str, ...]) -> tuple[str, ...]:
+    """The mesh axes of one dim of a PartitionSpec."""
+    if dim is None:
+        return ()
+    return (dim,) if isinstance(dim, str) else tuple(dim)
+
+
+def split_of(x: jax.Array) -> list[tuple[str, ...]]:
+    """The mesh axes that each dim of an array, or of its tracer, is split over."""
+    partitions = jax.typeof(x).sharding.spec.partitions
+    return [*map(mesh_axes_of, partitions), *[()] * (x.ndim - len(partitions))]
+
+
+def spec_of(x: jax.Array) -> PartitionSpec | None:
+    """The PartitionSpec of an array, or of its tracer; None without a mesh."""
+    sharding = jax.typeof(x).sharding
+    return None if sharding.mesh.empty else sharding.spec
+
+
+def place_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    """x on the shards of `like`, an array of its shape; x itself where they agree."""
+    target = jax.typeof(like).sharding
+    if target.mesh.empty or target == jax.typeof(x).sharding:
+        return x
+    return jax.sharding.reshard(x, target)
+
+
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:
     """x with the sharding of these logical axes."""
     sharding = spec(*axes)
@@ -413,7 +440,7 @@ def dense(x: jax.Array, w: jax.Array, out: Axes,
     if mesh_sizes():
         given, wanted = jax.typeof(x).sharding.spec, PartitionSpec(*spec(*out) or ())
         x = jax.sharding.reshard(x, PartitionSpec(
-            *(b if set(_names(b)) <= set(_names(a)) else a
+            *(b if set(mesh_axes_of(b)) <= set(mesh_axes_of(a)) else a
               for a, b in zip(given[:-1], wanted[:-1], strict=True)), given[-1]))
         if any((*given[1:-1], *wanted[1:-1])):
             return product(x, w, out)
@@ -421,11 +448,6 @@ def dense(x: jax.Array, w: jax.Array, out: Axes,
         return product(x, w, out)
     y = product(x.reshape(math.prod(lead), x.shape[-1]), w, (out[0], out[-1]))
     return reshape(y, (*lead, w.shape[-1]), *out)
-
-
-def _names(dim: None | str | tuple[str, ...]) -> tuple[str, ...]:
-    """The mesh axes of one dim of a PartitionSpec."""
-    return () if dim is None else (dim,) if isinstance(dim, str) else tuple(dim)
 
 
 def sum_of_copies(x: jax.Array) -> jax.Array:
@@ -436,14 +458,15 @@ def sum_of_copies(x: jax.Array) -> jax.Array:
     """
     named: tuple = tuple(jax.typeof(x).sharding.spec)
     copies, *kept = named + (None,) * (x.ndim - len(named))
-    used = {axis for dim in (copies, *kept) for axis in _names(dim)}
+    used = {axis for dim in (copies, *kept) for axis in mesh_axes_of(dim)}
     parts = list(kept)
     for axis in (a for a, size in mesh_sizes().items() if size > 1 and a not in used):
-        ways = [mesh_sizes()[axis] * math.prod(mesh_sizes()[a] for a in _names(d)) for d in parts]
+        ways = [mesh_sizes()[axis] * math.prod(mesh_sizes()[a] for a in mesh_axes_of(d))
+                for d in parts]
         fits = [i for i, way in enumerate(ways) if x.shape[1 + i] % way == 0]
         if fits:
             dim = max(fits, key=lambda i: x.shape[1 + i] // ways[i])
-            parts[dim] = (*_names(parts[dim]), axis)
+            parts[dim] = (*mesh_axes_of(parts[dim]), axis)
     x = jax.sharding.reshard(x, PartitionSpec(copies, *parts))
     return jax.sharding.reshard(jnp.sum(x, axis=0), PartitionSpec(*kept))
 

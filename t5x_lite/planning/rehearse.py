@@ -14,7 +14,7 @@ import pathlib
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -290,13 +290,9 @@ def _collectives(compiled, program: Program
 def bytes_per_device(x) -> int:
     """Bytes that one device holds of an abstract array, or of a tracer on an Explicit mesh."""
     spec, mesh = x.sharding.spec, x.sharding.mesh
-    ways = [math.prod(mesh.shape[a] for a in _names(dim)) for dim in spec]
+    ways = [math.prod(mesh.shape[a] for a in sharding.mesh_axes_of(dim)) for dim in spec]
     ways += [1] * (x.ndim - len(ways))
     return x.dtype.itemsize * math.prod(-(-n // w) for n, w in zip(x.shape, ways, strict=True))
-
-
-def _names(dim) -> Sequence[str]:
-    return () if dim is None else (dim,) if isinstance(dim, str) else dim
 
 
 def argument_bytes(program: Program) -> dict[str, int]:

@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from t5x_lite.parallel.sharding import place_like
+
 
 class AdafactorState(NamedTuple):
     """Moments by path; a path stands in v_row and v_col or in v, and in m with momentum."""
@@ -111,14 +113,6 @@ def scale_by_adafactor(
         return steps, AdafactorState(count, v_row, v_col, v, m)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def place_like(x: jax.Array, like: jax.Array) -> jax.Array:
-    """x on the shards of `like`, an array of its shape; x itself where they agree."""
-    target = jax.typeof(like).sharding
-    if target.mesh.empty or target == jax.typeof(x).sharding:
-        return x
-    return jax.sharding.reshard(x, target)
 
 
 def _rms(x: jax.Array, dims: tuple[int, ...]) -> jax.Array:

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from t5x_lite.errors import UserError
+from t5x_lite.parallel.sharding import place_like, split_of
 
 # A device's logits above this are chunked when `chunk` is 0. Two chunks cost a CPU no time, but
 # each one adds a float32 gradient of the head to the sum: 4, 8 chunks of T5-small's 112 MiB took
@@ -194,7 +195,7 @@ def _chunked_forward(settings, head_params, hidden_BLD, targets_BL, weights_BL):
     chunks = _split(settings[1], hidden_BLD, targets_BL, weights_BL)
     start = (_zero_sums(), jax.tree.map(_zero_gradient, local))
     (sums, d_head), d_hidden = jax.lax.scan(step, start, chunks)
-    d_head = jax.tree.map(lambda d, w: _place_like(d, w).astype(w.dtype), d_head, gathered)
+    d_head = jax.tree.map(lambda d, w: place_like(d, w).astype(w.dtype), d_head, gathered)
     # The barrier makes the layers' backward pass wait: else XLA reduces the whole gradient last.
     residuals = jax.lax.optimization_barrier((*scatter(d_head), _join(d_hidden, hidden_BLD)))
     return (sums["loss_sum"], sums), residuals
@@ -274,16 +275,9 @@ def _num_chunks(head_fn: HeadFn, head_params: Any, hidden_BLD: jax.Array, chunk:
     return min(length, -(-4 * math.prod(shape) // AUTO_CHUNK_BYTES))
 
 
-def _partitions(x: jax.Array) -> list[tuple[str, ...]]:
-    """The mesh axes that each dim of x is split over."""
-    spec = jax.typeof(x).sharding.spec.partitions
-    axes = [() if p is None else (p,) if isinstance(p, str) else tuple(p) for p in spec]
-    return axes + [()] * (x.ndim - len(axes))
-
-
 def _length_shards(x_BL: jax.Array) -> int:
     sizes = jax.typeof(x_BL).sharding.mesh.shape
-    return math.prod(sizes[axis] for axis in _partitions(x_BL)[1])
+    return math.prod(sizes[axis] for axis in split_of(x_BL)[1])
 
 
 def _split(num_chunks: int, hidden_BLD: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
@@ -317,8 +311,8 @@ def _reduced_later(w: jax.Array, hidden_BLD: jax.Array) -> jax.Array:
     Without it every chunk would end in an all-reduce of the head's whole gradient. Matrices
     only: a bias or norm scale is small, and such a type cannot be broadcast to the batch.
     """
-    own = {axis for axes in _partitions(w) for axis in axes}
-    shared = {axis for axes in _partitions(hidden_BLD)[:2] for axis in axes} - own
+    own = {axis for axes in split_of(w) for axis in axes}
+    shared = {axis for axes in split_of(hidden_BLD)[:2] for axis in axes} - own
     if not shared or w.ndim < 2:
         return w
     return jax.sharding.reshard(
@@ -332,12 +326,6 @@ def _zero_gradient(w: jax.Array) -> jax.Array:
     if not spec.reduced:
         return zeros
     return jax.sharding.reshard(zeros, PartitionSpec(*spec.partitions, unreduced=spec.reduced))
-
-
-def _place_like(d: jax.Array, w: jax.Array) -> jax.Array:
-    """d, summed over what it is unreduced over, on the shards of w."""
-    target = jax.typeof(w).sharding
-    return d if target.mesh.empty else jax.sharding.reshard(d, target)
 
 
 def _add(a, b):

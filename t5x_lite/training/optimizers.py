@@ -1,7 +1,7 @@
-"""Optimizers: gradients to new parameters, with clipping, weight decay and regex groups.
+"""The optimizer of a run: gradients to new parameters, with clipping, weight decay and groups.
 
-AdamW, Adam, Lion and SGD are optax's own transformations, Adafactor is ours (adafactor.py).
-All of them see float32 gradients and parameters and act per layer: an array that stacks
+How a gradient becomes a step is a row of methods.METHODS; everything around that is here and alike
+for all of them. They see float32 gradients and parameters and act per layer: an array that stacks
 layers or experts is updated as its members would be.
 
 The optimizer state is a plain nested dict, so that a checkpoint does not depend on optax's
@@ -10,18 +10,19 @@ classes or on their order in a chain:
     {"count": int32, <moment>: {nested like the parameters it covers}, …}
 
 with the moments mu, nu (Adam), mu (Lion), trace (SGD with momentum), v_row, v_col, v, m
-(Adafactor), and, where the precision policy asks, "master" (float32 parameters) and
-"loss_scale". Frozen parameters have no state. A moment may be sharded more finely than its
-parameter (ZeRO-1): the update then runs on the moment's shards and only the new parameters
-are gathered; every output keeps the sharding of its input. It may also be kept in the host's
-memory (sharding.offload_optimizer): then it visits the device layer by layer.
+(Adafactor), those of other rows by their names in optax (optax_state.py), and, where the precision
+policy asks, "master" (float32 parameters) and "loss_scale". Frozen parameters have no state. A
+moment may be sharded more finely than its parameter (ZeRO-1): the update then runs on the moment's
+shards and only the new parameters are gathered; every output keeps the sharding of its input. It
+may also be kept in the host's memory (sharding.offload_optimizer): then it visits the device layer
+by layer.
 """
 
 import dataclasses
 import functools
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -29,104 +30,42 @@ import jax.numpy as jnp
 import optax
 
 from t5x_lite import tree
-from t5x_lite.errors import UserError, nearest
+from t5x_lite.errors import UserError, nearest, one_of
+from t5x_lite.models.params import ParamInfo
 from t5x_lite.parallel import offload
-from t5x_lite.training import adafactor, precision, schedules
+from t5x_lite.parallel.sharding import place_like
+from t5x_lite.training import optax_state, precision, schedules
+from t5x_lite.training.methods import METHODS, GroupConfig, OptimizerConfig, Trained, stacked_dims
 
-# Leading logical axes that enumerate independent parameters.
-STACK_AXES = ("layers", "expert")
-
-
-@dataclasses.dataclass(frozen=True)
-class GroupConfig:
-    """Parameters whose whole path matches `pattern`; the first group that matches wins."""
-
-    pattern: str
-    learning_rate_multiplier: float = 1.0
-    schedule: schedules.ScheduleConfig | None = None  # None: the optimizer's own
-    weight_decay: float | None = None  # given: for every member, vectors too
-    frozen: bool = False               # no update and no optimizer state
+# Names in a state that are no moments of the transformation.
+_OWN = ("master", "loss_scale")
+Flat = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class AdafactorConfig:
-    """See adafactor.scale_by_adafactor."""
+class _State:
+    """An optimizer state taken apart."""
 
-    factored: bool = True
-    min_dim_size_to_factor: int = 128
-    decay_rate: float = 0.8
-    step_offset: int = 0
-    clipping_threshold: float = 1.0
-    multiply_by_parameter_scale: bool = True
-    epsilon1: float = 1e-30
-    epsilon2: float = 1e-3
+    moments: dict[str, Flat]
+    rest: dict[str, jax.Array]         # "count", and numbers of the transformation's own
+    masters: Flat                      # {} without a master copy
+    scale: dict[str, jax.Array] | None   # of the loss
 
+    @classmethod
+    def of(cls, opt_state: Mapping) -> "_State":
+        others = {name: x for name, x in opt_state.items() if name not in _OWN}
+        return cls(
+            {name: tree.flatten(x) for name, x in others.items() if isinstance(x, Mapping)},
+            {name: x for name, x in others.items() if not isinstance(x, Mapping)},
+            tree.flatten(opt_state.get("master", {})), opt_state.get("loss_scale"))
 
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """One optimizer for all parameters, with exceptions by group."""
-
-    name: str = "adafactor"
-    schedule: schedules.ScheduleConfig = schedules.ScheduleConfig()
-    clip_norm: float = 0.0     # largest global gradient norm; 0: no clipping
-    weight_decay: float = 0.0  # of matrices; biases and norm scales have none unless a group says
-    # AdamW, Lion and Adafactor subtract weight_decay * learning_rate**exponent * parameter;
-    # 0 is T5X's Adafactor, 2 (with weight_decay 1) PaLM's. Adam and SGD add
-    # weight_decay * parameter to the gradient instead.
-    weight_decay_lr_exponent: float = 1.0
-    beta1: float = 0.9         # Adam, AdamW, Lion
-    beta2: float = 0.999       # … (GPT-3 and LLaMA take 0.95, Lion 0.99)
-    eps: float = 1e-8          # Adam, AdamW
-    momentum: float = 0.0      # SGD, Adafactor
-    momentum_dtype: str = "float32"  # of first moments: float32 or bfloat16
-    adafactor: AdafactorConfig = AdafactorConfig()
-    groups: tuple[GroupConfig, ...] = ()
-
-
-def _adam(c: OptimizerConfig, stacked: Mapping[str, int]):
-    return optax.scale_by_adam(c.beta1, c.beta2, c.eps, mu_dtype=c.momentum_dtype)
-
-
-def _lion(c: OptimizerConfig, stacked: Mapping[str, int]):
-    return optax.scale_by_lion(c.beta1, c.beta2, mu_dtype=c.momentum_dtype)
-
-
-def _sgd(c: OptimizerConfig, stacked: Mapping[str, int]):
-    if c.momentum:
-        return optax.trace(c.momentum, accumulator_dtype=c.momentum_dtype)
-    return optax.identity()
-
-
-def _adafactor(c: OptimizerConfig, stacked: Mapping[str, int]):
-    return adafactor.scale_by_adafactor(
-        stacked, momentum=c.momentum, momentum_dtype=c.momentum_dtype,
-        **dataclasses.asdict(c.adafactor))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Method:
-    """How a name becomes an optax transformation, and what is left to do around it."""
-
-    transformation: Callable[[OptimizerConfig, Mapping[str, int]], optax.GradientTransformation]
-    decoupled_decay: bool = True     # False: weight decay is part of the gradient
-    scales_by_rate: bool = False     # True: the transformation applies the learning rate
-
-
-METHODS: dict[str, _Method] = {
-    "adafactor": _Method(_adafactor, scales_by_rate=True),
-    "adamw": _Method(_adam),
-    "adam": _Method(_adam, decoupled_decay=False),
-    "lion": _Method(_lion),
-    "sgd": _Method(_sgd, decoupled_decay=False),
-}
-
-
-def stacked_dims(logical_axes: tuple[str | None, ...]) -> int:
-    """How many leading dims enumerate layers or experts. A lone ("expert",) is a vector."""
-    count = 0
-    while count < len(logical_axes) and logical_axes[count] in STACK_AXES:
-        count += 1
-    return count - (0 < count == len(logical_axes) and logical_axes[-1] == "expert")
+    def place_of(self, path: str, param: jax.Array) -> jax.Array:
+        """The array of the parameter's shape with the finest sharding in reach: the update runs
+        where the moments live."""
+        for held in (self.masters, *self.moments.values()):
+            if path in held and held[path].shape == param.shape:
+                return held[path]
+        return param
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +76,7 @@ class Optimizer:
     policy: precision.Policy
     loss_scaling: precision.LossScaleConfig
     seed: int
-    table: Mapping[str, Any]              # path -> models.ParamInfo
+    table: Mapping[str, ParamInfo]
     group_of: Mapping[str, int]           # path -> index into config.groups, -1 for none
     weight_decay: Mapping[str, float]     # path -> rate, trainable paths only
     transformation: optax.GradientTransformationExtraArgs
@@ -151,8 +90,10 @@ class Optimizer:
         """The state before the first update; trace it under jit with out_shardings."""
         flat = self._trainable(params)
         master = {path: p.astype(jnp.float32) for path, p in flat.items()}
-        state = _unpack(self.transformation.init(master))
-        state["count"] = jnp.zeros((), jnp.int32)
+        moments, rest = optax_state.apart(self.transformation.init(master), flat)
+        assert not {*moments, *rest} & {*_OWN}, (moments.keys(), rest.keys())
+        state = {name: tree.unflatten(x) for name, x in moments.items()}
+        state |= {"count": jnp.zeros((), jnp.int32), **rest}
         if self.policy.master_copy:
             state["master"] = tree.unflatten(master)
         if self.policy.loss_scaling:
@@ -161,24 +102,39 @@ class Optimizer:
 
     def state_logical_axes(self) -> dict:
         """Logical axes of every leaf of the state, nested alike: a moment has its parameter's
-        (less the dim that Adafactor averaged away), counts and scales have ()."""
+        (less the dim that Adafactor averaged away), other numbers have none."""
         abstract = jax.eval_shape(self.init, tree.unflatten(
             {p: jax.ShapeDtypeStruct(i.shape, i.dtype) for p, i in self.table.items()}))
+        moment_axes = METHODS[self.config.name].moment_axes
 
         def axes(path, leaf):
             moment, _, name = path.partition("/")
+            whole = (None,) * leaf.ndim
             if name not in self.table:
-                return ()
+                return whole
             info = self.table[name]
             logical = tuple(info.logical_axes)
-            if leaf.shape == tuple(info.shape) and moment not in ("v_row", "v_col"):
+            # Adafactor's means of a square matrix's rows and columns are told apart by name.
+            alike = leaf.shape == tuple(info.shape)
+            if alike and not moment.startswith("v_"):
                 return logical
-            row, col = adafactor.factored_dims(
-                info.shape, stacked_dims(logical), self.config.adafactor.min_dim_size_to_factor)
-            gone = {"v_row": col, "v_col": row}[moment]
-            return logical[:gone] + logical[gone + 1:]
+            if moment_axes is None:
+                return whole
+            return moment_axes(self.config, moment, stacked_dims(logical), info.shape, logical)
 
         return tree.map_with_path(axes, abstract)
+
+    def check_offload(self) -> None:
+        """Raises UserError where the state holds more than counts and what mirrors parameters: a
+        number that is made of all gradients at once cannot be made layer by layer."""
+        abstract = jax.eval_shape(self.init, tree.unflatten(
+            {p: jax.ShapeDtypeStruct(i.shape, i.dtype) for p, i in self.table.items()}))
+        rest = _State.of(abstract).rest
+        shared = [name for name, x in rest.items() if not jnp.issubdtype(x.dtype, jnp.integer)]
+        if shared:
+            raise UserError(f"optimizer.name={self.config.name!r} keeps {', '.join(shared)} of all "
+                            "parameters together, which an update layer by layer cannot make: set "
+                            "sharding.offload_optimizer=False.")
 
     def loss_scale(self, opt_state: Mapping) -> jax.Array | float:
         """What the loss must be multiplied by before it is differentiated; update divides."""
@@ -197,23 +153,17 @@ class Optimizer:
             loss_scale and skipped (1.0 where an overflow left all as it was). The norm of the
             update is not among them: on CPU it would triple Adafactor's time.
         """
-        flat_params, state = self._trainable(params), dict(opt_state)
-        scale_state, master = state.pop("loss_scale", None), state.pop("master", None)
-        moments = {name: tree.flatten(x) for name, x in state.items() if name != "count"}
-        masters = tree.flatten(master) if master is not None else {}
-        # The finest sharding in reach: the update runs where the moments live.
-        places = {path: next((m[path] for m in (masters, *moments.values())
-                              if path in m and m[path].shape == p.shape), p)
-                  for path, p in flat_params.items()}
-        old = {path: masters[path] if path in masters else adafactor.place_like(
-            p.astype(jnp.float32), places[path]) for path, p in flat_params.items()}
+        flat_params, state = self._trainable(params), _State.of(opt_state)
+        places = {path: state.place_of(path, p) for path, p in flat_params.items()}
+        old = {path: state.masters[path] if path in state.masters else
+               place_like(p.astype(jnp.float32), places[path]) for path, p in flat_params.items()}
         flat_grads = self._trainable(grads)
-        g = {path: adafactor.place_like(flat_grads[path], x).astype(jnp.float32)
+        g = {path: place_like(flat_grads[path], x).astype(jnp.float32)
              for path, x in places.items()}
         info = {"learning_rate": schedules.schedule(self.config.schedule)(step)}
         finite = None
-        if scale_state is not None:
-            g, finite = precision.unscale(g, scale_state)
+        if state.scale is not None:
+            g, finite = precision.unscale(g, state.scale)
         # The barrier keeps XLA's CPU backend from fusing the norm with Adafactor's means over
         # the same squares, which took three times as long. Around the norm alone: a barrier that
         # the gradients pass through copies them (4 rows of T5-small: 4.4 s a step, not 2.6; at 8
@@ -222,82 +172,92 @@ class Optimizer:
         if self.config.clip_norm:
             factor = self.config.clip_norm / jnp.maximum(info["grad_norm"], self.config.clip_norm)
             g = {path: x * factor for path, x in g.items()}
-        new, new_moments = self._apply_where_kept(g, old, moments, state["count"], step, finite)
+        new, moments, rest = self._apply_where_kept(g, old, state, step, finite)
 
-        count = optax.safe_increment(state["count"])
-        new_state = {name: tree.unflatten(x) for name, x in new_moments.items()}
-        if master is not None:
+        new_state = {name: tree.unflatten(x) for name, x in moments.items()} | rest
+        if state.masters:
             new_state["master"] = tree.unflatten(new)
             new = offload.to_device(new)
         rounded = {path: self._round(path, x, flat_params[path], step) for path, x in new.items()}
-        if scale_state is not None:
-            count = jnp.where(finite, count, state["count"])
+        if state.scale is not None:
             rounded = {path: jnp.where(finite, x, flat_params[path])
                        for path, x in rounded.items()}
             new_state["loss_scale"] = precision.loss_scale_adjust(
-                scale_state, finite, self.loss_scaling)
-            info |= {"loss_scale": scale_state["scale"], "skipped": 1.0 - finite}
+                state.scale, finite, self.loss_scaling)
+            info |= {"loss_scale": state.scale["scale"], "skipped": 1.0 - finite}
         new_params = tree.unflatten({**tree.flatten(params), **rounded})
-        return new_params, {**new_state, "count": count}, info
+        return new_params, new_state, info
 
-    @functools.cached_property
-    def _state_class(self) -> type:
-        shapes = {path: jax.ShapeDtypeStruct(self.table[path].shape, jnp.float32)
-                  for path in self.weight_decay}
-        return type(jax.eval_shape(self.transformation.init, shapes))
-
-    def _apply_where_kept(self, g, old, moments, count, step, finite):
-        """_apply, layer by layer for the stacks whose moments are kept in the host's memory:
+    def _apply_where_kept(self, g: Flat, old: Flat, state: _State, step, finite
+                          ) -> tuple[Flat, dict[str, Flat], dict[str, jax.Array]]:
+        """`_apply`, layer by layer for the stacks whose moments are kept in the host's memory:
         one layer's moments at a time are on the device. What is not stacked comes as a whole.
 
         Args:
             old: float32 parameters; master copies may be in the host's memory like moments.
         """
-        kept = [*(x for m in moments.values() for x in m.values()), *old.values()]
+        apply = functools.partial(self._apply, rest=state.rest, step=step, finite=finite)
+        kept = [*old.values(), *(x for moment in state.moments.values() for x in moment.values())]
         if not any(offload.is_on_host(x) for x in kept):
-            return self._apply(g, old, moments, count, step, finite)
-        new, new_moments = {}, {name: {} for name in moments}
-        alike = {}   # stacks of as many layers (or experts), and what is not stacked (0)
+            return apply(g, old, state.moments)
+        new: Flat = {}
+        new_moments: dict[str, Flat] = {name: {} for name in state.moments}
+        for layers, paths in self._alike(g):
+            some = functools.partial(_at, paths)
+            values = (some(old), {name: some(m) for name, m in state.moments.items()})
+            over = offload.each_layer if layers else offload.at_once
+            done = over(lambda g, values: apply(g, *values)[:2], some(g), values)
+            new |= done[0]
+            for name, moment in done[1].items():
+                new_moments[name] |= moment
+        # Counts belong to no layer and go on once; of the rest of this update nothing is computed.
+        blank = {path: jnp.zeros(g[path].shape) for path in [min(g, key=lambda p: g[p].size)]}
+        _, _, rest = apply(blank, blank, {
+            name: {path: jnp.zeros(moment[path].shape, moment[path].dtype)
+                   for path in blank if path in moment} for name, moment in state.moments.items()})
+        return new, new_moments, rest
+
+    def _alike(self, g: Flat) -> list[tuple[int, list[str]]]:
+        """(layers, paths) of stacks of as many layers (or experts), and (0, all other paths)."""
+        alike: dict = {}
         for path, x in g.items():
             axes = tuple(self.table[path].logical_axes)
             key = (axes[0], x.shape[0]) if stacked_dims(axes) else ("", 0)
             alike.setdefault(key, []).append(path)
-        for (_, layers), paths in alike.items():
-            some = lambda flat, paths=paths: {path: flat[path] for path in paths if path in flat}
-            values = (some(old), {name: some(m) for name, m in moments.items()})
-            run = lambda g, values: self._apply(g, *values, count, step, finite)
-            done = offload.each_layer(run, some(g), values) if layers else \
-                offload.at_once(run, some(g), values)
-            new |= done[0]
-            for name, moment in done[1].items():
-                new_moments[name] |= moment
-        return new, new_moments
+        return [(layers, paths) for (_, layers), paths in alike.items()]
 
-    def _apply(self, g, old, moments, count, step, finite=None):
-        """Clipped float32 gradients and parameters to (new parameters, new moments by name), the
-        old ones where `finite` is False."""
-        config, method = self.config, METHODS[self.config.name]
-        rates = self._learning_rates(step)
-        if not method.decoupled_decay:
+    def _apply(self, g: Flat, old: Flat, moments: Mapping[str, Flat], *, rest, step, finite
+               ) -> tuple[Flat, dict[str, Flat], dict[str, jax.Array]]:
+        """Clipped float32 gradients and parameters to (new parameters, new moments by name, the
+        state's other numbers), the old ones where `finite` is False."""
+        method, rates = METHODS[self.config.name], self._learning_rates(step)
+        if method.decay == "gradient":
             g = {path: x + self.weight_decay[path] * old[path] if self.weight_decay[path] else x
                  for path, x in g.items()}
-        steps, packed = self.transformation.update(
-            g, _pack(self._state_class, moments, count), old, learning_rate=rates)
-        new = {}
-        for path, p in old.items():
-            rate, decay = rates[path], self.weight_decay[path]
-            change = steps[path] if method.scales_by_rate else rate * steps[path]
-            if decay and method.decoupled_decay:
-                change = change + decay * rate ** config.weight_decay_lr_exponent * p
-            new[path] = p - change
-        new_moments = {
-            name: {path: adafactor.place_like(x, moments[name][path])
-                   for path, x in tree.flatten(moment).items()}
-            for name, moment in _unpack(packed).items()}
+        # Which arrays there are depends on the paths: some of them come here alone.
+        like = jax.eval_shape(self.transformation.init, old)
+        steps, optax_new = self.transformation.update(
+            g, optax_state.together(like, moments, rest, old), old, learning_rate=rates)
+        new = {path: p - self._change(steps[path], p, rates[path], self.weight_decay[path])
+               for path, p in old.items()}
+        given, new_rest = optax_state.apart(optax_new, old)
+        new_moments = {name: {path: place_like(x, moments[name][path]) for path, x in held.items()}
+                       for name, held in given.items()}
+        new_rest = {"count": optax.safe_increment(rest["count"]), **new_rest}
         if finite is not None:
-            new, new_moments = jax.tree.map(
-                lambda a, b: jnp.where(finite, a, b), (new, new_moments), (old, moments))
-        return new, new_moments
+            new, new_moments, new_rest = jax.tree.map(
+                lambda a, b: jnp.where(finite, a, b), (new, new_moments, new_rest),
+                (old, moments, rest))
+        return new, new_moments, new_rest
+
+    def _change(self, step: jax.Array, param: jax.Array, rate: jax.Array, decay: float
+                ) -> jax.Array:
+        """What is subtracted from the parameter."""
+        method = METHODS[self.config.name]
+        change = step if method.scales_by_rate else rate * step
+        if not decay or method.decay != "change":
+            return change
+        return change + decay * rate ** self.config.weight_decay_lr_exponent * param
 
     def _learning_rates(self, step) -> dict[str, jax.Array]:
         """{trainable path: float32 scalar}, one computation a group."""
@@ -313,7 +273,7 @@ class Optimizer:
             key = jax.random.key(self.seed, impl="threefry2x32")
             key = jax.random.fold_in(jax.random.fold_in(key, step), zlib.crc32(path.encode()))
             new = precision.stochastic_round(new, key)
-        return adafactor.place_like(new.astype(old_param.dtype), old_param)
+        return place_like(new.astype(old_param.dtype), old_param)
 
     def _trainable(self, nested: Mapping) -> dict[str, jax.Array]:
         flat = tree.flatten(nested)
@@ -322,17 +282,9 @@ class Optimizer:
         return {path: flat[path] for path in self.weight_decay}
 
 
-def _unpack(state) -> dict:
-    """An optax state (a NamedTuple of flat dicts and a count) as a nested dict, less the count
-    and what is empty."""
-    return {name: tree.unflatten(x) for name, x in state._asdict().items()
-            if name != "count" and x}
-
-
-def _pack(kind, moments, count):
-    """The inverse: an optax state of this class from flat moments."""
-    given = {name: moments.get(name, {}) for name in kind._fields if name != "count"}
-    return kind(**given, count=count) if "count" in kind._fields else kind(**given)
+def _at(paths, flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a flat dict that it holds at these paths."""
+    return {path: flat[path] for path in paths if path in flat}
 
 
 def make_optimizer(config: OptimizerConfig, table: Mapping[str, Any],
@@ -351,30 +303,32 @@ def make_optimizer(config: OptimizerConfig, table: Mapping[str, Any],
     """
     _check(config)
     group_of = _assign_groups(config, table)
-    weight_decay, stacked = {}, {}
-    for path, info in table.items():
-        group = config.groups[group_of[path]] if group_of[path] >= 0 else GroupConfig("")
-        if group.frozen:
-            continue
-        stacked[path] = stacked_dims(tuple(info.logical_axes))
-        is_matrix = len(info.shape) - stacked[path] >= 2
-        weight_decay[path] = (group.weight_decay if group.weight_decay is not None
-                              else config.weight_decay if is_matrix else 0.0)
+    decay = {path: _decay_of(config, info, group_of[path]) for path, info in table.items()}
+    weight_decay = {path: rate for path, rate in decay.items() if rate is not None}
     if not weight_decay:
         raise UserError("optimizer.groups freeze every parameter; leave at least one to train.")
+    axes = {path: tuple(table[path].logical_axes) for path in weight_decay}
+    trained = Trained(axes, {path: stacked_dims(a) for path, a in axes.items()}, weight_decay)
     transformation = optax.with_extra_args_support(
-        METHODS[config.name].transformation(config, stacked))
+        METHODS[config.name].transformation(config, trained))
     return Optimizer(config, policy, loss_scaling, seed, dict(table), group_of, weight_decay,
                      transformation)
 
 
+def _decay_of(config: OptimizerConfig, info: ParamInfo, group: int) -> float | None:
+    """A parameter's weight decay; None where it is frozen."""
+    own = config.groups[group] if group >= 0 else GroupConfig("")
+    if own.frozen:
+        return None
+    if own.weight_decay is not None:
+        return own.weight_decay
+    is_matrix = len(info.shape) - stacked_dims(tuple(info.logical_axes)) >= 2
+    return config.weight_decay if is_matrix else 0.0
+
+
 def _check(config: OptimizerConfig) -> None:
-    if config.name not in METHODS:
-        raise UserError(f"optimizer.name={config.name!r} is unknown."
-                        f"{nearest(config.name, METHODS)} Known: {', '.join(METHODS)}.")
-    if config.momentum_dtype not in ("float32", "bfloat16"):
-        raise UserError(f"optimizer.momentum_dtype={config.momentum_dtype!r}: "
-                        f"must be float32 or bfloat16.")
+    one_of("optimizer.name", config.name, METHODS)
+    one_of("optimizer.momentum_dtype", config.momentum_dtype, ("float32", "bfloat16"))
     for name in ("beta1", "beta2", "momentum"):
         if not 0.0 <= getattr(config, name) < 1.0:
             raise UserError(f"optimizer.{name}={getattr(config, name)}: must be in [0, 1).")
@@ -405,5 +359,5 @@ def _assign_groups(config: OptimizerConfig, table: Mapping[str, Any]) -> dict[st
         if not taken:
             raise UserError(f"{where} matches only parameters that earlier groups already took, "
                             f"such as {matches[0]!r}; put it first or drop it.")
-    found = {path: tree.first_match(rules, path) for path in table}
-    return {path: match[0] if match else -1 for path, match in found.items()}
+    matches = {path: tree.first_match(rules, path) for path in table}
+    return {path: match[0] if match else -1 for path, match in matches.items()}

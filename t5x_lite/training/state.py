@@ -75,7 +75,8 @@ def abstract(model: Model, optimizer: Optimizer, mesh: Mesh, rules: Rules,
     axes = tree.flatten(logical_axes(model, optimizer))
 
     def place(path, x):
-        to_host = offload and path.startswith("opt_state/") and x.ndim
+        # What belongs to no parameter stays: it is small, and has no axes.
+        to_host = offload and path.startswith("opt_state/") and any(axes[path])
         whole = zero < 3 and not path.startswith("opt_state/")
         return _placed(x, axes[path], mesh, rules, whole, HOST if to_host else None)
     return tree.map_with_path(place, shapes)

@@ -20,8 +20,8 @@ from t5x_lite.models.blocks import BlockConfig, SegmentConfig, StackConfig
 from t5x_lite.models.language_model import ModelConfig
 from t5x_lite.parallel.sharding import MeshConfig
 from t5x_lite.planning import rehearse
+from t5x_lite.training.methods import OptimizerConfig
 from t5x_lite.training.objectives import ObjectiveConfig
-from t5x_lite.training.optimizers import OptimizerConfig
 
 WIDTH, HIDDEN, EXPERTS, ROWS, LENGTH = 256, 1024, 8, 16, 128
 BF16 = 2

@@ -24,8 +24,8 @@ from t5x_lite.models.blocks import BlockConfig, SegmentConfig, StackConfig
 from t5x_lite.models.language_model import ModelConfig
 from t5x_lite.parallel.pipeline import PipelineConfig
 from t5x_lite.parallel.sharding import DEFAULT_RULES, MeshConfig
+from t5x_lite.training.methods import OptimizerConfig
 from t5x_lite.training.objectives import ObjectiveConfig
-from t5x_lite.training.optimizers import OptimizerConfig
 from t5x_lite.training.schedules import ScheduleConfig
 from tests import tiny
 

@@ -21,8 +21,8 @@ from t5x_lite.parallel.pipeline import PipelineConfig
 from t5x_lite.parallel.sharding import MeshConfig
 from t5x_lite.planning import rehearse
 from t5x_lite.training import state
+from t5x_lite.training.methods import OptimizerConfig
 from t5x_lite.training.objectives import ObjectiveConfig
-from t5x_lite.training.optimizers import OptimizerConfig
 
 WIDTH, VOCAB, LENGTH = 256, 512, 128
 

@@ -22,8 +22,8 @@ from t5x_lite.layers.position import PositionConfig
 from t5x_lite.models.blocks import BlockConfig, SegmentConfig, StackConfig
 from t5x_lite.models.language_model import ModelConfig
 from t5x_lite.training import metrics, objectives
+from t5x_lite.training.methods import OptimizerConfig
 from t5x_lite.training.objectives import OBJECTIVES, ObjectiveConfig
-from t5x_lite.training.optimizers import OptimizerConfig
 from t5x_lite.training.schedules import ScheduleConfig
 
 CASES = [  # denoiser, objective; with the architectures of OBJECTIVES, all that there are

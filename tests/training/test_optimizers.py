@@ -12,8 +12,14 @@ from jax.sharding import AxisType, PartitionSpec as P
 
 from t5x_lite import tree
 from t5x_lite.errors import UserError
-from t5x_lite.training import optimizers, precision
-from t5x_lite.training.optimizers import AdafactorConfig, GroupConfig, OptimizerConfig
+from t5x_lite.training import methods, optimizers, precision
+from t5x_lite.training.methods import (
+    AdafactorConfig,
+    GroupConfig,
+    MuonConfig,
+    OptimizerConfig,
+    SophiaConfig,
+)
 from t5x_lite.training.schedules import ScheduleConfig
 from tests.helpers import golden
 
@@ -31,6 +37,11 @@ CONFIGS = {
     "lion": OptimizerConfig("lion", CONSTANT, weight_decay=0.1, beta2=0.99),
     "sgd": OptimizerConfig("sgd", CONSTANT),
     "sgd_momentum": OptimizerConfig("sgd", CONSTANT, momentum=0.9, weight_decay=0.1),
+    "muon": OptimizerConfig("muon", CONSTANT, weight_decay=0.1),
+    "lamb": OptimizerConfig("lamb", CONSTANT, weight_decay=0.1),
+    "ademamix": OptimizerConfig("ademamix", CONSTANT, weight_decay=0.1),
+    "sophia": OptimizerConfig("sophia", CONSTANT, beta1=0.965, beta2=0.99,
+                              sophia=SophiaConfig(interval=2)),
 }
 
 
@@ -105,7 +116,7 @@ def unstacked(nested):
     """Every layer and expert as a parameter of its own."""
     flat = {}
     for path, x in tree.flatten(nested).items():
-        lead = optimizers.stacked_dims(TABLE[path].logical_axes)
+        lead = methods.stacked_dims(TABLE[path].logical_axes)
         for index in np.ndindex(x.shape[:lead]):
             flat["/".join([path, *map(str, index), "member"])] = x[index]
     return tree.unflatten(flat)
@@ -113,8 +124,11 @@ def unstacked(nested):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_stack_is_updated_as_its_members_alone(name):
-    alone = {p: Info(x.shape, ("embed", "mlp")[:x.ndim])
-             for p, x in tree.flatten(unstacked(draw(0))).items()}
+    alone = {}
+    for path, x in tree.flatten(unstacked(draw(0))).items():
+        whole = next(p for p in TABLE if path.startswith(p))
+        axes = TABLE[whole].logical_axes
+        alone[path] = Info(x.shape, axes[methods.stacked_dims(axes):])
     config = dataclasses.replace(CONFIGS[name], clip_norm=5.0)
     together, _, info = run(optimizers.make_optimizer(config, TABLE), draw(0), draw)
     apart, _, other = run(optimizers.make_optimizer(config, alone), unstacked(draw(0)),
@@ -191,7 +205,7 @@ def test_factored_moments_drop_the_right_axes():
 
 
 def test_stacked_dims():
-    assert [optimizers.stacked_dims(axes) for axes in (
+    assert [methods.stacked_dims(axes) for axes in (
         (), ("embed", "mlp"), ("layers",), ("layers", "embed"), ("expert", "embed", "mlp"),
         ("layers", "expert", "embed"), ("expert",), ("layers", "expert"), ("embed", "expert"),
     )] == [0, 0, 1, 1, 1, 2, 0, 1, 0]
@@ -204,6 +218,7 @@ def test_stacked_dims():
     ("sgd_momentum", lambda mask: optax.chain(
         optax.add_decayed_weights(0.1, mask), optax.sgd(0.01, momentum=0.9))),
     ("sgd", lambda mask: optax.sgd(0.01)),
+    ("ademamix", lambda mask: optax.contrib.ademamix(0.01, weight_decay=0.1, mask=mask)),
 ])
 def test_equals_optax(name, reference):
     """Clipping first, then the optimizer; weight decay of matrices only, counted per layer."""
@@ -218,6 +233,85 @@ def test_equals_optax(name, reference):
     assert_close(found, params, 1e-6)
     assert np.isclose(info["grad_norm"], optax.tree.norm(draw(2)))
     assert np.isclose(info["learning_rate"], 0.01)
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"nesterov": False, "steps": 3}, {"consistent_rms": 0.2}], ids=str)
+def test_muon_equals_optax_over_20_steps(settings):
+    """Every matrix of a stack by itself; tables, biases and scales by AdamW."""
+    dims = tree.unflatten({path: optax.contrib.MuonDimensionNumbers(-2, -1)
+                           if path.endswith("kernel") else None for path in TABLE})
+    ns_steps = settings.get("steps", 5)
+    reference = optax.contrib.muon(
+        0.01, ns_steps=ns_steps, nesterov=settings.get("nesterov", True), weight_decay=0.1,
+        adam_weight_decay=0.0, muon_weight_dimension_numbers=dims,
+        consistent_rms=settings.get("consistent_rms"))
+    params, state = draw(0), reference.init(draw(0))
+    step = jax.jit(reference.update)
+    for n in range(20):
+        updates, state = step(draw(n), state, params)
+        params = optax.apply_updates(params, updates)
+    config = dataclasses.replace(
+        CONFIGS["muon"], muon=MuonConfig(**settings),
+        groups=(GroupConfig("table/embedding", weight_decay=0.0),))
+    found, state, _ = run(optimizers.make_optimizer(config, TABLE), draw(0), draw, 20)
+    assert_close(found, params, 1e-5)
+    assert set(tree.flatten(state)) == {"count", "count_2", *(f"mu/{p}" for p in TABLE), *(
+        f"nu/{p}" for p in TABLE if not p.endswith("kernel"))}
+
+
+def test_lamb_equals_optax_on_parameters_that_are_not_stacked():
+    table = {path: TABLE[path] for path in ("table/embedding", "table/scale")}
+    config = CONFIGS["lamb"]
+    only = lambda seed: {"table": draw(seed)["table"]}
+    mask = {"table": {"embedding": True, "scale": False}}
+    reference = optax.lamb(0.01, eps=1e-8, weight_decay=0.1, mask=mask)
+    params, state = only(0), reference.init(only(0))
+    for n in range(3):
+        updates, state = reference.update(only(n), state, params)
+        params = optax.apply_updates(params, updates)
+    found, _, _ = run(optimizers.make_optimizer(config, table), only(0), only)
+    assert_close(found, params, 1e-6)
+
+
+def test_sophia_steps_by_hand():
+    """Momentum over gamma times the mean square, clipped to the learning rate; a step's own square
+    counts from the next step on."""
+    table = {"w": Info((2,), ("norm",))}
+    config = OptimizerConfig("sophia", CONSTANT, beta1=0.5, beta2=0.75,
+                             sophia=SophiaConfig(gamma=2.0, interval=2))
+    grads = [jnp.array([1.0, 100.0]), jnp.array([3.0, 0.0])]
+    found, state, _ = run(optimizers.make_optimizer(config, table), {"w": jnp.zeros(2)},
+                          lambda n: {"w": grads[n]}, 2)
+    squares = np.array([0.25, 2500.0])         # 0.25 g^2 of the first step
+    momentum = np.array([1.75, 25.0]) / 0.75   # of the second, its bias corrected
+    second = np.clip(momentum / (2.0 * squares), -1, 1)
+    np.testing.assert_allclose(found["w"], -0.01 * (1 + second), rtol=1e-5)
+    np.testing.assert_allclose(state["nu"]["w"], squares)   # the second step makes none
+
+
+def test_an_optimizer_registered_from_outside_may_be_a_chain(monkeypatch):
+    """Two traces of one name, a mask, and counts of their own, as docs/extending.md shows."""
+    def chain(c, trained):
+        matrices = lambda params: {p: trained.is_map(p) for p in params}
+        return optax.chain(optax.trace(0.9), optax.masked(optax.trace(0.5), matrices),
+                           optax.scale_by_schedule(lambda n: 1.0 / (1 + n)), optax.scale_by_adam())
+    monkeypatch.setitem(methods.METHODS, "chain", methods.Method(chain))
+    optimizer = optimizers.make_optimizer(OptimizerConfig("chain", CONSTANT), TABLE)
+    found, state, _ = run(optimizer, draw(0), draw)
+    assert {name: len(tree.flatten(x)) if isinstance(x, dict) else int(x)
+            for name, x in state.items()} == {
+        "trace": 5, "trace_2": 2, "mu": 5, "nu": 5, "count": 3, "count_2": 3}
+
+    axes = {path: info.logical_axes for path, info in TABLE.items()}
+    stacked = {path: methods.stacked_dims(a) for path, a in axes.items()}
+    reference = optax.chain(chain(None, methods.Trained(axes, stacked, {})), optax.scale(-0.01))
+    params = tree.flatten(draw(0))
+    expected = reference.init(params)
+    for n in range(3):
+        updates, expected = reference.update(tree.flatten(draw(n)), expected, params)
+        params = optax.apply_updates(params, updates)
+    assert_close(found, tree.unflatten(params), 1e-6)
 
 
 @pytest.mark.parametrize("exponent", [0.0, 1.0, 2.0])
@@ -260,7 +354,7 @@ def test_groups():
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"name": "adamww"}, "'adamww' is unknown. did you mean 'adamw'"),
+    ({"name": "adamww"}, "'adamww': must be one of .* did you mean 'adamw'"),
     ({"groups": (GroupConfig("table/embeding"),)}, r"groups\[0\].*did you mean 'table/embedding'"),
     ({"groups": (GroupConfig("embedding"),)}, "must match a whole path"),
     ({"groups": (GroupConfig(".*"), GroupConfig("stack/.*"))}, r"groups\[1\].*already took"),
