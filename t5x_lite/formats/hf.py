@@ -5,13 +5,13 @@ import json
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from t5x_lite.errors import UserError, nearest
-from t5x_lite.formats import hf_bert, hf_decoders, hf_t5, safetensors
+from t5x_lite.formats import hf_bert, hf_decoders, hf_fields, hf_t5, safetensors
 from t5x_lite.formats.functions import differences
 from t5x_lite.formats.hf_family import Family
 from t5x_lite.formats.mapping import (
@@ -32,8 +32,8 @@ FAMILIES: dict[str, Family] = {
 
 def family(model_type: str, where: str = "the model") -> Family:
     """The family of this name. Raises UserError listing the known ones."""
-    if model_type not in FAMILIES:
-        raise UserError(f"{where}: model_type {model_type!r} is not known here."
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise UserError(f"{where}: model_type {str(model_type)[:80]!r} is not known here."
                         f"{nearest(model_type, FAMILIES)} Known: {', '.join(FAMILIES)}.")
     return FAMILIES[model_type]
 
@@ -45,10 +45,11 @@ def model_config(hf: Mapping[str, Any], tied: bool | None = None) -> ModelConfig
         tied: whether logits go through the embedding table; None: as config.json says.
 
     Raises:
-        UserError: a model_type, activation or rope scaling that is not known here.
+        UserError: a model_type, activation or rope scaling that is not known here, or a field
+            that cannot be honoured; see hf_fields.
     """
     kind = family(hf.get("model_type", "none"), "config.json")
-    given = {**kind.defaults, **{name: value for name, value in hf.items() if value is not None}}
+    given = hf_fields.checked(kind, hf)
     if tied is None:
         tied = given.get("tie_word_embeddings", True)
     return kind.from_hf(given, tied)
@@ -71,26 +72,38 @@ def hf_config(config: ModelConfig, model_type: str | None = None,
         f for f in FAMILIES.values() if f.architecture == config.architecture]
     reasons = []
     for kind in candidates:
-        lost = [f"architecture: {config.architecture}, there {kind.architecture}"]
-        if kind.architecture == config.architecture:
-            try:
-                written = kind.to_hf(config)
-                found = {"model_type": kind.model_type, **written}
-                lost = differences(config, model_config(found, config.tie_logits))
-            except UserError as error:
-                lost = [str(error)]
+        written, lost = _written(config, kind)
         if not lost:
-            if base.get("model_type") != kind.model_type:
-                base = dict(kind.specials)
-            for stale in ("rope_parameters", "scale_decoder_outputs"):   # transformers 5's
-                base.pop(stale, None)
-            return {**base, "architectures": [kind.model_class], **found}
-        more = [f"    … {len(lost) - 8} more"] if len(lost) > 8 else []
-        reasons.append("\n".join([f"  {kind.model_type}:", *(f"    {line}" for line in lost[:8]),
-                                  *more]))
+            return _over_base(kind, written, base)
+        reasons.append(_listed(kind, lost))
     raise UserError("no Hugging Face family can express this model "
                     "(field: the model's value, what a config.json would say):\n"
                     + "\n".join(reasons))
+
+
+def _written(config: ModelConfig, kind: Family) -> tuple[dict[str, Any], list[str]]:
+    """A model's config.json in a family, and which of its facts are lost in it."""
+    if kind.architecture != config.architecture:
+        return {}, [f"architecture: {config.architecture}, there {kind.architecture}"]
+    try:
+        written = {"model_type": kind.model_type, **kind.to_hf(config)}
+        return written, differences(config, model_config(written, config.tie_logits))
+    except UserError as error:
+        return {}, [str(error)]
+
+
+def _over_base(kind: Family, written: Mapping[str, Any], base: Mapping[str, Any]
+               ) -> dict[str, Any]:
+    """The written fields over those of the config.json that the model once came from."""
+    kept = dict(base if base.get("model_type") == kind.model_type else kind.specials)
+    for stale in ("rope_parameters", "scale_decoder_outputs"):   # transformers 5's
+        kept.pop(stale, None)
+    return {**kept, "architectures": [kind.model_class], **written}
+
+
+def _listed(kind: Family, lost: Sequence[str]) -> str:
+    more = [f"    … {len(lost) - 8} more"] if len(lost) > 8 else []
+    return "\n".join([f"  {kind.model_type}:", *(f"    {line}" for line in lost[:8]), *more])
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -111,16 +124,37 @@ def read_model(folder: str, like: ModelConfig | None = None, partial: bool = Fal
         raise UserError(f"{where}: {path / 'config.json'} does not exist. `hf download NAME "
                         f"--local-dir {folder}` fetches a published model.")
     given = safetensors.read_json(path / "config.json")
+    _check_start(path, where)
     kind = family(given.get("model_type", "none"), where)
+    fields = hf_fields.checked(kind, given)
     tensors = _renamed(safetensors.read_folder(path), kind.renames, where)
-    tied = kind.head not in tensors.shapes or (
-        given.get("tie_word_embeddings", kind.defaults.get("tie_word_embeddings", True))
-        and _equal(tensors, kind.head, kind.embedding))
+    hf_fields.check_against_files(kind, fields, tensors, where)
+    tied = _is_tied(kind, fields, tensors)
     if tied:
         tensors = _without(tensors, kind.head)
     config = like_segments(model_config(given, tied), like)
     return foreign_model(where, config, kind.rules(config), tensors, family=kind.model_type,
                          unused=kind.unused, partial=partial)
+
+
+def _check_start(path: pathlib.Path, where: str) -> None:
+    """Raises UserError where generation_config.json has decoders begin with another token."""
+    file = path / "generation_config.json"
+    start = safetensors.read_json(file).get("decoder_start_token_id") if file.is_file() else None
+    if start is not None and (start != 0 or isinstance(start, bool)):
+        raise UserError(f"{where}: generation_config.json says decoder_start_token_id={start}; "
+                        "decoders begin with token 0 here and would compute something else.")
+
+
+def _is_tied(kind: Family, fields: Mapping[str, Any], tensors: Tensors) -> bool:
+    """Whether logits go through the embedding table.
+
+    A head that is not in the files was lost unless config.json says that it is the table.
+    """
+    says = fields.get("tie_word_embeddings", True)
+    if kind.head not in tensors.shapes:
+        return bool(says or (kind.tied_by and kind.tied_by in fields))
+    return says and _equal(tensors, kind.head, kind.embedding)
 
 
 def _equal(tensors: Tensors, a: str, b: str) -> bool:
@@ -134,7 +168,7 @@ def _without(tensors: Tensors, name: str) -> Tensors:
 
 
 def _renamed(tensors: Tensors, renames: Iterable[tuple[str, str]], where: str) -> Tensors:
-    """The tensors by the names of the tables. Two that become one must be equal."""
+    """The tensors by the names of the tables. Raises UserError where two that become one differ."""
     names: dict[str, str] = {}
     for stored in tensors.shapes:
         name = stored

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from t5x_lite.formats.hf_family import (
+    ROTARY_FIELDS,
     Family,
     activation,
     equal_layers,
@@ -118,7 +119,7 @@ _NEOX = {"vocab_size": 50432, "hidden_size": 6144, "num_hidden_layers": 44,
          "attention_dropout": 0.0, "hidden_dropout": 0.0, "max_position_embeddings": 2048,
          "initializer_range": 0.02, "layer_norm_eps": 1e-5, "tie_word_embeddings": False,
          "use_parallel_residual": True, "attention_bias": True, "rotary_pct": 0.25,
-         "rotary_emb_base": 10000}
+         "rotary_emb_base": 10000.0}
 
 
 def _from_neox(hf: Mapping, tied: bool) -> ModelConfig:
@@ -131,7 +132,7 @@ def _from_neox(hf: Mapping, tied: bool) -> ModelConfig:
                       use_bias=True))
     return _decoder_only(hf, StackConfig(
         equal_layers(block, hf["num_hidden_layers"]), causal=True,
-        position=rotary(hf, hf["rotary_emb_base"], hf["rotary_pct"]),
+        position=rotary(hf, hf.get("rope_theta", hf["rotary_emb_base"]), hf["rotary_pct"]),
         norm=NormConfig("layer", float(hf["layer_norm_eps"]), use_bias=True),
         residual="parallel_two_norms" if hf["use_parallel_residual"] else "pre",
         dropout_rate=float(hf["hidden_dropout"])), width, tied)
@@ -253,20 +254,30 @@ def _llama_rules(config: ModelConfig) -> Iterable[Rule]:
     return rules
 
 
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
+          "num_key_value_heads", "head_dim", "num_local_experts")
+
 FAMILIES = (
     Family("gpt2", "GPT2LMHeadModel", "decoder_only", _GPT2, _from_gpt2, _to_gpt2, _gpt2_rules,
            embedding="transformer.wte.weight", head="lm_head.weight", specials=_SPECIALS,
+           optional={"n_inner": int}, harmless=("reorder_and_upcast_attn",),
+           layer_counts=("n_layer",), sizes=("vocab_size", "n_embd", "n_head", "n_inner"),
            renames=((r"((?:wte|wpe|h|ln_f)\..*)", r"transformer.\1"),),
            unused=(r".*\.attn\.(masked_)?bias",)),
     Family("gpt_neox", "GPTNeoXForCausalLM", "decoder_only", _NEOX, _from_neox, _to_neox,
            _neox_rules, embedding="gpt_neox.embed_in.weight", head="embed_out.weight",
-           specials=_SPECIALS,
+           specials=_SPECIALS, sizes=_SIZES, optional=ROTARY_FIELDS,
+           fixed={"partial_rotary_factor": (), "position_embedding_type": ("rotary",)},
+           harmless=("attention_probs_dropout_prob", "hidden_dropout_prob"),
            renames=((r"((?:embed_in|layers|final_layer_norm)\..*)", r"gpt_neox.\1"),
                     (r"lm_head\.weight", "embed_out.weight")),
            unused=(r".*\.attention\.(masked_)?bias", r".*\.rotary_emb\.inv_freq")),
     *(Family(kind, name, "decoder_only", {"model_type": kind, **defaults}, _from_llama, to_hf,
              _llama_rules, embedding="model.embed_tokens.weight", head="lm_head.weight",
-             specials=_SPECIALS,
+             specials=_SPECIALS, sizes=_SIZES, may_be_zero=("sliding_window",),
+             optional={"head_dim": int, "num_key_value_heads": int, **ROTARY_FIELDS},
+             fixed={"partial_rotary_factor": (1, 1.0), "layer_types": ("full_attention",),
+                    "num_experts": ()},
              renames=((r"((?:embed_tokens|layers|norm)\..*)", r"model.\1"),),
              unused=(r".*\.rotary_emb\.inv_freq",))
       for kind, name, defaults, to_hf in (

@@ -30,6 +30,23 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     # Regexes of tensors that a model of ours has no use for: buffers and other heads.
     unused: tuple[str, ...] = ()
+    # The other fields that from_hf reads, with their types; `defaults` are honoured too.
+    optional: Mapping[str, type] = dataclasses.field(default_factory=dict)
+    # Fields that change the function -> the values that are what a model of ours computes.
+    fixed: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
+    harmless: tuple[str, ...] = ()        # fields that change nothing, besides hf_fields' own
+    layer_counts: tuple[str, ...] = ("num_hidden_layers",)
+    sizes: tuple[str, ...] = ()           # fields that are dims of tensors
+    may_be_zero: tuple[str, ...] = ()
+    # A field whose presence says that a missing head is the embedding table; see hf_t5.
+    tied_by: str = ""
+
+    @property
+    def honoured(self) -> dict[str, type]:
+        """{field: its type} of all that from_hf reads."""
+        types = {name: type(value) for name, value in self.defaults.items()
+                 if name != "model_type"}
+        return {"tie_word_embeddings": bool, **types, **self.optional}
 
 
 # transformers' ACT2FN -> ours; the first name of each is written.
@@ -79,36 +96,67 @@ _SCALING_FIELDS = {   # transformers -> RotaryScalingConfig, by rope_type
 }
 
 
+# The fields of config.json that `rotary` reads, for Family.optional.
+ROTARY_FIELDS = {"rope_theta": float, "rope_scaling": dict, "rope_parameters": dict}
+
+
 def rotary(hf: Mapping, base: float, fraction: float = 1.0) -> PositionConfig:
     """Positions from rope_parameters (transformers 5) or rope_theta and rope_scaling (4).
 
     Args:
         base, fraction: what the older fields say.
     Raises:
-        UserError: a kind of scaling that we have not, such as dynamic.
+        UserError: a kind of scaling that we have not, such as dynamic, or numbers that no
+            rotation has.
     """
     given = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
     given = {name: value for name, value in given.items() if value is not None}
     kind = given.pop("rope_type", given.pop("type", "default"))
     given.pop("type", None)
-    base = float(given.pop("rope_theta", base))
-    fraction = float(given.pop("partial_rotary_factor", fraction))
+    base = _number("rope_theta", given.pop("rope_theta", base), least=1e-6)
+    fraction = _number("partial_rotary_factor", given.pop("partial_rotary_factor", fraction))
+    if fraction > 1:
+        raise UserError(f"partial_rotary_factor={fraction} of config.json: must be at most 1.")
     scaling = RotaryScalingConfig()
     if kind != "default":
-        fields = _SCALING_FIELDS.get(kind)
-        unknown = [] if fields is None else sorted(given.keys() - fields.keys())
-        if fields is None or unknown:
-            raise UserError(
-                f"rope scaling {kind!r} of config.json" + (f" with {', '.join(unknown)}" if unknown
-                                                           else "")
-                + f" is not known here; known are default, {', '.join(_SCALING_FIELDS)}.")
-        if kind != "linear":
-            given.setdefault("original_max_position_embeddings", hf["max_position_embeddings"])
-        types = {f.name: type(f.default) for f in dataclasses.fields(RotaryScalingConfig)}
-        scaling = RotaryScalingConfig(kind, **{
-            fields[name]: types[fields[name]](value) for name, value in given.items()})
+        scaling = _scaling(kind, given, hf.get("max_position_embeddings", 2048))
     return PositionConfig("rotary", rotary_base=base, rotary_fraction=fraction,
                           rotary_scaling=scaling)
+
+
+def _scaling(kind: Any, given: Mapping[str, Any], length: int) -> RotaryScalingConfig:
+    """Scaled frequencies; `length` is what the original length is where nothing says it."""
+    fields = _SCALING_FIELDS.get(kind) if isinstance(kind, str) else None
+    unknown = [] if fields is None else sorted(given.keys() - fields.keys())
+    if fields is None or unknown:
+        raise UserError(
+            f"rope scaling {kind!r} of config.json" + (f" with {', '.join(unknown)}" if unknown
+                                                       else "")
+            + f" is not known here; known are default, {', '.join(_SCALING_FIELDS)}.")
+    if kind != "linear":
+        given = {"original_max_position_embeddings": length, **given}
+    if "factor" not in given:
+        raise UserError(f"rope scaling {kind!r} of config.json has no factor.")
+    types = {f.name: type(f.default) for f in dataclasses.fields(RotaryScalingConfig)}
+    values = {fields[name]: types[fields[name]](_number(name, value))
+              for name, value in given.items()}
+    scaling = RotaryScalingConfig(kind, **values)
+    for low, high in (("low_frequency", "high_frequency"), ("beta_slow", "beta_fast")):
+        if not getattr(scaling, low) < getattr(scaling, high):
+            raise UserError(f"rope scaling {kind!r} of config.json: {low}={getattr(scaling, low)} "
+                            f"must be below {high}={getattr(scaling, high)}.")
+    if scaling.factor < 1 or scaling.original_length < 1:
+        raise UserError(f"rope scaling {kind!r} of config.json: factor={scaling.factor} and the "
+                        f"original length {scaling.original_length} must be at least 1.")
+    return scaling
+
+
+def _number(name: str, value: Any, least: float = 0.0) -> float:
+    """A finite float above `least`. Raises UserError for anything else."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not (
+            least < value < 1e30):
+        raise UserError(f"{name}={value!r} of config.json: must be a number above {least:g}.")
+    return float(value)
 
 
 def rope_scaling(position: PositionConfig) -> dict[str, Any] | None:

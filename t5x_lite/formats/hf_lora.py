@@ -12,10 +12,12 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import regex
 
 from t5x_lite.errors import UserError
 from t5x_lite.formats import hf, safetensors
@@ -95,8 +97,7 @@ def read(folder: pathlib.Path, config: ModelConfig, model_type: str
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"peft:{folder}: {folder / name} does not exist.")
-    given = json.loads((folder / CONFIG).read_text())
-    _check(given, folder)
+    given = _checked(folder)
     tensors = safetensors.read_file(folder / WEIGHTS)
     kernels = {p for p in Model(config).table if p.endswith("/kernel")}
     placed = _places(config, kernels, model_type)
@@ -105,46 +106,104 @@ def read(folder: pathlib.Path, config: ModelConfig, model_type: str
     rows = _modules_of(tensors, by_module, folder)
     rank = max(a.shape[0] for a, _ in rows.values())
     stable = bool(given.get("use_rslora"))
-    scale = given["lora_alpha"] / (math.sqrt(rank) if stable else rank)
-    found: dict[str, np.ndarray] = {}
+    scale = _scaling(given["lora_alpha"], rank, stable)
+    alphas = _alphas(given, rows, folder)
+    trained: dict[str, np.ndarray] = {}
     for module, (a, b) in rows.items():
-        own_scale = _scale(given, module, a.shape[0]) / scale
+        own_scale = _scaling(alphas[module], a.shape[0], stable) / scale
         a, b = _padded(a, 0, rank), _padded(b, 1, rank) * own_scale
-        for path, at, slot in by_module[module]:
-            lead, (into, out) = placed[path].lead, placed[path].inner
-            block = slot.layout.view(b.T if _is_input_first(slot) else b).reshape(rank, out)
-            if len(by_module[module]) > 1 and not block.any() and b.any():
-                continue   # of a fused tensor, a part that was no target
-            for name, value, shape in (("lora_a", a.T, (into, rank)),
-                                       ("lora_b", block, (rank, out))):
-                whole = found.setdefault(f"{path}/{name}", np.zeros((*lead, *shape), np.float32))
-                whole.reshape(-1, *shape)[at] = value
-    targets = sorted({p.rpartition("/")[0] for p in found})
+        _spread(trained, placed, by_module[module], a, b)
+    targets = sorted({p.rpartition("/")[0] for p in trained})
     tuning = PeftConfig("lora", targets=tuple(f"{re.escape(p)}/kernel" for p in targets), rank=rank,
                         alpha=float(given["lora_alpha"]), rank_stabilized=stable)
-    assert found.keys() == trainable_table(Model(config).table, tuning).keys()
-    return tuning, found
+    assert trained.keys() == trainable_table(Model(config).table, tuning).keys()
+    return tuning, trained
+
+
+def _spread(trained: dict[str, np.ndarray], placed: Mapping[str, Placed],
+            parts: Sequence[tuple[str, int, Slot]], a: np.ndarray, b: np.ndarray) -> None:
+    """Writes lora_A [R, I] and lora_B [O, R] of one of their modules into ours, by layer.
+
+    Args:
+        trained: {path: A or B}; what is not there yet is added, with zeros for other layers.
+        parts: our kernels that share the module's tensor, see _by_tensor.
+    """
+    rank = a.shape[0]
+    for path, at, slot in parts:
+        lead, (into, out) = placed[path].lead, placed[path].inner
+        block = slot.layout.view(b.T if _is_input_first(slot) else b).reshape(rank, out)
+        if len(parts) > 1 and not block.any() and b.any():
+            continue   # of a fused tensor, a part that was no target
+        for name, value, shape in (("lora_a", a.T, (into, rank)), ("lora_b", block, (rank, out))):
+            whole = trained.setdefault(f"{path}/{name}", np.zeros((*lead, *shape), np.float32))
+            whole.reshape(-1, *shape)[at] = value
 
 
 def base_of(folder: pathlib.Path) -> str:
-    """What an adapter says its base model is."""
+    """What an adapter says its base model is, "" where it does not say."""
     if not (folder / CONFIG).is_file():
         raise UserError(f"peft:{folder}: {folder / CONFIG} does not exist.")
-    return json.loads((folder / CONFIG).read_text()).get("base_model_name_or_path") or ""
+    base = safetensors.read_json(folder / CONFIG).get("base_model_name_or_path") or ""
+    if not isinstance(base, str):
+        raise UserError(f"{folder / CONFIG}: base_model_name_or_path={base!r} is no name.")
+    return base
 
 
-def _check(given: Mapping[str, Any], folder: pathlib.Path) -> None:
-    problems = [f"{name}={given[name]!r}" for name, plain in (
-        ("peft_type", "LORA"), ("bias", "none"), ("use_dora", False), ("modules_to_save", None),
-        ("lora_bias", False)) if given.get(name, plain) not in (plain, [], None)]
-    if problems:
+# Fields of adapter_config.json that change what an adapter computes -> what is read here.
+_PLAIN = {"peft_type": "LORA", "bias": "none", "use_dora": False, "modules_to_save": None,
+          "lora_bias": False, "use_qalora": False, "use_bdlora": None, "alora_invocation_tokens": None,
+          "trainable_token_indices": None, "target_parameters": None, "layer_replication": None,
+          "arrow_config": None, "kasa_config": None, "monteclora_config": None,
+          "velora_config": None, "lora_ga_config": None}
+# Those that change nothing, or are read from the tensors themselves, or matter in training only.
+_HARMLESS = {
+    "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping",
+    "peft_version", "r", "lora_alpha", "use_rslora", "lora_dropout", "fan_in_fan_out",
+    "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "init_lora_weights",
+    "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core", "loftq_config",
+    "eva_config", "corda_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"}
+_MAX_PATTERN, _SECONDS = 1000, 5.0   # of one pattern, and for all of them together
+
+
+def _checked(folder: pathlib.Path) -> dict[str, Any]:
+    """The adapter_config.json of a folder. Raises UserError for what is not read here."""
+    given = safetensors.read_json(folder / CONFIG)
+    problems = [f"{name}={repr(value)[:60]}" for name, value in given.items()
+                if name not in _HARMLESS and value not in (_PLAIN.get(name), [], {}, None, False)]
+    if given.get("peft_type") != "LORA" or problems:
+        problems = problems or [f"peft_type={given.get('peft_type')!r}"]
         raise UserError(f"peft:{folder} has {', '.join(problems)}, which this does not read: merge "
                         "it with PEFT (merge_and_unload) and convert the model.")
+    start = given.get("init_lora_weights", True)
+    if not isinstance(start, bool) and start not in ("gaussian", "orthogonal", "eva", None):
+        raise UserError(f"{folder / CONFIG}: init_lora_weights={str(start)[:40]!r} changes the base "
+                        "model's own weights too: convert the adapter to a plain one with PEFT's "
+                        "path_initial_model_for_weight_conversion.")
+    _check_alpha(given.get("lora_alpha"), "lora_alpha", folder)
+    if not isinstance(given.get("use_rslora", False), (bool, type(None))):
+        raise UserError(f"{folder / CONFIG}: use_rslora={given['use_rslora']!r} must be true or "
+                        "false.")
+    patterns = given.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise UserError(f"{folder / CONFIG}: alpha_pattern={str(patterns)[:60]!r} must be a section.")
+    for pattern, alpha in patterns.items():
+        _check_alpha(alpha, f"alpha_pattern[{pattern[:60]!r}]", folder)
+    return given
 
 
-def _modules_of(tensors: Tensors, known: Mapping[str, Any], folder: pathlib.Path
-                ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """{module: (lora_A, lora_B)}, float32."""
+def _check_alpha(alpha: Any, name: str, folder: pathlib.Path) -> None:
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < 1e30:
+        raise UserError(f"{folder / CONFIG}: {name}={str(alpha)[:60]} must be a number above 0: "
+                        "what the adapter adds is scaled by it.")
+
+
+def _modules_of(tensors: Tensors, known: Mapping[str, Sequence[tuple[str, int, Slot]]],
+                folder: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{module: (lora_A [R, I], lora_B [O, R])}, float32.
+
+    Raises:
+        UserError: a tensor that is no LoRA of one of the `known` modules, or does not fit it.
+    """
     names = {n.removeprefix(_PREFIX): n for n in tensors.shapes}
     modules = {n.removesuffix(".lora_A.weight") for n in names if n.endswith(".lora_A.weight")}
     wanted = {f"{m}.lora_{x}.weight" for m in modules for x in "AB"}
@@ -152,15 +211,67 @@ def _modules_of(tensors: Tensors, known: Mapping[str, Any], folder: pathlib.Path
     if strange or not modules:
         raise UserError(f"peft:{folder}: {', '.join(strange[:4]) or 'nothing'} is no LoRA of a "
                         f"kernel of the model; its modules are {', '.join(sorted(known)[:3])}, …")
-    read = lambda name: np.asarray(tensors.read(names[name]), np.float32)
-    return {m: (read(f"{m}.lora_A.weight"), read(f"{m}.lora_B.weight")) for m in sorted(modules)}
+    rows = {}
+    for module in sorted(modules):
+        slot = known[module][0][2]
+        into, out = slot.shape if _is_input_first(slot) else slot.shape[::-1]
+        a, b = (names[f"{module}.lora_{x}.weight"] for x in "AB")
+        shapes = tensors.shapes[a], tensors.shapes[b]
+        rank = shapes[0][0] if len(shapes[0]) == 2 else 0
+        if rank < 1 or shapes != ((rank, into), (out, rank)):
+            raise UserError(f"peft:{folder}: {module} has lora_A {shapes[0]} and lora_B "
+                            f"{shapes[1]}, where the model's kernel wants (R, {into}) and "
+                            f"({out}, R): an adapter of another model?")
+        rows[module] = (np.asarray(tensors.read(a), np.float32),
+                        np.asarray(tensors.read(b), np.float32))
+    return rows
 
 
-def _scale(given: Mapping[str, Any], module: str, rank: int) -> float:
-    """PEFT's scaling of a module; patterns match the end of its name."""
-    alpha = next((value for pattern, value in (given.get("alpha_pattern") or {}).items()
-                  if re.fullmatch(rf"(.*\.)?({pattern})", module)), given["lora_alpha"])
-    return alpha / (math.sqrt(rank) if given.get("use_rslora") else rank)
+def _alphas(given: Mapping[str, Any], modules: Iterable[str], folder: pathlib.Path
+            ) -> dict[str, float]:
+    """{module: its alpha}. Patterns match the end of a module's name, the first that does.
+
+    Raises:
+        UserError: a pattern that is no regex, or whose matching takes too long.
+    """
+    patterns = given.get("alpha_pattern") or {}
+    compiled = [(_compiled(pattern, folder), alpha) for pattern, alpha in patterns.items()]
+    deadline = time.monotonic() + _SECONDS
+    alphas = {}
+    for module in modules:
+        alphas[module] = given["lora_alpha"]
+        for pattern, alpha in compiled:
+            if _matches(pattern, module, deadline, folder):
+                alphas[module] = alpha
+                break
+    return alphas
+
+
+def _compiled(pattern: str, folder: pathlib.Path) -> regex.Pattern:
+    """A pattern that somebody else wrote."""
+    if len(pattern) > _MAX_PATTERN:
+        raise UserError(f"{folder / CONFIG}: a pattern of {len(pattern):,} characters; at most "
+                        f"{_MAX_PATTERN} are read.")
+    try:
+        return regex.compile(rf"(.*\.)?({pattern})")
+    except (regex.error, RecursionError, OverflowError, MemoryError) as error:
+        raise UserError(f"{folder / CONFIG}: {pattern[:80]!r} is no regex ({error}).") from error
+
+
+def _matches(pattern: regex.Pattern, module: str, deadline: float, folder: pathlib.Path) -> bool:
+    left = deadline - time.monotonic()
+    try:
+        if left > 0:
+            return pattern.fullmatch(module, timeout=left) is not None
+    except TimeoutError:
+        pass   # told below, as for those that there was no time for
+    raise UserError(f"{folder / CONFIG}: matching {pattern.pattern[:80]!r} and what stands before "
+                    f"it takes longer than {_SECONDS:g} s. Write module names instead of regexes.")
+
+
+def _scaling(alpha: float, rank: int, is_stabilized: bool) -> float:
+    """What PEFT multiplies B A by."""
+    return alpha / (math.sqrt(rank) if is_stabilized else rank)
 
 
 # --- both -----------------------------------------------------------------------------------------
@@ -176,14 +287,14 @@ def _places(config: ModelConfig, paths, model_type: str | None) -> dict[str, Pla
 
 def _by_tensor(placed: Mapping[str, Placed]) -> dict[str, list[tuple[str, int, Slot]]]:
     """{their tensor: [(our path, number of its layer in the stack, slot)]}."""
-    found: dict[str, list[tuple[str, int, Slot]]] = {}
+    by_tensor: dict[str, list[tuple[str, int, Slot]]] = {}
     for path, where in placed.items():
         if len(where.lead) > 1:
             raise UserError(f"{path}: PEFT's format has no place for LoRA on experts; merge it "
                             "instead with --to=hf:DIR.")
         for at, slot in enumerate(where.slots):
-            found.setdefault(slot.name, []).append((path, at, slot))
-    return dict(sorted(found.items()))
+            by_tensor.setdefault(slot.name, []).append((path, at, slot))
+    return dict(sorted(by_tensor.items()))
 
 
 def _layer(x: np.ndarray, at: int) -> np.ndarray:

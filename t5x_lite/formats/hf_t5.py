@@ -5,13 +5,16 @@ layer); tied logits are scaled by d_model**-0.5 and untied ones are not; attenti
 scaled. transformers 5 ties whatever "tie_word_embeddings" says unless both tensors are there
 and differ, and reads the flag as "scale the logits" (mT5: never scaled). It forces the flag on
 for UMT5, so that it scales untied UMT5 checkpoints too, which transformers 4 and T5X do not;
-here they are read as they were trained.
+here they are read as they were trained. A head that is missing though the flag is off was lost,
+unless the file has scale_decoder_outputs, which transformers 5 writes and which says the same of
+the scale: then nothing but a tied model can have been meant.
 """
 
 import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from t5x_lite.errors import UserError
 from t5x_lite.formats.hf_family import Family, activation, equal_layers, their_activation
 from t5x_lite.formats.mapping import TRANSPOSED, Rule
 from t5x_lite.layers.attention import AttentionConfig
@@ -89,7 +92,15 @@ def _from_switch(hf: Mapping, tied: bool) -> ModelConfig:
 
     def segments(side: str, block: BlockConfig, depth: int) -> tuple[SegmentConfig, ...]:
         sparse = hf[f"num_sparse_{side}_layers"]
+        if sparse > depth:
+            raise UserError(f"num_sparse_{side}_layers={sparse} of config.json: must be at most "
+                            f"the {depth} layers there are.")
         period = depth // sparse if sparse else depth
+        given = hf.get(f"{side}_sparse_step", period)
+        if sparse and given != period:   # releases of transformers differ in which they follow
+            raise UserError(f"{side}_sparse_step={given} of config.json contradicts "
+                            f"num_sparse_{side}_layers={sparse} of {depth} layers, which makes "
+                            f"every {period}th layer sparse. Correct one of them.")
         blocks = tuple(dataclasses.replace(block, moe=moe) if i % period == 1 or period == 1
                        else block for i in range(depth))
         whole = depth // period
@@ -122,11 +133,15 @@ def _to_t5(config: ModelConfig) -> dict[str, Any]:
         act = "gated-gelu" if act == "gelu_new" else f"gated-{act}"
     return {**_sizes(config), "d_ff": mlp.mlp_dim, "feed_forward_proj": act,
             # T5's flag says whether logits are scaled; see the top of this file.
-            "tie_word_embeddings": config.logits_scale != 1.0}
+            "tie_word_embeddings": config.logits_scale != 1.0,
+            **({"scale_decoder_outputs": False}
+               if config.tie_logits and config.logits_scale == 1.0 else {})}
 
 
 def _to_mt5(config: ModelConfig) -> dict[str, Any]:
-    return {**_to_t5(config), "tie_word_embeddings": config.tie_logits}
+    fields = {**_to_t5(config), "tie_word_embeddings": config.tie_logits}
+    fields.pop("scale_decoder_outputs", None)
+    return fields
 
 
 def _to_switch(config: ModelConfig) -> dict[str, Any]:
@@ -187,11 +202,26 @@ def _switch_rules(config: ModelConfig) -> Iterable[Rule]:
     return _rules("mlp")
 
 
+_OPTIONAL = {"num_decoder_layers": int, "scale_decoder_outputs": bool}
+_SPARSE = ("num_sparse_encoder_layers", "num_sparse_decoder_layers", "encoder_sparse_step",
+           "decoder_sparse_step")
+_FIXED = {"decoder_start_token_id": (0,), "is_decoder": (False,), "router_type": ("tokens_masked",),
+          "num_selected_experts": (1,), "scalable_attention": (True,)}
+# Derived from feed_forward_proj (T5) or said again by it (Switch), or settings of training.
+_HARMLESS = ("is_gated_act", "dense_act_fn", "feed_forward_proj", "n_positions", "router_dtype",
+             "add_router_probs", "output_past")
+
+
 def _family(model_type: str, model_class: str, defaults: Mapping, from_hf, to_hf, rules) -> Family:
+    sparse = model_type == "switch_transformers"
     return Family(
         model_type, model_class, "encoder_decoder", {"model_type": model_type, **defaults},
         from_hf, to_hf, rules, embedding="shared.weight", head="lm_head.weight",
-        specials=_SPECIALS,
+        specials=_SPECIALS, fixed=_FIXED, harmless=_HARMLESS,
+        optional={**_OPTIONAL, **(dict.fromkeys(_SPARSE[2:], int) if sparse else {})},
+        layer_counts=("num_layers", "num_decoder_layers", *_SPARSE[:2]),
+        sizes=("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_experts"),
+        may_be_zero=_SPARSE, tied_by="scale_decoder_outputs" if model_type == "t5" else "",
         renames=((r"(encoder|decoder)\.embed_tokens\.weight", "shared.weight"),),
         # A table that the first releases held and never used.
         unused=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",))

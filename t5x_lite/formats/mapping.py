@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from t5x_lite import tree
@@ -159,7 +160,11 @@ def read_parameter(placed: Placed, read: ReadTensor, dtype: Any = None,
 
 
 def write_parameter(placed: Placed, value: np.ndarray, tensor: ReadTensor) -> None:
-    """The inverse of read_parameter: `tensor` gives their tensors to write into, by name."""
+    """Writes one of our parameters where read_parameter reads it.
+
+    Args:
+        tensor: gives their tensors to write into, by name.
+    """
     parts = value.reshape(len(placed.slots), *placed.inner)
     for part, slot in zip(parts, placed.slots, strict=True):
         view = slot.layout.view(tensor(slot.name))
@@ -222,19 +227,36 @@ def foreign_model(where: str, config: ModelConfig, rules: Iterable[Rule], tensor
     table = Model(config).table
     placed = place(rules, config, table, family)
     expected = {slot.name: slot.shape for p in placed.values() for slot in p.slots}
-    ignored = [name for name in tensors.shapes if name not in expected
-               and any(re.fullmatch(pattern, name) for pattern in unused)]
-    found = {name: shape for name, shape in tensors.shapes.items() if name not in ignored}
-    difference = tree.diff(expected, found, same=lambda a, b: a == b)
+    ignored = _ignored(tensors, expected, unused)
+    held = {name: shape for name, shape in tensors.shapes.items() if name not in ignored}
+    difference = tree.diff(expected, held, same=lambda a, b: a == b)
+    if difference and not partial:
+        raise UserError(f"{where} does not hold the tensors of the {family} model that its "
+                        f"config describes:\n{difference}")
     if partial:
         ignored += difference.extra
         bad = {*difference.missing, *(name for name, _, _ in difference.mismatched)}
         placed = {path: p for path, p in placed.items() if not any(s.name in bad for s in p.slots)}
         table = {path: table[path] for path in placed}
-    elif difference:
-        raise UserError(f"{where} does not hold the tensors of the {family} model that its "
-                        f"config describes:\n{difference}")
+    _check_are_numbers(where, placed, tensors)
     return ForeignModel(where, config, knows_function, table, placed, tensors, tuple(ignored), step)
+
+
+def _ignored(tensors: Tensors, expected: Mapping[str, Shape], unused: Iterable[str]) -> list[str]:
+    """Names of tensors that are not expected and match one of the `unused` regexes."""
+    patterns = [re.compile(pattern) for pattern in unused]
+    return [name for name in tensors.shapes if name not in expected
+            and any(pattern.fullmatch(name) for pattern in patterns)]
+
+
+def _check_are_numbers(where: str, placed: Mapping[str, Placed], tensors: Tensors) -> None:
+    """Raises UserError for parameters stored as integers, which quantisation leaves."""
+    for p in placed.values():
+        for slot in p.slots:
+            dtype = np.dtype(tensors.dtypes[slot.name])
+            if not jnp.issubdtype(dtype, jnp.floating):
+                raise UserError(f"{where}: {slot.name} is stored as {dtype}, not as numbers of a "
+                                "model: a quantised checkpoint? Take the unquantised one.")
 
 
 def like_segments(config: ModelConfig, like: ModelConfig | None) -> ModelConfig:
