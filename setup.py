@@ -40,6 +40,7 @@ setuptools.setup(
         "numpy>=2",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
+        "regex",   # as re, with a time limit for other people's patterns
         "rich",
         "tensorboardX",
         "tqdm",

@@ -38,6 +38,8 @@ class Family:
     layer_counts: tuple[str, ...] = ("num_hidden_layers",)
     sizes: tuple[str, ...] = ()           # fields that are dims of tensors
     may_be_zero: tuple[str, ...] = ()
+    # Defaults that are not those of the config class of today: older files rely on them.
+    own_defaults: tuple[str, ...] = ()
     # A field whose presence says that a missing head is the embedding table; see hf_t5.
     tied_by: str = ""
 

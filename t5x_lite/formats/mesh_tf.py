@@ -18,7 +18,7 @@ _NORMS = {"encoder": ("pre_attention", "pre_mlp"),
           "decoder": ("pre_self_attention", "pre_cross_attention", "pre_mlp"),
           "transformer": ("pre_self_attention", "pre_mlp")}   # decoder-only
 _SIDE = r"(encoder|decoder|transformer)"
-_LAYER = rf"{_SIDE}/block_(\d+)/layer_(\d+)"
+_LAYER = rf"{_SIDE}/block_(\d{{1,9}})/layer_(\d{{1,9}})"
 _NORM = r"(?:layer|rms|final_layer)_norm/scale"
 
 
@@ -40,8 +40,8 @@ def t5x_name(name: str) -> str | None:
     match = re.fullmatch(rf"{_LAYER}/(.+)", name)
     if match is not None:
         tower, block, layer, rest = match.groups()
-        if found := _in_layer(tower, int(layer), rest):
-            return f"{_side(tower)}/layers_{int(block)}/{found}"
+        if ours := _in_layer(tower, int(layer), rest):
+            return f"{_side(tower)}/layers_{int(block)}/{ours}"
     raise UserError(f"variable {name} of the Mesh TensorFlow checkpoint is none of T5's.")
 
 
@@ -51,6 +51,8 @@ def _side(tower: str) -> str:
 
 def _in_layer(tower: str, layer: int, rest: str) -> str | None:
     if re.fullmatch(_NORM, rest):
+        if layer >= len(_NORMS[tower]):
+            return None
         return f"{_NORMS[tower][layer]}_layer_norm/scale"
     if rest == "SelfAttention/relative_attention_bias":
         return "relpos_bias/rel_embedding"

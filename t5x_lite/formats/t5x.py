@@ -1,4 +1,5 @@
-"""Native T5X checkpoints: the public T5 1.1, LM-adapted, mT5, ByT5, Flan-T5, UMT5 and UL2.
+"""Native T5X checkpoints: the public T5 1.1, LM-adapted, mT5, ByT5, Flan-T5, UMT5 and UL2, and
+those of its decoder-only example.
 
 A checkpoint is a folder (local or gs://) with a msgpack index, `checkpoint`, of the train
 state and one Zarr array a parameter. T5X may have scanned the layers: then a side's arrays
@@ -11,6 +12,7 @@ ReLU, and tied logits for scaled ones. UL2's gate is SiLU: give its config.
 
 import dataclasses
 import math
+import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,7 +20,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from t5x_lite import log
 from t5x_lite.errors import UserError
+from t5x_lite.formats import safetensors
 from t5x_lite.formats.mapping import (
     TRANSPOSED,
     ForeignModel,
@@ -71,26 +75,38 @@ def read_folder(folder: str) -> tuple[Tensors, int]:
 
     base, context = _kvstore(folder), tensorstore.Context(_RETRIES)
     try:
-        found = tensorstore.KvStore.open(base, context=context).result().read(
+        index = tensorstore.KvStore.open(base, context=context).result().read(
             "checkpoint").result()
     except ValueError as error:   # tensorstore's only kind
         raise UserError(f"t5x:{folder} cannot be read: {_brief(error)}") from error
-    if found.state != "value":
+    if index.state != "value":
         raise UserError(f"t5x:{folder} holds no file named checkpoint, the index of a T5X "
                         "checkpoint: give a folder such as …/checkpoint_1000000.")
     try:
-        index = serialization.msgpack_restore(found.value)
-        index = index.get("optimizer", index)   # T5X before it had a train state of its own
-        leaves = dict(_leaves(index["target"]))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        target = _target(serialization.msgpack_restore(index.value))
+    except Exception as error:   # msgpack and what it makes arrays with fail in many ways
         raise UserError(f"t5x:{folder}/checkpoint is no index of a T5X checkpoint: "
-                        f"{type(error).__name__}: {error}") from error
-    arrays = {name: _open(tensorstore, context, base, f"target.{name.replace('/', '.')}", leaf)
-              for name, leaf in leaves.items()}
-    arrays = dict(_unscanned({_usual(name): array for name, array in arrays.items()}))
+                        f"{type(error).__name__}: {str(error)[:200]}") from error
+    where = f"t5x:{folder}/checkpoint"
+    stored = {name: _stored_name(name, leaf, where) for name, leaf in _leaves(target)}
+    arrays = {_usual(name): _open(tensorstore, context, base, leaf)
+              for name, leaf in stored.items()}
+    if len(arrays) != len(stored):
+        raise UserError(f"{where} names a parameter twice, as T5X's two examples do.")
+    arrays = dict(_unscanned(arrays))
     arrays = {name: _two_dims(name, array) for name, array in arrays.items()}
-    step = re.search(r"(\d+)/?$", folder)
+    step = re.search(r"(\d{1,18})/?$", folder)
     return as_tensors(arrays), int(step.group(1)) if step else 0
+
+
+def _target(index: Any) -> Mapping[str, Any]:
+    """The nested dict of parameters in an index. Raises ValueError where there is none."""
+    if isinstance(index, Mapping):
+        index = index.get("optimizer", index)   # T5X before it had a train state of its own
+    target = index.get("target") if isinstance(index, Mapping) else None
+    if not isinstance(target, Mapping) or not target:
+        raise ValueError("it has no parameters under target")
+    return target
 
 
 def as_tensors(arrays: Mapping[str, _Array]) -> Tensors:
@@ -109,17 +125,40 @@ def _leaves(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
         if isinstance(value, Mapping) and "driver" not in value:
             yield from _leaves(value, f"{prefix}{key}/")
         else:
-            yield prefix + key, value
+            yield f"{prefix}{key}", value
 
 
-def _open(tensorstore, context, base: Mapping[str, str], name: str, leaf: Any) -> _Array:
-    if isinstance(leaf, np.ndarray):   # small arrays may stand in the index itself
-        return _Array(leaf.shape, leaf.dtype, lambda: leaf)
+def _stored_name(name: str, leaf: Any, where: str) -> str | np.ndarray:
+    """The folder in which a parameter of the index is stored, or the parameter itself.
+
+    Args:
+        leaf: an array, as small ones stand in the index itself; tensorstore's spec, as T5X
+            writes; or "PLACEHOLDER://target.…", as orbax does.
+
+    Raises:
+        UserError: something else, or a folder that is not one of the checkpoint's own.
+    """
+    if isinstance(leaf, np.ndarray):
+        return leaf
+    folder = f"target.{name.replace('/', '.')}"
     if isinstance(leaf, Mapping):
-        path = leaf.get("kvstore", {}).get("path") or leaf.get("path") or name
-        name = path.rstrip("/").rsplit("/", 1)[-1]
-    elif isinstance(leaf, str):        # "PLACEHOLDER://target.…", as orbax writes
-        name = leaf.rsplit("://", 1)[-1]
+        store = leaf.get("kvstore")
+        path = (store.get("path") if isinstance(store, Mapping) else None) or leaf.get("path")
+        folder = folder if path is None else str(path).rstrip("/").rsplit("/", 1)[-1]
+    elif isinstance(leaf, str):
+        folder = leaf.rsplit("://", 1)[-1]
+    else:
+        raise UserError(f"{where}: {name[:80]} is a {type(leaf).__name__}, not an array.")
+    if not safetensors.is_inside(folder) or "/" in folder or folder == ".":
+        raise UserError(f"{where}: {name[:80]} is said to be in {folder[:200]!r}, which is no "
+                        "folder of the checkpoint. Nothing was opened.")
+    return folder
+
+
+def _open(tensorstore, context, base: Mapping[str, str], name: str | np.ndarray) -> _Array:
+    """A parameter in its folder, see _stored_name; its numbers are read when asked for."""
+    if isinstance(name, np.ndarray):
+        return _Array(name.shape, name.dtype, lambda: name)
     store = {**base, "path": f"{base['path']}{name}/"}
     try:
         opened = tensorstore.open({"driver": "zarr", "kvstore": store}, open=True, read=True,
@@ -140,21 +179,36 @@ def _open(tensorstore, context, base: Mapping[str, str], name: str, leaf: Any) -
 
 
 def _check_chunks(tensorstore, store: Mapping[str, str], opened) -> None:
-    """A chunk that is not there would read as zeros. Local folders only, which copies may leave
-    incomplete."""
+    """Holds an array's shape against its files before it is read: a chunk that is not there would
+    read as zeros, and a shape that is not true would take all memory.
+
+    Local folders only, which copies may leave incomplete.
+    """
     if store["driver"] != "file":
         return
     expected = math.prod(-(-n // c) for n, c in zip(
         opened.shape, opened.chunk_layout.read_chunk.shape, strict=True))
-    keys = tensorstore.KvStore.open(store).result().list().result()
-    found = sum(not key.startswith(b".") for key in keys)
-    if found < expected:
-        raise UserError(f"{store['path']} has {found} of {expected} chunks: copy the checkpoint "
-                        "again.")
+    folder = pathlib.Path(store["path"])
+    sizes = [f.stat().st_size for f in folder.rglob("*")
+             if f.is_file() and not f.name.startswith(".")]
+    if len(sizes) < expected:
+        raise UserError(f"{store['path']} has {len(sizes)} of {expected} chunks: copy the "
+                        "checkpoint again.")
+    numbers = math.prod(opened.shape) * opened.dtype.numpy_dtype.itemsize
+    if numbers > max(_SMALL, sum(sizes) * _COMPRESSION):
+        raise UserError(f"{store['path']} is said to hold {log.si(numbers, 'B')}, which its files "
+                        f"of {log.si(sum(sizes), 'B')} cannot. Copy the checkpoint again.")
+
+
+_SMALL = 2**28         # bytes that are read whatever the files' size
+_COMPRESSION = 1100    # deflate's limit is 1,032 to 1
 
 
 def _usual(name: str) -> str:
-    """The names of T5X's scalable example as those of its minimal one."""
+    """The name that T5X's minimal encoder-decoder has for a parameter of its other examples: the
+    scalable one's biases, the decoder-only one's embedding."""
+    if name == "decoder/token_embedder/embedding":
+        return "token_embedder/embedding"
     return name.replace("/relative_posemb/", "/relpos_bias/")
 
 
@@ -229,40 +283,62 @@ def infer_config(shapes: Mapping[str, Shape], where: str) -> ModelConfig:
     """The T5 that has tensors of these names and shapes; see the top of this file.
 
     Raises:
-        UserError: tensors that this needs are missing.
+        UserError: tensors that this needs are missing, or have shapes that those of no T5 have.
     """
-    def shape(name):
-        if name not in shapes:
-            near = [n for n in shapes if n.rsplit("/", 1)[-1] == name.rsplit("/", 1)[-1]]
-            raise UserError(f"{where} holds no {name}, so that it is no T5 of T5X's "
-                            f"(tensors of that kind: {', '.join(near[:5]) or 'none'}).")
-        return shapes[name]
-
-    vocab_size, embed_dim = shape("token_embedder/embedding")
-
-    def stack(side: str) -> StackConfig | None:
-        layers = [int(m.group(1)) for name in shapes
-                  if (m := re.match(rf"{side}/layers_(\d+)/", name))]
-        if not layers:
-            return None
-        own = "attention" if side == "encoder" else "self_attention"
-        per_layer = f"{side}/layers_0/relpos_bias/rel_embedding" in shapes
-        heads, buckets = shape(f"{side}/{'layers_0/' * per_layer}relpos_bias/rel_embedding")
-        attention = AttentionConfig(
-            heads, shape(f"{side}/layers_0/{own}/query/kernel")[1] // heads, scale=1.0)
-        crosses = f"{side}/layers_0/encoder_decoder_attention/query/kernel" in shapes
-        gated = f"{side}/layers_0/mlp/wi_0/kernel" in shapes
-        mlp = MLPConfig(shape(f"{side}/layers_0/mlp/wo/kernel")[0],
-                        "gelu_tanh" if gated else "relu", gated)
-        block = BlockConfig(attention, attention if crosses else None, mlp)
-        return StackConfig((SegmentConfig((block,), max(layers) + 1),), causal=side == "decoder",
-                           position=PositionConfig(num_buckets=buckets, per_layer=per_layer))
-
-    encoder, decoder = stack("encoder"), stack("decoder")
+    vocab_size, embed_dim = _matrix(shapes, "token_embedder/embedding", where)
+    encoder, decoder = (_infer_stack(shapes, side, where) for side in ("encoder", "decoder"))
+    if decoder is None:
+        raise UserError(f"{where} holds no decoder/layers_0, so that it is no T5 of T5X's.")
     tied = "decoder/logits_dense/kernel" not in shapes
     return ModelConfig(
         "decoder_only" if encoder is None else "encoder_decoder", vocab_size, embed_dim, encoder,
         decoder, tie_logits=tied, logits_scale=embed_dim ** -0.5 if tied else 1.0)
+
+
+def _infer_stack(shapes: Mapping[str, Shape], side: str, where: str) -> StackConfig | None:
+    """The encoder or decoder that has tensors of these shapes; None where there are none."""
+    depth = _depth(shapes, side, where)
+    if not depth:
+        return None
+    first = f"{side}/layers_0"
+    own = "attention" if side == "encoder" else "self_attention"
+    per_layer = f"{first}/relpos_bias/rel_embedding" in shapes
+    bias = f"{first if per_layer else side}/relpos_bias/rel_embedding"
+    heads, buckets = _matrix(shapes, bias, where)
+    _, width = _matrix(shapes, f"{first}/{own}/query/kernel", where)
+    if width % heads or buckets < 4:
+        raise UserError(f"{where}: {bias} has {heads} heads and {buckets} buckets, which do not "
+                        f"fit queries {width} wide.")
+    gated = f"{first}/mlp/wi_0/kernel" in shapes
+    mlp_dim, _ = _matrix(shapes, f"{first}/mlp/wo/kernel", where)
+    attention = AttentionConfig(heads, width // heads, scale=1.0)
+    crosses = f"{first}/encoder_decoder_attention/query/kernel" in shapes
+    block = BlockConfig(attention, attention if crosses else None,
+                        MLPConfig(mlp_dim, "gelu_tanh" if gated else "relu", gated))
+    return StackConfig((SegmentConfig((block,), depth),), causal=side == "decoder",
+                       position=PositionConfig(num_buckets=buckets, per_layer=per_layer))
+
+
+def _depth(shapes: Mapping[str, Shape], side: str, where: str) -> int:
+    """The number of layers of a side, which are all there from 0 on."""
+    pattern = re.compile(rf"{side}/layers_(\d{{1,9}})/")
+    layers = {int(match.group(1)) for name in shapes if (match := pattern.match(name))}
+    if layers and max(layers) + 1 != len(layers):
+        lost = next(n for n in range(max(layers)) if n not in layers)
+        raise UserError(f"{where} holds {side}/layers_{max(layers)} and no {side}/layers_{lost}.")
+    return len(layers)
+
+
+def _matrix(shapes: Mapping[str, Shape], name: str, where: str) -> Shape:
+    """The two dims of a tensor that must be there."""
+    if name not in shapes:
+        last = name.rsplit("/", 1)[-1]
+        near = [n for n in shapes if n.rsplit("/", 1)[-1] == last]
+        raise UserError(f"{where} holds no {name}, so that it is no T5 of T5X's "
+                        f"(tensors of that kind: {', '.join(near[:5]) or 'none'}).")
+    if len(shapes[name]) != 2 or not all(shapes[name]):
+        raise UserError(f"{where}: {name} has the shape {shapes[name]}, not that of a matrix.")
+    return shapes[name]
 
 
 def model_of(where: str, tensors: Tensors, step: int, *, like: ModelConfig | None = None,

@@ -1,10 +1,12 @@
 """Native T5X checkpoints: T5X's own logits from one, scanned ones, damage; Mesh TensorFlow's."""
 
 import functools
+import json
 
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import serialization
 
 from t5x_lite import tree
 from t5x_lite.errors import UserError
@@ -108,6 +110,46 @@ def test_what_is_missing_or_damaged_is_named(tmp_path):
     (folder / "checkpoint").write_bytes(b"\x93no")
     with pytest.raises(UserError, match="is no index of a T5X checkpoint"):
         t5x.read_model(str(folder))
+
+
+@pytest.mark.parametrize("place", ["PLACEHOLDER://../../outside", "PLACEHOLDER:///etc/passwd", "..",
+                                   "PLACEHOLDER://", {"driver": "zarr", "kvstore": {"path": "a/.."}},
+                                   3, {"driver": "zarr", "kvstore": 4, "path": "x\x00"}])
+def test_an_index_that_leaves_its_folder_is_refused_unopened(tmp_path, place):
+    folder = folders.write_t5x(tmp_path / "x", {"token_embedder/embedding": np.ones((4, 2))})
+    (folder / "checkpoint").write_bytes(serialization.msgpack_serialize(
+        {"target": {"token_embedder": {"embedding": place}}}))
+    with pytest.raises(UserError, match="Nothing was opened|is a int, not an array"):
+        t5x.read_model(str(folder))
+
+
+def test_a_decoder_only_checkpoint(tmp_path):
+    """T5X's decoder-only example: the embedding stands in the decoder, all else as in T5's."""
+    arrays = {n: a for n, a in folders.golden_arrays().items()
+              if n.startswith("decoder/") and "encoder_decoder" not in n
+              and "pre_cross" not in n}
+    arrays["decoder/token_embedder/embedding"] = folders.golden_arrays()["token_embedder/embedding"]
+    model = t5x.read_model(str(folders.write_t5x(tmp_path / "x", arrays)))
+    assert model.config.architecture == "decoder_only" and not model.config.tie_logits
+    np.testing.assert_array_equal(model.read("token_embedding/embedding"),
+                                  arrays["decoder/token_embedder/embedding"])
+    assert len(params_of(model)) == 13
+
+
+def test_shapes_that_the_files_cannot_hold(tmp_path):
+    arrays = {"token_embedder/embedding": np.ones((4, 2), np.float32)}
+    folder = folders.write_t5x(tmp_path / "x", arrays)
+    file = folder / "target.token_embedder.embedding" / ".zarray"
+    meta = json.loads(file.read_text())
+    file.write_text(json.dumps({**meta, "shape": [10 ** 7, 10 ** 5], "chunks": [10 ** 7, 10 ** 5]}))
+    tensors, _ = t5x.read_folder(str(folder))
+    with pytest.raises(UserError, match=r"said to hold 4.* TB, which its files"):
+        tensors.read("token_embedder/embedding")
+    for names, message in ((("decoder/layers_999999999/mlp/wo/kernel",), "and no decoder/layers_0"),
+                           (("encoder/layers_0/x",), "holds no encoder/relpos_bias")):
+        with pytest.raises(UserError, match=message):
+            t5x.infer_config({"token_embedder/embedding": (4, 2), **dict.fromkeys(names, (2, 2))},
+                             "x")
 
 
 def test_buckets_are_read_through_tensorstore():
