@@ -18,7 +18,7 @@ from t5x_lite.models.language_model import ModelConfig
 _SETTINGS = {"init", "scan", "remat", "pipeline", "dropout_rate", "segments", "implementation",
              "chunk"}
 _TRAINING_OF_EXPERTS = {"second_policy", "capacity_factor", "jitter", "balance_weight",
-                        "balance_choices", "z_weight", "router_std", "second_threshold"}
+                        "balance_choices", "loss_mean", "z_weight", "router_std", "second_threshold"}
 _FIELDS_OF_POSITIONS = {
     "t5_bias": ("num_buckets", "max_distance", "per_layer"),
     "learned": ("max_length", "offset"),

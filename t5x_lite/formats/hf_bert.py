@@ -12,6 +12,7 @@ from t5x_lite.formats.hf_family import (
     activation,
     equal_layers,
     first_block,
+    given,
     normal_init,
     their_activation,
 )
@@ -48,7 +49,7 @@ def _from_bert(hf: Mapping, tied: bool) -> ModelConfig:
 
 
 def _to_bert(config: ModelConfig) -> dict[str, Any]:
-    stack = config.encoder
+    stack = given(config.encoder)
     block = first_block(stack)
     return {"vocab_size": config.vocab_size, "hidden_size": config.embed_dim,
             "num_hidden_layers": stack.num_layers,

@@ -14,6 +14,7 @@ from t5x_lite.formats.hf_family import (
     activation,
     equal_layers,
     first_block,
+    given,
     max_positions,
     normal_init,
     rope_scaling,
@@ -79,7 +80,7 @@ def _from_gpt2(hf: Mapping, tied: bool) -> ModelConfig:
 
 
 def _to_gpt2(config: ModelConfig) -> dict[str, Any]:
-    stack = config.decoder
+    stack = given(config.decoder)
     block = first_block(stack)
     heads = block.self_attention.num_heads
     later = stack.segments[-1].blocks[-1].self_attention.scale
@@ -139,7 +140,7 @@ def _from_neox(hf: Mapping, tied: bool) -> ModelConfig:
 
 
 def _to_neox(config: ModelConfig) -> dict[str, Any]:
-    stack = config.decoder
+    stack = given(config.decoder)
     block = first_block(stack)
     return {"vocab_size": config.vocab_size, "hidden_size": config.embed_dim,
             "num_hidden_layers": stack.num_layers,
@@ -210,7 +211,7 @@ def _from_llama(hf: Mapping, tied: bool) -> ModelConfig:
 
 
 def _to_llama(config: ModelConfig) -> dict[str, Any]:
-    stack = config.decoder
+    stack = given(config.decoder)
     block = first_block(stack)
     attention = block.self_attention
     mlp = block.mlp if block.moe is None else block.moe.mlp

@@ -75,9 +75,15 @@ def equal_layers(block: BlockConfig, repeats: int) -> tuple[SegmentConfig, ...]:
     return (SegmentConfig((block,), repeats),)
 
 
-def first_block(stack: StackConfig) -> BlockConfig:
+def given(stack: StackConfig | None) -> StackConfig:
+    """A stack that the model's architecture has, as validation has seen."""
+    assert stack is not None
+    return stack
+
+
+def first_block(stack: StackConfig | None) -> BlockConfig:
     """The block that stands for all of a stack of equal layers."""
-    return stack.segments[0].blocks[0]
+    return given(stack).segments[0].blocks[0]
 
 
 def normal_init(std: float) -> InitConfig:
@@ -139,9 +145,9 @@ def _scaling(kind: Any, given: Mapping[str, Any], length: int) -> RotaryScalingC
         given = {"original_max_position_embeddings": length, **given}
     if "factor" not in given:
         raise UserError(f"rope scaling {kind!r} of config.json has no factor.")
-    types = {f.name: type(f.default) for f in dataclasses.fields(RotaryScalingConfig)}
-    values = {fields[name]: types[fields[name]](_number(name, value))
-              for name, value in given.items()}
+    values: dict[str, Any] = {fields[name]: _number(name, value) for name, value in given.items()}
+    if "original_length" in values:
+        values["original_length"] = int(values["original_length"])
     scaling = RotaryScalingConfig(kind, **values)
     for low, high in (("low_frequency", "high_frequency"), ("beta_slow", "beta_fast")):
         if not getattr(scaling, low) < getattr(scaling, high):

@@ -112,7 +112,7 @@ def _of_type(name: str, value: Any, wanted: type, kind: Family) -> str | None:
         names = {bool: "true or false", int: "a whole number", str: "a name",
                  dict: "a section", list: "a list"}
         return f"{name}={_short(value)}: must be {names[wanted]}."
-    if wanted is not int:
+    if not isinstance(value, int) or is_bool:
         return None
     least = 0 if name in kind.may_be_zero else 1
     most = MAX_LAYERS if name in kind.layer_counts else _MAX_INT

@@ -15,7 +15,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from t5x_lite.errors import UserError
-from t5x_lite.formats.hf_family import Family, activation, equal_layers, their_activation
+from t5x_lite.formats.hf_family import (
+    Family,
+    activation,
+    equal_layers,
+    first_block,
+    given,
+    their_activation,
+)
 from t5x_lite.formats.mapping import TRANSPOSED, Rule
 from t5x_lite.layers.attention import AttentionConfig
 from t5x_lite.layers.mlp import MLPConfig
@@ -96,9 +103,9 @@ def _from_switch(hf: Mapping, tied: bool) -> ModelConfig:
             raise UserError(f"num_sparse_{side}_layers={sparse} of config.json: must be at most "
                             f"the {depth} layers there are.")
         period = depth // sparse if sparse else depth
-        given = hf.get(f"{side}_sparse_step", period)
-        if sparse and given != period:   # releases of transformers differ in which they follow
-            raise UserError(f"{side}_sparse_step={given} of config.json contradicts "
+        step = hf.get(f"{side}_sparse_step", period)
+        if sparse and step != period:   # releases of transformers differ in which they follow
+            raise UserError(f"{side}_sparse_step={step} of config.json contradicts "
                             f"num_sparse_{side}_layers={sparse} of {depth} layers, which makes "
                             f"every {period}th layer sparse. Correct one of them.")
         blocks = tuple(dataclasses.replace(block, moe=moe) if i % period == 1 or period == 1
@@ -113,7 +120,7 @@ def _from_switch(hf: Mapping, tied: bool) -> ModelConfig:
 
 
 def _sizes(config: ModelConfig) -> dict[str, Any]:
-    encoder, decoder = config.encoder, config.decoder
+    encoder, decoder = given(config.encoder), given(config.decoder)
     block = encoder.segments[0].blocks[0]
     return {
         "vocab_size": config.vocab_size, "d_model": config.embed_dim,
@@ -127,7 +134,7 @@ def _sizes(config: ModelConfig) -> dict[str, Any]:
 
 
 def _to_t5(config: ModelConfig) -> dict[str, Any]:
-    mlp = config.encoder.segments[0].blocks[0].mlp
+    mlp = first_block(config.encoder).mlp
     act = their_activation(mlp.activation)
     if mlp.gated:
         act = "gated-gelu" if act == "gelu_new" else f"gated-{act}"
@@ -157,8 +164,8 @@ def _to_switch(config: ModelConfig) -> dict[str, Any]:
             "tie_word_embeddings": config.tie_logits}
 
 
-def _blocks(stack: StackConfig) -> list[BlockConfig]:
-    return [b for s in stack.segments for b in s.blocks * s.repeats]
+def _blocks(stack: StackConfig | None) -> list[BlockConfig]:
+    return [b for s in given(stack).segments for b in s.blocks * s.repeats]
 
 
 # --- tensors --------------------------------------------------------------------------------------

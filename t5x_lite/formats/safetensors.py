@@ -84,7 +84,7 @@ def read_folder(folder: pathlib.Path) -> Tensors:
 
 def _choose(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
     """(the files to read, {tensor: file} where an index says it)."""
-    incomplete = []
+    incomplete: list[str] = []
     for name in _CANDIDATES:
         if not (folder / name).is_file():
             continue

@@ -269,12 +269,14 @@ def _aux(choice, logits_GTE, mask_GT, run: Run) -> dict:
     counted = mask_GT if config.mask_padding else jnp.ones_like(mask_GT)
     total = {}
     p_GTE = None
+    over_all = config.loss_mean == "all"
     if logits_GTE is not None:
         p_GTE = routing.probabilities(logits_GTE)
-        total["router_z_loss"] = routing.router_z_loss(logits_GTE, counted)
+        total["router_z_loss"] = routing.router_z_loss(logits_GTE, counted, over_all)
         if isinstance(choice, routing.Routing):
             picked = choice.expert_index[..., :1 if config.balance_choices == "first" else None]
-            total["load_balancing_loss"] = routing.load_balancing_loss(p_GTE, picked, counted)
+            total["load_balancing_loss"] = routing.load_balancing_loss(
+                p_GTE, picked, counted, over_all)
     total |= routing.router_metrics(choice, p_GTE, counted)
     total = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), total)
     total, load_E = jax.tree.map(

@@ -55,6 +55,8 @@ class MoEConfig:
     group_size: int = 0                # tokens that compete for room: 0 is a sequence; else a
     #                                    divisor or a multiple of the sequence length
     mask_padding: bool = True          # padding takes no room and counts in no loss
+    loss_mean: str = "real"            # tokens by whose number the losses divide: real | all, as
+    #                                    Flaxformer does, whose runs continue with it
     jitter: float = 0.0                # multiplicative noise on the router's input, train only
     balance_weight: float = 0.01       # of the load-balancing loss
     balance_choices: str = "all"       # choices it counts: all | first (GShard)
@@ -95,6 +97,7 @@ def validate(config: MoEConfig, where: str, *, causal: bool, length: int = 0,
     one_of("eval_second_policy", tuple(p for p in routing.SECOND_POLICIES if p != "random"))
     one_of("overflow", ("zero", "identity"))
     one_of("balance_choices", ("all", "first"))
+    one_of("loss_mean", ("real", "all"))
     for field, least in (("num_experts", 1), ("expert_groups", 1), ("max_groups", 1),
                          ("expert_capacity", 0), ("shared_experts", 0), ("balance_weight", 0),
                          ("z_weight", 0), ("second_threshold", 0), ("jitter", 0)):

@@ -272,7 +272,8 @@ def hash_experts(tokens_GT: jax.Array, num_experts: int, capacity: int | None,
 
 
 def load_balancing_loss(p_GTE: jax.Array, expert_index_GTK: jax.Array,
-                        mask_GT: jax.Array | None = None) -> tuple[jax.Array, int]:
+                        mask_GT: jax.Array | None = None, over_all: bool = False
+                        ) -> tuple[jax.Array, int]:
     """E * sum_e f_e P_e, summed over groups, and the number of groups (Switch eq. 4-6).
 
     f_e is the fraction of the group's real tokens that chose expert e (before capacity), P_e
@@ -282,10 +283,12 @@ def load_balancing_loss(p_GTE: jax.Array, expert_index_GTK: jax.Array,
         p_GTE: probabilities.
         expert_index_GTK: the choices that count: all of them, or the first only (GShard:
             expert_index_GTK[..., :1]).
+        over_all: divide by all tokens of a group, padding included, as Flaxformer does: a group
+            that is half padding then has a quarter of the loss.
     """
     num_experts = p_GTE.shape[-1]
     real_GT = _mask(mask_GT, p_GTE)
-    tokens_G = jnp.maximum(jnp.sum(real_GT, axis=1), 1.0)
+    tokens_G = _divisor(real_GT, over_all)
     chose_GTE = (expert_index_GTK[..., None] == jnp.arange(num_experts)).any(axis=2)
     f_GE = jnp.sum(jnp.where(chose_GTE, real_GT[..., None], 0.0), axis=1)
     p_GE = jnp.sum(p_GTE * real_GT[..., None], axis=1)
@@ -293,12 +296,24 @@ def load_balancing_loss(p_GTE: jax.Array, expert_index_GTK: jax.Array,
     return jnp.sum(loss_G), p_GTE.shape[0]
 
 
-def router_z_loss(logits_GTE: jax.Array, mask_GT: jax.Array | None = None) -> tuple[jax.Array, int]:
+def _divisor(real_GT: jax.Array, over_all: bool) -> jax.Array:
+    """[G]: the tokens of each group that a mean divides by, at least 1."""
+    if over_all:
+        return jnp.full(real_GT.shape[:1], float(real_GT.shape[1]))
+    return jnp.maximum(jnp.sum(real_GT, axis=1), 1.0)
+
+
+def router_z_loss(logits_GTE: jax.Array, mask_GT: jax.Array | None = None, over_all: bool = False
+                  ) -> tuple[jax.Array, int]:
     """mean over a group's real tokens of (log sum_e exp logit_e)^2, summed over groups, and the
-    number of groups (ST-MoE eq. 5): keeps logits small, where float32 exponentials are exact."""
+    number of groups (ST-MoE eq. 5): keeps logits small, where float32 exponentials are exact.
+
+    Args:
+        over_all: see load_balancing_loss.
+    """
     z_GT = jnp.square(jax.nn.logsumexp(logits_GTE.astype(jnp.float32), axis=-1))
     real_GT = _mask(mask_GT, logits_GTE)
-    mean_G = jnp.sum(z_GT * real_GT, axis=1) / jnp.maximum(jnp.sum(real_GT, axis=1), 1.0)
+    mean_G = jnp.sum(z_GT * real_GT, axis=1) / _divisor(real_GT, over_all)
     return jnp.sum(mean_G), logits_GTE.shape[0]
 
 

@@ -255,3 +255,17 @@ def test_metrics_by_hand():
     metrics = routing.router_metrics(chosen, p, jnp.ones((1, 4), bool))
     assert jax.tree.map(float, metrics["dropped_fraction"]) == (2.0, 4.0)
     assert routing.expert_load(chosen, 3).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_losses_over_all_tokens_are_flaxformers():
+    """Half of the group is padding: by hand, a quarter of the balance and half of the z-loss."""
+    p = jnp.asarray([[[0.75, 0.25], [0.25, 0.75], [0.5, 0.5], [0.5, 0.5]]])
+    index = jnp.asarray([[[0], [1], [0], [0]]])
+    mask = jnp.asarray([[True, True, False, False]])
+    real, groups = routing.load_balancing_loss(p, index, mask)
+    over_all, _ = routing.load_balancing_loss(p, index, mask, True)
+    assert (float(real), float(over_all), groups) == (1.0, 0.25, 1)
+    logits = jnp.full((1, 4, 2), 3.0)
+    z = (3.0 + np.log(2.0)) ** 2
+    np.testing.assert_allclose(routing.router_z_loss(logits, mask)[0], z, rtol=1e-6)
+    np.testing.assert_allclose(routing.router_z_loss(logits, mask, True)[0], z / 2, rtol=1e-6)
