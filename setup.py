@@ -7,6 +7,7 @@ platform extra adds its JAX and the data pipeline (seqio, which brings TensorFlo
     pip install -c constraints.txt ".[tpu]"          on a TPU VM
     pip install -c constraints.txt ".[cuda]"         on an NVIDIA GPU machine
     pip install -c constraints.txt ".[cpu,plan]"     rehearse a TPU run without a TPU
+    pip install -c constraints.txt ".[cpu,plan_gpu]" rehearse a GPU run without a GPU
     pip install -c constraints.txt ".[cpu,convert]"  exchange checkpoints with Hugging Face
     pip install ".[cpu,beam]"                        tokenise tasks ahead, see data/cached.py
 
@@ -56,6 +57,8 @@ setuptools.setup(
         "check": ["mypy", "pytest", "pytest-xdist", "ruff"],
         "docs": ["ipykernel", "myst-nb", "sphinx", "sphinx-book-theme"],
         "plan": ["libtpu"],
+        # XLA:GPU without a GPU: 573 MB, and none of CUDA's other wheels.
+        "plan_gpu": ["jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12"],
         "convert": ["safetensors"],
         # python -m t5x_lite.report: what draws its curves, with its JavaScript
         "report": ["jinja2", "vl-convert-python>=1.9"],

@@ -18,7 +18,10 @@ os.environ.setdefault("GLOG_minloglevel", "2")
 if not any(map(os.path.exists, ("/dev/accel0", "/dev/vfio/0", "/proc/driver/nvidia"))):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax
+from t5x_lite import quiet as quiet_lib
+
+with quiet_lib.stderr():   # JAX's CUDA plugin says already here that there is no GPU
+    import jax
 from absl import app, flags, logging as absl_logging
 from ml_collections import config_flags
 
@@ -110,6 +113,8 @@ def _start(main: Callable[[], None], argv: list[str], alone: bool) -> None:
         found = processes.find(os.environ, processes.has_tpu(os.environ))
     if found is not None:
         found.initialize()
+    with quiet_lib.stderr():   # ... and as JAX looks for devices
+        jax.local_devices()
     main()
 
 

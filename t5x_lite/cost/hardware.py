@@ -9,6 +9,8 @@ Where the figures come from:
   ISCA'23    Jouppi et al., TPU v4: An Optically Reconfigurable Supercomputer, ISCA 2023, table 4
   P'21       Patterson et al., Carbon Emissions and Large Neural Network Training,
              arXiv:2104.10350, tables 1 and 4
+  driver     the total that NVIDIA's driver reports, of which JAX takes a share: as PyTorch's messages
+             and openxla's target_config/specs show it
   libtpu     the limit that libtpu 0.0.42.1 itself states when a program does not fit
   NVIDIA     data sheets of V100 (2020), A100 (2021), H100 (2023), H200 (2024), HGX B200 (2025)
   GCP        cloud.google.com/tpu/pricing, on demand, US regions, 2025
@@ -221,6 +223,7 @@ CHIPS: dict[str, Chip] = {
             ("Tesla V100-SXM2-16GB", "Tesla V100-SXM2-32GB"),
             {"fp16": 125 * TERA, "fp32": 15.7 * TERA},  # NVIDIA
             hbm_bytes=32 * 10**9,  # NVIDIA; the first version had 16 GB
+            usable_hbm_bytes=_gib(x1=31.75),  # driver
             hbm_bytes_per_second=900 * GIGA,  # NVIDIA
             interconnect=Interconnect("nvlink", 6, 25 * GIGA),  # NVIDIA: 300 GB/s both ways
             network_bytes_per_second=6.25 * GIGA,  # DGX-1: 4 x 100 Gbit/s for 8 GPUs
@@ -242,6 +245,7 @@ CHIPS: dict[str, Chip] = {
                 "int8": 624 * TERA,
             },
             hbm_bytes=40 * 10**9,  # NVIDIA
+            usable_hbm_bytes=_gib(x1=39.42),  # driver
             hbm_bytes_per_second=1555 * GIGA,  # NVIDIA
             interconnect=Interconnect("nvlink", 12, 25 * GIGA),  # NVIDIA: 600 GB/s both ways
             network_bytes_per_second=25 * GIGA,  # DGX A100: 8 x 200 Gbit/s for 8 GPUs
@@ -261,6 +265,7 @@ CHIPS: dict[str, Chip] = {
                 "int8": 624 * TERA,
             },
             hbm_bytes=80 * 10**9,  # NVIDIA
+            usable_hbm_bytes=_gib(x1=79.26),  # driver
             hbm_bytes_per_second=2039 * GIGA,  # NVIDIA
             interconnect=Interconnect("nvlink", 12, 25 * GIGA),  # NVIDIA: 600 GB/s both ways
             network_bytes_per_second=25 * GIGA,  # DGX A100: 8 x 200 Gbit/s for 8 GPUs
@@ -281,6 +286,7 @@ CHIPS: dict[str, Chip] = {
                 "int8": 1978.9 * TERA,
             },
             hbm_bytes=80 * 10**9,  # NVIDIA
+            usable_hbm_bytes=_gib(x1=79.11),  # driver
             hbm_bytes_per_second=3350 * GIGA,  # NVIDIA
             interconnect=Interconnect("nvlink", 18, 25 * GIGA),  # NVIDIA: 900 GB/s both ways
             network_bytes_per_second=50 * GIGA,  # DGX H100: 8 x 400 Gbit/s for 8 GPUs
@@ -301,6 +307,7 @@ CHIPS: dict[str, Chip] = {
                 "int8": 1978.9 * TERA,
             },
             hbm_bytes=141 * 10**9,  # NVIDIA
+            usable_hbm_bytes=_gib(x1=141.00),  # driver
             hbm_bytes_per_second=4800 * GIGA,  # NVIDIA
             interconnect=Interconnect("nvlink", 18, 25 * GIGA),  # NVIDIA: 900 GB/s both ways
             network_bytes_per_second=50 * GIGA,  # DGX H200: 8 x 400 Gbit/s for 8 GPUs
@@ -320,6 +327,7 @@ CHIPS: dict[str, Chip] = {
                 "int8": 4500 * TERA,
             },
             hbm_bytes=180 * 10**9,  # DGX B200: 1440 GB for 8 GPUs
+            usable_hbm_bytes=_gib(x1=178.36),  # driver
             hbm_bytes_per_second=8000 * GIGA,  # NVIDIA
             interconnect=Interconnect("nvlink", 18, 50 * GIGA),  # NVIDIA: 1800 GB/s both ways
             network_bytes_per_second=50 * GIGA,  # DGX B200: 8 x 400 Gbit/s for 8 GPUs
@@ -355,6 +363,6 @@ def count_chips(devices: Iterable) -> int:
     TPU devices of one chip share slice_index and coords; any other device is a chip.
     """
     devices = list(devices)
-    if not all(hasattr(device, "coords") for device in devices):
+    if not all(device.platform == "tpu" for device in devices):   # described GPUs have coords too
         return len(devices)
     return len({(getattr(d, "slice_index", None), tuple(d.coords)) for d in devices})

@@ -17,6 +17,7 @@ understood raises ValueError that shows it, rather than being left out of a sum.
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +38,7 @@ class Collective:
     count_per_step: int       # loop trip counts applied
     in_loop: bool
     group_size: int           # devices that exchange with one another
-    network: str = "fast"     # "fast": ICI, NVLink; "dcn": between slices
+    network: str = "fast"     # "fast": ICI; "dcn": between slices; GPUs: see roofline.by_machine
     # An all-reduce of zeros with this device's shard written into them: a weight gather that
     # the compiler replaced (on 3-D tori, see DESIGN.md), which moves twice the bytes.
     replaces_gather: bool = False
@@ -165,7 +166,7 @@ _CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _REFERRED = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
 _TRUE_FALSE = re.compile(r"(?:true|false)_computation=%?([\w.\-]+)")
-_GROUPS = r"replica_groups=(mesh\[.*?\] \{.*?\}|\{\}|\{\{.*?\}\}|\[[^ ]*?)(?:, |$)"
+_GROUPS = r"replica_groups=(mesh\[.*?\{.*?\}|\{\}|\{\{.*?\}\}|\[[^ ]*?)(?:, |$)"
 _KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -208,17 +209,25 @@ class _Program:
     def _walk(self, name: str, count: int, in_loop: bool, exact: bool) -> Iterator[_Step]:
         body = self.computations[name]
         for one in body.values():
-            yield _Step(one, body, count, in_loop, exact)
-            if one.opcode == "while":
-                trips = self._trip_count(one, body)
-                yield from self._walk(one.attribute(r"body=%?([\w.\-]+)"), count * (trips or 1),
-                                      True, exact and trips is not None)
-            elif one.opcode == "conditional":
-                yield from self._dearest(one, count, in_loop, exact)
-            elif not one.opcode.endswith(("-done", "-update")):
-                for called in _CALLED.findall(one.rest):
-                    if called in self._with_collectives:
-                        yield from self._walk(called, count, in_loop, exact)
+            step = _Step(one, body, count, in_loop, exact)
+            yield step
+            yield from self._inside(step)
+
+    def _inside(self, step: _Step) -> Iterator[_Step]:
+        """What an instruction executes of other computations: a loop's body as often as it runs,
+        one branch of a conditional, and what it calls."""
+        one, count, exact = step.instruction, step.count, step.exact
+        if one.opcode == "while":
+            trips = self._trip_count(one, step.body)
+            return self._walk(one.attribute(r"body=%?([\w.\-]+)"), count * (trips or 1), True,
+                              exact and trips is not None)
+        if one.opcode == "conditional":
+            return iter(self._dearest(one, count, step.in_loop, exact))
+        if one.opcode.endswith(("-done", "-update")):   # the start has it
+            return iter(())
+        called = [name for name in _CALLED.findall(one.rest) if name in self._with_collectives]
+        return itertools.chain.from_iterable(
+            self._walk(name, count, step.in_loop, exact) for name in called)
 
     def _find_with_collectives(self) -> set[str]:
         """Computations that hold a collective, directly or through what they call."""
@@ -311,6 +320,10 @@ def _base_kind(opcode: str) -> str | None:
 
 # --- One instruction as a Collective ----------------------------------------------------------
 
+# Whose start is (operands, results), in that order; of the others it is the result alone.
+_STARTS_WITH_OPERANDS = ("all-gather", "reduce-scatter", "collective-permute")
+
+
 def _collective(step: _Step, program: _Program, mesh: MeshLayout) -> Collective | None:
     one = step.instruction
     if one.opcode == "recv" and "_xla_megascale_transfer_type" in one.rest:
@@ -319,28 +332,31 @@ def _collective(step: _Step, program: _Program, mesh: MeshLayout) -> Collective 
     if kind is None:
         return None
     type_ = one.type
-    if one.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
-        type_ = split_tuple(type_)[1]  # (operand, result, …)
-    size = type_bytes(type_)
-    if kind == "collective-permute":
-        groups = [[int(i) for i in pair.split(",")] for pair in
-                  re.findall(r"\{(\d+,\d+)\}", one.attribute(r"source_target_pairs=\{(.*?)\}\}")
-                             + "}")]
-        group_size = 2
-    else:
-        groups = parse_replica_groups(one.attribute(_GROUPS) or "{}", mesh.num_local_devices)
-        group_size = max(len(group) for group in groups)
+    if one.opcode.endswith("-start") and kind in _STARTS_WITH_OPERANDS:
+        type_ = split_tuple(type_)[1]
+    groups = _groups(one, kind, mesh)
+    group_size = 2 if kind == "collective-permute" else max(len(group) for group in groups)
+    size = type_bytes(type_) * (group_size if kind == "reduce-scatter" else 1)
     replaces_gather = False
-    if kind == "all-reduce":
-        if _is_all_reduce_scatter(one, step.body):
-            kind = "reduce-scatter"
-        else:
-            replaces_gather = all(
-                _writes_a_shard(name, step.body, program) for name in one.operands)
-    elif kind == "reduce-scatter":
-        size *= group_size
+    if kind == "all-reduce" and _is_all_reduce_scatter(one, step.body):
+        kind = "reduce-scatter"
+    elif kind == "all-reduce":
+        replaces_gather = all(_writes_a_shard(name, step.body, program) for name in one.operands)
     return Collective(kind, mesh.axes_of(groups), size, step.count, step.in_loop, group_size,
                       replaces_gather=replaces_gather, exact_count=step.exact)
+
+
+def _groups(one: _Instruction, kind: str, mesh: MeshLayout) -> list[list[int]]:
+    """The devices that exchange with one another; of a collective-permute its pairs."""
+    if kind == "collective-permute":
+        pairs = one.attribute(r"source_target_pairs=\{(.*?)\}\}") + "}"
+        return [_integers(pair) for pair in re.findall(r"\{(\d+,\d+)\}", pairs)]
+    if "replica_groups=" not in one.rest:
+        return parse_replica_groups("{}", mesh.num_local_devices)
+    text = one.attribute(_GROUPS)
+    if text is None:
+        raise ValueError(f"replica groups in a form that is not known: {one.rest[:300]!r}")
+    return parse_replica_groups(text, mesh.num_local_devices)
 
 
 def _between_slices(step: _Step, mesh: MeshLayout) -> Collective:
@@ -426,9 +442,10 @@ def parse_replica_groups(text: str, num_devices: int) -> list[list[int]]:
     {{0,1},{2,3}}                       listed
     {}                                  one group of all
     [2,4]<=[4,2]T(1,0)                  iota: arange(8).reshape(4,2).transpose(1,0).reshape(2,4)
-    mesh['a'=4,'b'=2] {'a'}             the devices along axes of a mesh, which may say
-                                        device_ids=([4,2]T(1,0)) or device_ids=(0,2,1,3), and
-                                        may take part of an axis: {'a':(1)2}
+    mesh['a'=4,'b'=2] {'a'}             the devices along axes of a mesh, which may say, before
+                                        its ] or after it, device_ids=([4,2]T(1,0)) or
+                                        device_ids=(0,2,1,3), and may take part of an axis:
+                                        {'a':(1)2}
 
     Raises ValueError for another form.
     """
@@ -439,9 +456,10 @@ def parse_replica_groups(text: str, num_devices: int) -> list[list[int]]:
         return [[int(i) for i in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", text)]
     if match := re.fullmatch(r"\[([\d,]+)\]<=(\[.*)", text):
         return _iota(match.group(2)).reshape(_integers(match.group(1))).tolist()
-    if match := re.fullmatch(
-            r"mesh\[(.*?)(?:, ?device_ids=\((.*)\))?\] ?\{(.*)\}", text):
-        return _mesh_groups(*match.groups())
+    if match := re.fullmatch(r"mesh\[((?:'[^']+'=\d+,? ?)+).*?\{(.*)\}", text):
+        axes, chosen = match.groups()
+        ids = re.search(r"device_ids=\((.*)\)\]? ?\{", text)
+        return _mesh_groups(axes, ids and ids.group(1), chosen)
     raise ValueError(f"replica groups in a form that is not known: {text!r}")
 
 

@@ -105,7 +105,8 @@ def place(devices: np.ndarray, axis_names: Sequence[str], chip: Chip) -> Placeme
         return np.asarray([read(device) for device in devices.flat])
 
     slices = each(lambda d: getattr(d, "slice_index", None) or 0)
-    if all(hasattr(device, "coords") for device in devices.flat):
+    # A described GPU has coordinates too, but stands at a switch and on no torus.
+    if chip.interconnect is not None and chip.interconnect.kind == "ici":
         coords = each(lambda d: d.coords)
         keys = [(s, *place) for s, place in zip(slices.tolist(), coords.tolist(), strict=True)]
         numbers = {key: i for i, key in enumerate(dict.fromkeys(keys))}
@@ -117,6 +118,15 @@ def place(devices: np.ndarray, axis_names: Sequence[str], chip: Chip) -> Placeme
         hosts = each(lambda d: d.id) // (chip.chips_per_host or devices.size)
     shaped = (array.reshape(devices.shape) for array in (slices, hosts, chips))
     return Placement(tuple(axis_names), *shaped, coords)
+
+
+def by_machine(collectives: Sequence[Collective], placement: Placement) -> list[Collective]:
+    """Collectives of GPUs with the network they need: "nvlink" inside a machine, "infiniband"
+    where the members of a group stand in several."""
+    def network(one: Collective) -> str:
+        hosts = np.unique(placement.group(one.axes, placement.hosts))
+        return "infiniband" if len(hosts) > 1 else "nvlink"
+    return [dataclasses.replace(one, network=network(one)) for one in collectives]
 
 
 def roofline(chip: Chip, *, num_chips: int, model_flops: float, dtype: str,

@@ -1,8 +1,9 @@
 """Machines that are only described, and the compilation of a run's own step for them.
 
 A topology is written NAME:SHAPE: "v5e:2x4" and the other TPUs are compiled for by libtpu on
-any machine, "cpu:8" by this one's own compiler with 8 simulated devices. GPUs ("h100:8") have
-no compiler that works without one: what needs no compiler is all that a plan then says.
+any machine, "cpu:8" by this one's own compiler with 8 simulated devices, and GPUs ("h100:8") by
+XLA:GPU where JAX's CUDA plugin is installed (gpus.py). Without it, what needs no compiler is all
+that a plan for GPUs says.
 """
 
 import contextlib
@@ -22,11 +23,12 @@ from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
 from t5x_lite.build import Program
-from t5x_lite.cost import hardware, hlo
+from t5x_lite.cost import hardware, hlo, roofline
 from t5x_lite.cost.hardware import Chip
 from t5x_lite.errors import UserError, nearest
 from t5x_lite.layers.linear import RowKey
 from t5x_lite.parallel import sharding
+from t5x_lite.planning import gpus
 from t5x_lite.training import objectives, state
 
 # What libtpu reads when it is loaded: no questions to a metadata server, no lock against a
@@ -61,6 +63,8 @@ _CHIP_NAMES = {"tpu7x": "v7x"}   # where cost.hardware has another name
 GPUS = tuple(chip.name for chip in hardware.CHIPS.values()
              if chip.interconnect is not None and chip.interconnect.kind == "nvlink")
 
+GPU_COMPILER = "XLA:GPU"
+
 
 @dataclasses.dataclass(frozen=True)
 class _Elsewhere:
@@ -89,7 +93,7 @@ class Topology:
     chip: Chip
     devices: tuple
     num_slices: int
-    compiler: str             # "libtpu", "cpu", or "" where there is none
+    compiler: str             # "libtpu", "cpu", "XLA:GPU", or "" where there is none
 
     @property
     def num_chips(self) -> int:
@@ -98,12 +102,28 @@ class Topology:
 
     @property
     def hbm_bytes(self) -> int | None:
-        """What a program may use of one device's memory; a CPU's share of this machine's."""
+        """What a program may use of one device's memory: of a GPU the share that JAX's allocator
+        takes (gpus.memory_fraction), of a CPU its share of this machine's."""
         if self.chip.name == "cpu":
             ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
             return ram // len(self.devices)
         per_chip = len(self.devices) // self.num_chips
-        return self.chip.usable_hbm_bytes.get(per_chip, self.chip.hbm_bytes)
+        usable = self.chip.usable_hbm_bytes.get(per_chip, self.chip.hbm_bytes)
+        return int(usable * gpus.memory_fraction()) if self.is_gpu else usable
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether the devices are GPUs."""
+        return self.chip.name in GPUS
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """The context in which steps for these devices are traced and compiled."""
+        if self.compiler != GPU_COMPILER:
+            yield
+            return
+        with gpus.compiling_for(self.devices[0]):
+            yield
 
 
 def known_shapes(kind: str) -> str:
@@ -122,9 +142,11 @@ def known_topologies() -> str:
                       "  cpu: any number of simulated devices, such as cpu:8"])
 
 
-def topology(name: str, num_slices: int = 1) -> Topology:
+def topology(name: str, num_slices: int = 1, *, count_only: bool = False) -> Topology:
     """The machine of this name, in capitals or not.
 
+    Args:
+        count_only: of GPUs, take devices that nothing compiles for even where XLA:GPU is here.
     Raises:
         UserError: no such name, or libtpu is not installed.
     """
@@ -144,9 +166,14 @@ def topology(name: str, num_slices: int = 1) -> Topology:
                         f"{kind}:8.")
     if kind == "cpu":
         return Topology(name, hardware.lookup("cpu"), _cpu_devices(int(shape)), 1, "cpu")
-    chip = hardware.lookup(kind)
+    return _gpus(name, hardware.lookup(kind), int(shape), count_only or bool(gpus.lacks()))
+
+
+def _gpus(name: str, chip: Chip, count: int, count_only: bool) -> Topology:
+    if not count_only:
+        return Topology(name, chip, gpus.described_devices(chip.name, count), 1, GPU_COMPILER)
     devices = tuple(DescribedDevice(i, chip.device_kinds[0], i // chip.chips_per_host)
-                    for i in range(int(shape)))
+                    for i in range(count))
     return Topology(name, chip, devices, 1, "")
 
 
@@ -221,8 +248,9 @@ def compile_step(program: Program) -> Compiled:
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
     collectives, note = _collectives(compiled, program)
-    # A CPU has one memory, and its compiler counts what is offloaded with the rest.
-    offloaded = host_bytes(program) if platform == "cpu" else 0
+    # A CPU has one memory, a described GPU knows of one only: their compilers count what is
+    # offloaded with the rest.
+    offloaded = 0 if platform == "tpu" else host_bytes(program)
     return Compiled(seconds, True, temp, memory.argument_size_in_bytes - offloaded,
                     memory.output_size_in_bytes - offloaded, peak - offloaded, collectives,
                     memory.host_argument_size_in_bytes + offloaded,
@@ -278,13 +306,23 @@ def _collectives(compiled, program: Program
     mesh = program.mesh
     layout = hlo.MeshLayout(mesh.devices.shape, mesh.axis_names, tuple(
         getattr(device, "slice_index", None) or 0 for device in mesh.devices.flat))
+    is_gpu = mesh.devices.flat[0].platform == "gpu"
     try:
-        return tuple(hlo.find_collectives(compiled.as_text(), layout)), ""
+        text = compiled.as_text()
+        collectives = hlo.find_collectives(text, layout)
+        if not is_gpu:
+            return tuple(collectives), ""
+        return tuple(roofline.by_machine(collectives, _placement(mesh))), gpus.remarks(text)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         # libtpu compiles some programs for v5p that it cannot print.
         reason = str(error).partition("\n")[0][:200]
         return None, f"compiled, but its text could not be read, so communication is unknown: " \
                      f"{reason}"
+
+
+def _placement(mesh: jax.sharding.Mesh) -> roofline.Placement:
+    chip = hardware.lookup(mesh.devices.flat[0].device_kind)
+    return roofline.place(mesh.devices, mesh.axis_names, chip)
 
 
 def bytes_per_device(x) -> int:
@@ -301,8 +339,7 @@ def argument_bytes(program: Program) -> dict[str, int]:
     abstract = program.abstract_state
     params = [abstract["params"], abstract.get("frozen", {})]
     return {"params": state.num_bytes_per_device(params),
-            "opt_state": state.num_bytes_per_device(
-                state.kept(abstract["opt_state"], on_host=False)),
+            "opt_state": state.num_bytes_per_device(_optimizer_state(program, on_host=False)),
             "batch": state.num_bytes_per_device(program.abstract_batch())}
 
 
@@ -313,8 +350,17 @@ def frozen_bytes(program: Program) -> int:
 
 def host_bytes(program: Program) -> int:
     """Bytes of optimizer state that the host keeps for one device."""
-    abstract = program.abstract_state["opt_state"]
-    return state.num_bytes_per_device(state.kept(abstract, on_host=True))
+    return state.num_bytes_per_device(_optimizer_state(program, on_host=True))
+
+
+def _optimizer_state(program: Program, *, on_host: bool) -> list[jax.ShapeDtypeStruct]:
+    """The arrays of the optimizer's state that the host's memory keeps, or the device's.
+
+    As state.abstract places them; a described GPU's sharding does not know its memory kind.
+    """
+    offload = program.config.sharding.offload_optimizer
+    leaves = jax.tree.leaves(program.abstract_state["opt_state"])
+    return [x for x in leaves if (offload and x.ndim > 0) == on_host]
 
 
 def activation_bytes(program: Program) -> int:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from t5x_lite import plan as plan_lib
+from t5x_lite.build import build
 from t5x_lite.config import RunConfig, replace
 from t5x_lite.cost import hardware
 from t5x_lite.errors import UserError
@@ -27,7 +27,8 @@ from t5x_lite.models.language_model import ModelConfig
 from t5x_lite.models.peft import PeftConfig
 from t5x_lite.parallel.pipeline import PipelineConfig
 from t5x_lite.parallel.sharding import MeshConfig
-from t5x_lite.planning import rehearse
+from t5x_lite.planning import make, rehearse, search, show
+from t5x_lite.planning.make import make_plan
 from t5x_lite.planning.rehearse import Compiled
 from t5x_lite.training.objectives import ObjectiveConfig
 from tests import tiny, tiny_config
@@ -53,6 +54,11 @@ def lm(**mesh: int) -> RunConfig:
         train=dataclasses.replace(base.train, global_batch_size=ROWS))
 
 
+def counted(name: str) -> rehearse.Topology:
+    """GPUs that nothing compiles for, as without the extra plan_gpu."""
+    return rehearse.topology(name, count_only=True)
+
+
 SPLIT = {"data": 1, "fsdp": 4, "tensor": 2}
 BY_HAND_FLOPS = 3 * ROWS * LENGTH * (   # forward and twice that backward
     LAYERS * (2 * (4 * WIDTH * WIDTH + 2 * WIDTH * HIDDEN) + 4 * LENGTH * WIDTH)
@@ -62,15 +68,15 @@ LEAST_FLOPS = BY_HAND_FLOPS - 3 * ROWS * LENGTH * LAYERS * 4 * WIDTH * (LENGTH -
 
 
 @functools.cache
-def planned(topology: str, num_slices: int = 1, accumulation: int = 1) -> plan_lib.Plan:
+def planned(topology: str, num_slices: int = 1, accumulation: int = 1) -> make.Plan:
     """The plan of lm() split by fsdp=4 and tensor=2."""
     if not topology.startswith(("cpu", "h100", "v100")):
         pytest.importorskip("libtpu", reason="pip install libtpu to compile for TPUs here")
     config = replace(lm(**SPLIT), "train.accumulation", accumulation)
-    return plan_lib.make_plan(config, rehearse.topology(topology, num_slices))
+    return make_plan(config, rehearse.topology(topology, num_slices, count_only=True))
 
 
-def by_kind(plan: plan_lib.Plan) -> dict:
+def by_kind(plan: make.Plan) -> dict:
     return {(line.kind, line.axes): line for line in plan.collectives}
 
 
@@ -116,7 +122,7 @@ def test_simulated_cpus_need_no_libtpu():
     assert plan.fits is True and plan.temp_bytes > 0
     assert by_kind(plan)["all-gather", ("fsdp",)].calls_per_step >= LAYERS * 2 * 6
     assert plan.roofline.bound_seconds is None and plan.cost is None
-    text = plan_lib.screen(plan)
+    text = show.screen(plan)
     assert "FITS, compiled in" in text and "all-gather" in text
 
 
@@ -126,31 +132,31 @@ def test_gpus_give_what_needs_no_compiler():
     assert plan.argument_bytes == sum(plan.arguments.values())
     assert plan.roofline.compute_seconds == pytest.approx(LEAST_FLOPS / 8 / 989.4e12)
     assert plan.roofline.model_seconds == pytest.approx(BY_HAND_FLOPS / 8 / 989.4e12)
-    hours = 4 * BY_HAND_FLOPS / 989.4e12 / plan_lib.DEFAULT_MFU / 3600   # the run has 4 steps
+    hours = 4 * BY_HAND_FLOPS / 989.4e12 / make.DEFAULT_MFU / 3600   # the run has 4 steps
     assert plan.cost.chip_hours == pytest.approx(hours)
     assert plan.cost.megawatt_hours == pytest.approx(hours * 700 * 1.10 / 1e6)
-    assert "FITS OR NOT: unknown" in plan_lib.screen(plan)
+    assert "FITS OR NOT: unknown" in show.screen(plan)
 
 
 def test_a_v100_has_no_bfloat16_units():
-    v100 = rehearse.topology("v100:8")
-    plan = plan_lib.make_plan(lm(**SPLIT), v100)
+    v100 = counted("v100:8")
+    plan = make_plan(lm(**SPLIT), v100)
     assert any("no bfloat16 units: use --config.precision=fp16" in note for note in plan.notes)
-    half = plan_lib.make_plan(replace(lm(**SPLIT), "precision", "fp16"), v100)
+    half = make_plan(replace(lm(**SPLIT), "precision", "fp16"), v100)
     assert half.roofline.bound_seconds and not any("units" in note for note in half.notes)
 
 
 def test_described_gpus_have_a_host_to_offload_to():
     whole = planned("h100:8")
     config = replace(lm(**SPLIT), "sharding.offload_optimizer", True)
-    plan = plan_lib.make_plan(config, rehearse.topology("h100:8"))
+    plan = make_plan(config, counted("h100:8"))
     assert plan.host_bytes + plan.arguments["opt_state"] == whole.arguments["opt_state"]
     assert plan.host_bytes > 0.9 * whole.arguments["opt_state"]
 
 
 def test_on_cpus_too_offloaded_state_is_beside_the_arguments():
     config = replace(tiny.seq2seq(), "sharding.offload_optimizer", True)
-    plan = plan_lib.make_plan(config, rehearse.topology("cpu:2"))
+    plan = make_plan(config, rehearse.topology("cpu:2"))
     assert plan.host_bytes > 0.9 * plan.arguments["params"]
     assert plan.argument_bytes == sum(plan.arguments.values()) + 4   # the step's number
     metrics = plan.peak_bytes - plan.argument_bytes - plan.temp_bytes
@@ -160,7 +166,7 @@ def test_on_cpus_too_offloaded_state_is_beside_the_arguments():
 
 def test_a_plan_for_gpus_where_no_cudnn_is_counts_other_attention():
     long = replace(lm(**SPLIT), "data.targets_length", 2048)   # where cuDNN's would be taken
-    plan = plan_lib.make_plan(long, rehearse.topology("h100:8"))
+    plan = make_plan(long, counted("h100:8"))
     assert plan.activation_bytes > 0
     assert any("without cuDNN's attention" in note for note in plan.notes)
 
@@ -168,7 +174,7 @@ def test_a_plan_for_gpus_where_no_cudnn_is_counts_other_attention():
 def test_frozen_weights_take_less_time_and_are_not_written():
     whole = planned("h100:8")
     config = replace(lm(**SPLIT), "peft", PeftConfig("lora", rank=4))
-    plan = plan_lib.make_plan(config, rehearse.topology("h100:8"))
+    plan = make_plan(config, counted("h100:8"))
     kernels = LAYERS * (4 * WIDTH * WIDTH + 2 * WIDTH * HIDDEN)
     # No weight gradients of the layers, nor of the tied logits; nor input gradients of layer 1.
     first = 2 * kernels / LAYERS + 8 * LENGTH * WIDTH
@@ -186,13 +192,13 @@ def test_frozen_weights_take_less_time_and_are_not_written():
 def test_a_pipeline_shows_its_bubble_and_its_bound_waits_for_it(schedule, again):
     config = replace(lm(data=2, stage=3), "model.decoder.pipeline", PipelineConfig(schedule, 6))
     config = replace(config, "train.global_batch_size", 60)
-    plan = plan_lib.make_plan(config, rehearse.topology("h100:6"))
+    plan = make_plan(config, counted("h100:6"))
     logits = 3 * 60 * LENGTH * 2 * WIDTH * VOCAB
     layers = LEAST_FLOPS * 60 / ROWS - logits
     busy = 6 / (6 + 3 - 1)    # micro-batches of 6 of as many ticks and 3 - 1 more
     assert plan.roofline.compute_seconds == pytest.approx(
         (layers / busy + logits) / 6 / 989.4e12)
-    text, found = plan_lib.screen(plan), plan_lib.to_json(plan)
+    text, found = show.screen(plan), show.to_json(plan)
     assert f"{schedule}, 6 micro-batches, 25.0% of the stages' time idle" in text
     assert found["pipeline"]["decoder"]["bubble"] == pytest.approx(1 - busy)
     # Full rematerialisation repeats the forward pass once, 1f1b twice more.
@@ -203,7 +209,7 @@ def test_a_pipeline_shows_its_bubble_and_its_bound_waits_for_it(schedule, again)
 
 def test_published_runs_are_derived_to_5_percent():
     """Every derived figure of the table stands beside the published one."""
-    text = plan_lib.published()
+    text = show.published()
     for name, derived in (("GPT-3", "14.77 (14.8)"), ("Switch Transformer", "178.9 (179)"),
                           ("Evolved Transformer", "3.2")):
         assert name in text and derived in text
@@ -213,9 +219,9 @@ def test_published_runs_are_derived_to_5_percent():
 
 
 def test_options_take_the_place_of_the_table():
-    given = plan_lib.Assumptions(mfu=0.5, watts=100.0, pue=2.0, kg_per_kwh=0.3,
+    given = make.Assumptions(mfu=0.5, watts=100.0, pue=2.0, kg_per_kwh=0.3,
                                  kg_per_kwh_net=0.1, dollars_per_chip_hour=3.0)
-    cost = plan_lib.make_plan(lm(**SPLIT), rehearse.topology("h100:8"), given).cost
+    cost = make_plan(lm(**SPLIT), counted("h100:8"), given).cost
     assert cost.power_source == "given"
     assert cost.megawatt_hours == pytest.approx(cost.chip_hours * 200 / 1e6)
     assert cost.tonnes_co2e_gross == pytest.approx(3 * cost.tonnes_co2e_net)
@@ -252,7 +258,7 @@ def test_a_plan_is_one_process_wherever_it_runs():
 
 
 def test_json_of_a_plan_without_a_compiler():
-    found = json.loads(json.dumps(plan_lib.to_json(planned("h100:8"))))
+    found = json.loads(json.dumps(show.to_json(planned("h100:8"))))
     assert KEYS <= found.keys()
     assert found["collectives"] is None and found["bound_by"] in ("compute", "HBM")
 
@@ -261,7 +267,7 @@ def test_activations_follow_rematerialisation_and_accumulation():
     def kept(**changes):
         config = replace(tiny.seq2seq(remat=changes.get("remat", "none")), "train.accumulation",
                          changes.get("accumulation", 1))
-        return rehearse.activation_bytes(plan_lib.build(config, jax.devices()[:1]))
+        return rehearse.activation_bytes(build(config, jax.devices()[:1]))
     whole = kept()
     assert kept(remat="full") < kept(remat="dots") < whole
     assert whole / 2 <= kept(accumulation=2) < 0.6 * whole
@@ -280,8 +286,9 @@ def fake_compiler(monkeypatch, temp_bytes):
 
 def small_machine(hbm_bytes: int) -> rehearse.Topology:
     """Eight devices of a chip with this much memory, "compiled for" by fake_compiler."""
-    described = rehearse.topology("h100:8")
-    chip = dataclasses.replace(hardware.lookup("h100"), hbm_bytes=hbm_bytes)
+    described = counted("h100:8")
+    chip = dataclasses.replace(hardware.lookup("h100"), hbm_bytes=hbm_bytes, interconnect=None,
+                               usable_hbm_bytes={}, name="small")
     return dataclasses.replace(described, chip=chip, compiler="fake")
 
 
@@ -289,14 +296,14 @@ def test_search_rematerialises_first_and_then_accumulates(monkeypatch):
     config = replace(lm(data=8), "model.decoder.remat", "none")
     fake_compiler(monkeypatch, lambda config, mesh: 2**30 // config.train.accumulation
                   // (4 if config.model.decoder.remat == "full" else 1))
-    first = plan_lib.make_plan(config, small_machine(2**27 + 2**24))
+    first = make_plan(config, small_machine(2**27 + 2**24))
     assert first.fits is False
-    assert "--config.model.decoder.remat=full" in plan_lib.screen(first)
-    trials = plan_lib.search(first)
+    assert "--config.model.decoder.remat=full" in show.screen(first)
+    trials = search.search(first)
     assert [t.changes for t in trials][:3] == [
         "as given", "--config.model.decoder.remat=full", "--config.train.accumulation=2"]
     assert [t.plan.fits for t in trials[:3]] == [False, False, True]
-    found = plan_lib.best(trials).plan
+    found = search.best(trials).plan
     assert found.fits and found.config.model.decoder.remat == "full"
     assert found.config.train.accumulation == 2
 
@@ -309,14 +316,14 @@ def test_search_splits_a_state_that_is_too_large_without_compiling_what_cannot_f
         return 1000
     fake_compiler(monkeypatch, temp_bytes)
     config = lm(data=8)
-    whole = rehearse.argument_bytes(plan_lib.build(config, jax.devices()[:8]))
-    first = plan_lib.make_plan(config, small_machine(whole["params"] // 2))
+    whole = rehearse.argument_bytes(build(config, jax.devices()[:8]))
+    first = make_plan(config, small_machine(whole["params"] // 2))
     assert first.compiled is None and first.fits is False
-    trials = plan_lib.search(first)
-    assert plan_lib.best(trials).plan.fits
+    trials = search.search(first)
+    assert search.best(trials).plan.fits
     assert compiled and all(mesh["fsdp"] * mesh["tensor"] > 2 for mesh in compiled)
     assert any(t.outcome.startswith("too large") for t in trials)
-    text = plan_lib.screen(first, trials)
+    text = show.screen(first, trials)
     assert "best: --config.mesh.data=" in text
 
 
@@ -326,9 +333,9 @@ def test_a_search_goes_on_where_the_compiler_fails_and_shows_each_trial(monkeypa
             raise jax.errors.JaxRuntimeError("INTERNAL: a fault of the compiler\nmore")
         return 1000
     fake_compiler(monkeypatch, temp_bytes)
-    first = plan_lib.make_plan(lm(data=8), small_machine(2**30))
-    with caplog.at_level("INFO", "t5x_lite.plan"):
-        trials = plan_lib.search(first, most_compilations=4)
+    first = make_plan(lm(data=8), small_machine(2**30))
+    with caplog.at_level("INFO", "t5x_lite.planning.search"):
+        trials = search.search(first, most_compilations=4)
     failed = [t for t in trials if t.outcome == "the compiler failed: INTERNAL: a fault of the "
                                                 "compiler"]
     assert failed and failed[0].plan is None
@@ -340,21 +347,21 @@ def test_a_search_goes_on_where_the_compiler_fails_and_shows_each_trial(monkeypa
 def test_without_a_compiler_a_search_counts_the_state_alone(monkeypatch):
     monkeypatch.setattr(rehearse, "compile_step", lambda _: pytest.fail("compiled"))
     config = lm(data=8)
-    whole = rehearse.argument_bytes(plan_lib.build(config, jax.devices()[:8]))
+    whole = rehearse.argument_bytes(build(config, jax.devices()[:8]))
     small = dataclasses.replace(small_machine(whole["params"] // 2), compiler="")
-    first = plan_lib.make_plan(config, small)
+    first = make_plan(config, small)
     assert first.fits is False
-    trials = plan_lib.search(first)
+    trials = search.search(first)
     outcomes = [trial.outcome for trial in trials]
     assert outcomes[0].endswith("too large") and all(t.plan is None for t in trials[1:])
     assert 4 <= sum("leaves" in outcome for outcome in outcomes) <= 6
-    text = plan_lib.screen(first, trials)
+    text = show.screen(first, trials)
     assert "nothing that was tried fits" not in text
     assert "the state leaves room --config.mesh.data=" in text
     assert "…" not in text.partition("┃ outcome")[2].partition("the state leaves")[0]
     assert "To make it fit, in this order" in text
-    roomy = dataclasses.replace(first, topology=rehearse.topology("h100:8"))
-    text = plan_lib.screen(roomy, plan_lib.search(roomy))
+    roomy = dataclasses.replace(first, topology=counted("h100:8"))
+    text = show.screen(roomy, search.search(roomy))
     assert "leaves room as it is" in text and "To make it fit" in text
 
 
@@ -373,14 +380,14 @@ def test_a_topology_that_does_not_exist(name, message):
 
 
 def test_capitals_name_the_same_machine():
-    assert rehearse.topology("H100:8") == rehearse.topology("h100:8")
+    assert rehearse.topology("H100:8") == counted("h100:8")
 
 
 def test_slices_are_of_tpus_and_agree_with_the_mesh():
     with pytest.raises(UserError, match="for TPUs only"):
         rehearse.topology("h100:8", 2)
     with pytest.raises(UserError, match="mesh.slice=4 but --num_slices=1"):
-        plan_lib.make_plan(lm(slice=4), rehearse.topology("h100:8"))
+        make_plan(lm(slice=4), counted("h100:8"))
 
 
 def test_without_libtpu_the_error_says_how_to_install_it(monkeypatch):
@@ -396,13 +403,13 @@ def test_without_libtpu_the_error_says_how_to_install_it(monkeypatch):
 def test_what_the_mesh_cannot_be(mesh, message, monkeypatch):
     monkeypatch.setattr(rehearse, "compile_step", lambda _: pytest.fail("compiled"))
     with pytest.raises(UserError, match=message):
-        plan_lib.make_plan(lm(**mesh), rehearse.topology("cpu:8"))
+        make_plan(lm(**mesh), rehearse.topology("cpu:8"))
 
 
 def test_assumptions_are_checked():
     for bad in ({"mfu": 0.0}, {"mfu": 40.0}, {"pue": 0.5}, {"watts": -1.0}):
         with pytest.raises(UserError, match=f"--{next(iter(bad))}="):
-            plan_lib.Assumptions(**bad)
+            make.Assumptions(**bad)
 
 
 # --- What the compiler may do -----------------------------------------------------------------
@@ -452,6 +459,6 @@ def test_more_memory_than_there_is_is_a_verdict_and_another_failure_is_not():
 
 
 def test_a_program_that_cannot_be_printed_is_still_a_plan():
-    program = plan_lib.build(lm(data=8), jax.devices())
+    program = build(lm(data=8), jax.devices())
     found, note = rehearse._collectives(Broken("INTERNAL: no text\nmore"), program)
     assert found is None and note.endswith("INTERNAL: no text")

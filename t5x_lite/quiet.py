@@ -1,0 +1,33 @@
+"""Lines that libraries print on standard error by themselves, whatever their log level is."""
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+
+# JAX's CUDA plugin on a machine without a GPU, which a plan for GPUs needs it on.
+_NOISE = (b"cudart_stub.cc", b"All log messages before absl::InitializeLog()")
+
+
+@contextlib.contextmanager
+def stderr() -> Iterator[None]:
+    """Keeps standard error, C++'s too, until the block ends, and then drops the noise in it."""
+    sys.stderr.flush()
+    try:
+        kept = os.dup(2)
+    except OSError:   # closed, as under pythonw
+        yield
+        return
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            for line in file:
+                if not any(noise in line for noise in _NOISE):
+                    os.write(2, line)
