@@ -29,11 +29,15 @@ import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read on import
+
+# isort: split
+
 import jax
 import numpy as np
 from absl import flags
 
-from t5x_lite import cli, init_from, log, tree
+from t5x_lite import init_from, log, tree
 from t5x_lite.checkpoints import manager
 from t5x_lite.checkpoints.manager import CheckpointConfig, Checkpointer
 from t5x_lite.config import RunConfig, from_mapping, to_json

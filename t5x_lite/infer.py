@@ -32,13 +32,17 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read on import
+
+# isort: split
+
 import jax
 import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-from t5x_lite import cli, config as configs, init_from, log
+from t5x_lite import config as configs, init_from, log
 from t5x_lite.build import Program, build
 from t5x_lite.config import RunConfig
 from t5x_lite.data import tasks as data_tasks, vocabulary as data_vocabulary

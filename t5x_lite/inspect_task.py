@@ -16,11 +16,14 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 
+from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read on import
+
+# isort: split
+
 import jax
 import numpy as np
 from absl import flags
 
-from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read on import
 from t5x_lite.data import (
     batches as data_batches,
     rows as data_rows,

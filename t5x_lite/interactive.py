@@ -15,10 +15,14 @@ import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read on import
+
+# isort: split
+
 import jax
 import numpy as np
 
-from t5x_lite import cli, config as configs, init_from
+from t5x_lite import config as configs, init_from
 from t5x_lite.build import Program, build
 from t5x_lite.config import RunConfig
 from t5x_lite.data import tasks as data_tasks, vocabulary as data_vocabulary

@@ -12,10 +12,14 @@ no step is faster), and an assumption (--mfu), from which time, energy and price
 import json
 import logging
 
+from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read on import
+
+# isort: split
+
 import jax
 from absl import flags
 
-from t5x_lite import cli, quiet  # first of all: it sets what JAX and TensorFlow read on import
+from t5x_lite import quiet
 from t5x_lite.cost import energy
 from t5x_lite.errors import UserError
 from t5x_lite.planning import make, rehearse, search, show

@@ -19,11 +19,15 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read on import
+
+# isort: split
+
 import jax
 from absl import flags
 from jax.experimental import multihost_utils
 
-from t5x_lite import cli, init_from, log, report
+from t5x_lite import init_from, log, report
 from t5x_lite.build import Program, build, param_report
 from t5x_lite.checkpoints.manager import Checkpointer, restore_or_init
 from t5x_lite.config import RunConfig, to_json

@@ -20,7 +20,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -218,7 +218,7 @@ class _Program:
         one branch of a conditional, and what it calls."""
         one, count, exact = step.instruction, step.count, step.exact
         if one.opcode == "while":
-            trips = self._trip_count(one, step.body)
+            trips = self.trip_count(one, step.body)
             return self._walk(one.attribute(r"body=%?([\w.\-]+)"), count * (trips or 1), True,
                               exact and trips is not None)
         if one.opcode == "conditional":
@@ -268,7 +268,7 @@ class _Program:
         return max(runs, key=lambda run: sum(
             step.count for step in run if _base_kind(step.instruction.opcode)))
 
-    def _trip_count(self, loop: _Instruction, body: Mapping[str, _Instruction]) -> int | None:
+    def trip_count(self, loop: _Instruction, body: Mapping[str, _Instruction]) -> int | None:
         """Times a while loop runs; None where the text does not tell (it depends on data)."""
         if known := _KNOWN_TRIPS.search(loop.rest):
             return int(known.group(1))
@@ -316,6 +316,52 @@ def _base_kind(opcode: str) -> str | None:
     """The collective that an opcode performs; None for others and for the ends (-done)."""
     base = opcode.removesuffix("-start")
     return base if base in KINDS else None
+
+
+# --- Matrix products --------------------------------------------------------------------------
+
+def matmul_flops(text: str) -> float:
+    """FLOPs of a compiled program's matrix products on one device, loops counted out.
+
+    Of a loop whose length depends on data one turn counts, of a conditional the dearest branch.
+    Counted are dot instructions, in fusions too (XLA:CPU, XLA:GPU with Triton), and the calls of
+    cuBLAS; a TPU's convolutions and custom kernels are not.
+    """
+    program, known = _Program(text), {}
+
+    def flops(name: str) -> float:
+        if name not in known:
+            body = program.computations.get(name, {})
+            known[name] = sum(_instruction_flops(one, body, program, flops)
+                              for one in body.values())
+        return known[name]
+    return flops(program.entry)
+
+
+def _instruction_flops(one: _Instruction, body: Mapping[str, _Instruction], program: _Program,
+                       flops: Callable[[str], float]) -> float:
+    if one.opcode == "dot" or '"__cublas$' in one.rest:
+        return 2.0 * _elements(split_tuple(one.type)[0] if one.type.startswith("(") else one.type) \
+            * _contracted(one, body)
+    if one.opcode == "while":
+        turns = program.trip_count(one, body)
+        return flops(one.attribute(r"body=%?([\w.\-]+)")) * (1 if turns is None else turns)
+    if one.opcode == "conditional":
+        return max(map(flops, _branches(one)))
+    return sum(map(flops, _CALLED.findall(one.rest)))
+
+
+def _contracted(one: _Instruction, body: Mapping[str, _Instruction]) -> int:
+    """The length over which a product adds up: the left operand's contracting dims."""
+    dims = one.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") \
+        or (one.attribute(r'"lhs_contracting_dimensions":\[([^\]]*)\]') or "").replace('"', "")
+    shape = _ARRAY.search(body[one.operands[0]].type).group(2).split(",")
+    return math.prod(int(shape[i]) for i in _integers(dims))
+
+
+def _elements(type_: str) -> int:
+    dims = _ARRAY.search(type_).group(2)
+    return math.prod(int(dim) for dim in dims.split(",") if dim)
 
 
 # --- One instruction as a Collective ----------------------------------------------------------

@@ -30,6 +30,8 @@ from t5x_lite.layers.routing import ExpertChoice, Routing
 # Rows of one matrix product on CPU; a packed buffer uses those up to half its length. Each is
 # compiled; runs just above an even share of a power of two are what balanced routers give.
 BLOCK_ROWS = (64, 128, 192, 256, 320, 384, 512, 576, 640, 768, 1024)
+# Of a GPU's equal blocks: a tile of tensor cores' work, up to what hides the reading of weights.
+TILE_ROWS = (64, 128, 256, 512, 1024)
 # Packed buffers are a multiple of this long (TPU tiles), with room for a last block that
 # reaches beyond the last run.
 ROW_MULTIPLE = 128
@@ -221,10 +223,12 @@ def grouped(first: First, second: Second, weights: dict[str, jax.Array], x_MD: j
             choice_M: jax.Array, shared: Any, sizes_E: jax.Array) -> jax.Array:
     """Rows sorted by expert, each through its own expert -> [M, D].
 
-    On TPU and GPU `dense` is jax.lax.ragged_dot. On CPU, where that would compute every expert
+    On TPU `dense` is jax.lax.ragged_dot. On CPU and GPU, where that would compute every expert
     for every row, the rows of an expert go through both functions block by block: the cost is
-    linear in the rows, and intermediates stay in the cache. Rows beyond the last run are
-    unspecified.
+    linear in the rows. A CPU runs blocks of the sizes that fit each run (_blocked), so that
+    intermediates stay in the cache; a GPU a number of equal blocks that is known when it is
+    compiled (_tiled), as a loop whose length depends on data waits for the host at every turn.
+    Rows beyond the last run are unspecified.
 
     Args:
         weights: "<name>.kernel" [E, in, out] and "<name>.bias" [E, out], of x's dtype.
@@ -237,15 +241,19 @@ def grouped(first: First, second: Second, weights: dict[str, jax.Array], x_MD: j
 
 def _grouped_fwd(first, second, weights, x_MD, choice_M, shared, sizes_E):
     args = (weights, x_MD, choice_M, shared, sizes_E)
+    blocked = functools.partial(_blocked_forward, first, second)
+    tiled = functools.partial(blocked, run=_tiled)
     y_MD, pre = jax.lax.platform_dependent(
-        *args, cpu=functools.partial(_blocked_forward, first, second),
+        *args, cpu=blocked, cuda=tiled, rocm=tiled,
         default=functools.partial(_ragged_forward, first, second))
     return y_MD, (pre, *args)
 
 
 def _grouped_bwd(first, second, saved, g_MD):
+    blocked = functools.partial(_blocked_backward, first, second)
+    tiled = functools.partial(blocked, run=_tiled)
     dw, dx = jax.lax.platform_dependent(
-        g_MD, *saved, cpu=functools.partial(_blocked_backward, first, second),
+        g_MD, *saved, cpu=blocked, cuda=tiled, rocm=tiled,
         default=functools.partial(_ragged_backward, first, second))
     return dw, dx, None, None, None
 
@@ -263,7 +271,7 @@ def _backward(first, second, dense_of, weights, x, pre, choice, shared, g):
 
 
 def _ragged_dense(sizes_E):
-    """weights -> `dense` for TPU and GPU, all rows at once."""
+    """weights -> `dense` for TPU, all rows at once."""
     # Where stages or slices are mapped (sharding.manual), their axis is Explicit as JAX looks
     # at a region first, and ragged_dot does not infer its sharding there.
     whole = PartitionSpec(None, None) if jax.sharding.get_abstract_mesh().explicit_axes else None
@@ -348,11 +356,57 @@ def _blocked(block, weights, sizes_E, written, summed):
     return written, summed
 
 
+def tile_rows(rows: int, experts: int) -> int:
+    """Rows of a GPU's blocks: the largest size of which a block for every expert, which may have
+    a row in it alone, is at most a quarter of the buffer; at most half the buffer in any case,
+    which leaves room for the last block (packed_rows)."""
+    fitting = [size for size in TILE_ROWS if 4 * experts * size <= rows]
+    return fitting[-1] if fitting else TILE_ROWS[0]
+
+
+def _tiled(block, weights, sizes_E, written, summed):
+    """`block` over the rows of every expert as `_blocked` runs it, in as many equal blocks as the
+    rows can need: one for each tile_rows rows of the buffer, and one for each expert."""
+    length = jax.tree.leaves(written)[0].shape[0]
+    num_experts = sizes_E.shape[0]
+    rows = tile_rows(length, num_experts)
+    start_E, blocks_E = _starts(sizes_E), -(-sizes_E // rows)
+    last_E = jnp.cumsum(blocks_E)
+
+    def tile(carry, i):
+        written, summed, total, before = carry
+        active = i < last_E[-1]
+        e = jnp.where(active, jnp.sum(i >= last_E), num_experts - 1)
+        at = jnp.where(active, start_E[e] + (i - last_E[e] + blocks_E[e]) * rows, 0)
+        end = jnp.where(active, start_E[e] + sizes_E[e], 0)
+        own = {name: jax.lax.dynamic_index_in_dim(w, e, keepdims=False)
+               for name, w in weights.items()}
+        done, terms = block(rows, own, at, end)
+        mine = at + jnp.arange(rows) < end
+
+        def put(whole, part):
+            kept = jnp.where(mine[:, None], part, _cut(at, rows, whole)[0])
+            return jax.lax.dynamic_update_slice_in_dim(whole, kept, at, axis=0)
+
+        written = jax.tree.map(put, written, done)
+        total = jax.tree.map(lambda a, b: jnp.where(e == before, a, 0) + b, total, terms)
+        summed = jax.tree.map(
+            lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b.astype(a.dtype), e, axis=0),
+            summed, total)
+        return (written, summed, total, e), None
+
+    total = jax.tree.map(lambda a: _zeros(a.shape[1:], jnp.float32, a), summed)
+    none = _zeros((), jnp.int32, sizes_E) - 1
+    carry, _ = jax.lax.scan(tile, (written, summed, total, none),
+                            jnp.arange(length // rows + num_experts, dtype=jnp.int32))
+    return carry[:2]
+
+
 def _cut(start, rows, *arrays):
     return [jax.lax.dynamic_slice_in_dim(a, start, rows) for a in arrays]
 
 
-def _blocked_forward(first, second, weights, x_MD, choice_M, shared, sizes_E):
+def _blocked_forward(first, second, weights, x_MD, choice_M, shared, sizes_E, run=_blocked):
     def block(rows, w, start, end):
         x, choice = _cut(start, rows, x_MD, choice_M)
         pre = first(_block_dense(w), x)
@@ -362,10 +416,11 @@ def _blocked_forward(first, second, weights, x_MD, choice_M, shared, sizes_E):
                             {name: w[0] for name, w in weights.items()}, x_MD)
     zeros = jax.tree.map(lambda a: _zeros(a.shape, a.dtype, x_MD, sizes_E, *weights.values()),
                          (x_MD, tuple(shapes)))
-    return _blocked(block, weights, sizes_E, zeros, ())[0]
+    return run(block, weights, sizes_E, zeros, ())[0]
 
 
-def _blocked_backward(first, second, g_MD, pre, weights, x_MD, choice_M, shared, sizes_E):
+def _blocked_backward(first, second, g_MD, pre, weights, x_MD, choice_M, shared, sizes_E,
+                      run=_blocked):
     def block(rows, w, start, end):
         x, choice, g, *pre_rows = _cut(start, rows, x_MD, choice_M, g_MD, *pre)
         g = jnp.where(start + jnp.arange(rows)[:, None] < end, g, 0)
@@ -374,7 +429,7 @@ def _blocked_backward(first, second, g_MD, pre, weights, x_MD, choice_M, shared,
 
     like = (x_MD, g_MD, sizes_E, *weights.values())
     dw, dx = jax.tree.map(lambda a: _zeros(a.shape, a.dtype, *like), (weights, x_MD))
-    dx, dw = _blocked(block, weights, sizes_E, dx, dw)
+    dx, dw = run(block, weights, sizes_E, dx, dw)
     return dw, dx
 
 

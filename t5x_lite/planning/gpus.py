@@ -32,6 +32,7 @@ from t5x_lite.layers import attention_implementations
 PLUGIN = "jax_plugins.xla_cuda12"
 MEMORY_FRACTION = 0.75   # of a GPU's memory, that JAX takes unless it is told otherwise
 CUDNN = (9, 10)          # the version whose attention is compiled
+CUDNN_FROM = (8, 0)      # compute capability that its attention needs
 # Whose kernels matrix products become, by what the text of a program shows of each.
 _MAKERS = {"Triton's": r'"kind":"__triton', "cuBLAS's": r'custom_call_target="__cublas'}
 _FRACTION_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
@@ -208,17 +209,16 @@ def compiling_for(device: jax.Device) -> Iterator[None]:
     def parsed(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split("."))
 
-    answers = {"check_cudnn_version": lambda: CUDNN[0] * 10_000 + CUDNN[1] * 100,
-               "check_compute_capability": lambda least: has >= parsed(least),
-               "is_cuda_compute_capability_equal": lambda other: has == parsed(other)}
-    before = {name: getattr(cudnn, name) for name in answers}
-    for name, answer in answers.items():
-        setattr(cudnn, name, answer)
-    attention_implementations.cudnn_lacks.cache_clear()
-    try:
-        with quiet.stderr():
-            yield
-    finally:
-        for name, answer in before.items():
-            setattr(cudnn, name, answer)
-        attention_implementations.cudnn_lacks.cache_clear()
+    # JAX remembers traces, so that its own answer to "may I?" would be that for an earlier GPU.
+    lacks_kernel = "" if has >= CUDNN_FROM else f"it needs compute capability {CUDNN_FROM[0]}.0"
+    answers = {
+        (cudnn, "check_cudnn_version"): lambda: CUDNN[0] * 10_000 + CUDNN[1] * 100,
+        (cudnn, "check_compute_capability"): lambda least: has >= parsed(least),
+        (cudnn, "is_cuda_compute_capability_equal"): lambda other: has == parsed(other),
+        (attention_implementations, "cudnn_lacks"): lambda: lacks_kernel}
+    with contextlib.ExitStack() as stack:
+        for (module, name), answer in answers.items():
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, answer)
+        stack.enter_context(quiet.stderr())
+        yield

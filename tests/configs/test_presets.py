@@ -7,7 +7,6 @@ import pytest
 
 from configs import gopher, gpt3, gshard, lamda, mixtral, palm, quickstart, st_moe, switch, t5_1_1
 from scripts import preset_table
-
 from t5x_lite.config import RunConfig, from_mapping
 from t5x_lite.cost import flops
 from t5x_lite.errors import UserError

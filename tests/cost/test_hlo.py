@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from t5x_lite.cost import hlo
 
 MESH = hlo.MeshLayout((2, 4), ("fsdp", "tensor"))
+FSDP_BY_TENSOR = hlo.MeshLayout((4, 2), ("fsdp", "tensor"))
 
 
 def _summary(found):
@@ -30,6 +31,8 @@ def _summary(found):
     ("mesh['a'=8] {'a':(4)2}", [[0, 1], [2, 3], [4, 5], [6, 7]]),
     ("mesh['a'=4,'b'=2, device_ids=([2,4]T(1,0))] {'b'}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
     ("mesh['a'=2,'b'=2, device_ids=(3,1,2,0)] {'b'}", [[3, 1], [2, 0]]),
+    ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+    ("mesh['a'=2,'b'=2], device_ids=(3,1,2,0) {'b'}", [[3, 1], [2, 0]]),
 ])
 def test_every_form_of_replica_groups(text, groups):
     assert hlo.parse_replica_groups(text, 8) == groups
@@ -355,3 +358,43 @@ def test_a_flat_fsdp_axis_on_a_3d_torus_loses_its_gathers(tpu_topology):
 def test_two_slices_reduce_over_the_data_centre_network(tpu_topology):
     lines = _layers_on(np.asarray(tpu_topology("v5e:2x4", num_slices=2).devices), (16, 1))
     assert {line.kind for line in lines if line.network == "dcn"} == {"all-gather", "all-reduce"}
+
+
+def test_a_gpus_reduce_scatter_starts_with_operands_and_results():
+    """One array, or several at once; the groups are those of a transposed mesh."""
+    groups = "mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_1'}"
+    for type_, size in (("((f32[8]{0}), f32[2]{0})", 32),
+                        ("((f32[8]{0}, f32[4]{0}), (f32[2]{0}, f32[1]{0}))", 48)):
+        entry = f"""
+  %p = f32[8]{{0}} parameter(0)
+  %s = {type_} reduce-scatter-start(%p), channel_id=1, replica_groups={groups}, dimensions={{0}}
+  ROOT %d = f32[2]{{0}} reduce-scatter-done(%s)"""
+        [one] = hlo.find_collectives(_program(entry, ""), FSDP_BY_TENSOR)
+        assert (one.kind, one.axes, one.bytes_per_device) == ("reduce-scatter", ("fsdp",), size)
+
+
+def test_groups_that_are_not_understood_are_no_group_of_all():
+    entry = """
+  %p = f32[8]{0} parameter(0)
+  ROOT %s = f32[8]{0} all-reduce(%p), replica_groups=new(1), to_apply=%add"""
+    with pytest.raises(ValueError, match="form that is not known"):
+        hlo.find_collectives(_program(entry, ""), MESH)
+
+
+def test_flops_of_a_programs_products_with_loops_and_branches():
+    def step(x_BD, w_DD):
+        def layer(x, _):
+            return jnp.tanh(x @ w_DD), None
+        x, _ = jax.lax.scan(layer, x_BD, None, length=5)
+        return jax.lax.cond(x[0, 0] > 0, lambda x: x @ w_DD @ w_DD, lambda x: x @ w_DD, x)
+    shapes = jnp.zeros((4, 8)), jnp.zeros((8, 8))
+    text = jax.jit(step).lower(*shapes).compile().as_text()
+    assert hlo.matmul_flops(text) == (5 + 2) * 2 * 4 * 8 * 8
+
+
+def test_flops_of_a_call_of_cublas():
+    entry = """
+  %a = bf16[16,8]{1,0} parameter(0)
+  %b = bf16[8,32]{1,0} parameter(1)
+  ROOT %c = (bf16[16,32]{1,0}, s8[64]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}"""
+    assert hlo.matmul_flops(_program(entry, "")) == 2 * 16 * 8 * 32
