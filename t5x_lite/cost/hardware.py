@@ -9,8 +9,8 @@ Where the figures come from:
   ISCA'23    Jouppi et al., TPU v4: An Optically Reconfigurable Supercomputer, ISCA 2023, table 4
   P'21       Patterson et al., Carbon Emissions and Large Neural Network Training,
              arXiv:2104.10350, tables 1 and 4
-  driver     the total that NVIDIA's driver reports, of which JAX takes a share: as PyTorch's messages
-             and openxla's target_config/specs show it
+  driver     the total that NVIDIA's driver reports, of which JAX takes a share: as PyTorch's
+             messages and openxla's target_config/specs show it
   libtpu     the limit that libtpu 0.0.42.1 itself states when a program does not fit
   NVIDIA     data sheets of V100 (2020), A100 (2021), H100 (2023), H200 (2024), HGX B200 (2025)
   GCP        cloud.google.com/tpu/pricing, on demand, US regions, 2025

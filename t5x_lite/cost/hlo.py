@@ -17,22 +17,21 @@ understood raises ValueError that shows it, rather than being left out of a sum.
 import collections
 import dataclasses
 import functools
-import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
-         "ragged-all-to-all", "collective-broadcast")
+from t5x_lite.cost import hlo_text
+from t5x_lite.cost.hlo_text import Instruction, Program, Step
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
     """One collective instruction of the program, as often as a step runs it."""
 
-    kind: str                 # one of KINDS
+    kind: str                 # one of hlo_text.KINDS
     axes: tuple[str, ...]     # mesh axes along which its group lies, in mesh order
     bytes_per_device: int     # the full buffer on one device: gathered, reduced or exchanged
     count_per_step: int       # loop trip counts applied
@@ -123,7 +122,7 @@ def find_collectives(text: str, mesh: MeshLayout) -> list[Collective]:
     Raises:
         ValueError for an instruction whose form is not known.
     """
-    program = _Program(text)
+    program = Program(text)
     found = (_collective(step, program, mesh) for step in program.walk())
     return [one for one in found if one is not None]
 
@@ -141,183 +140,6 @@ def totals(found: Sequence[Collective]) -> list[CollectiveTotal]:
     return sorted(lines, key=lambda line: -line.received_bytes)
 
 
-# --- The text as instructions -----------------------------------------------------------------
-
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
-    name: str
-    type: str         # such as "bf16[8,4]{1,0}" or "(f32[2]{0}, u32[])"
-    opcode: str
-    rest: str         # operands and attributes
-    is_root: bool
-
-    @property
-    def operands(self) -> list[str]:
-        return re.findall(r"%([\w.\-]+)", self.rest.split("), ", 1)[0])
-
-    def attribute(self, pattern: str) -> str | None:
-        match = re.search(pattern, self.rest)
-        return match.group(1) if match else None
-
-
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
-_CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_REFERRED = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
-_TRUE_FALSE = re.compile(r"(?:true|false)_computation=%?([\w.\-]+)")
-_GROUPS = r"replica_groups=(mesh\[.*?\{.*?\}|\{\}|\{\{.*?\}\}|\[[^ ]*?)(?:, |$)"
-_KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-
-
-@dataclasses.dataclass(frozen=True)
-class _Step:
-    """An instruction as a step executes it."""
-
-    instruction: _Instruction
-    body: Mapping[str, _Instruction]  # the computation it stands in
-    count: int
-    in_loop: bool
-    exact: bool
-
-
-class _Program:
-    """Computations by name, and a walk over what a step executes."""
-
-    def __init__(self, text: str):
-        self.computations: dict[str, dict[str, _Instruction]] = {}
-        self.entry = ""
-        current: dict[str, _Instruction] = {}
-        for line in text.splitlines():
-            if line.startswith(" "):
-                match = _INSTRUCTION.match(line)
-                if match:
-                    root, name, type_, opcode, rest = match.groups()
-                    current[name] = _Instruction(name, type_, opcode, rest, bool(root))
-            elif match := _COMPUTATION.match(line):
-                current = self.computations[match.group(2)] = {}
-                if match.group(1):
-                    self.entry = match.group(2)
-        if not self.entry:
-            raise ValueError(f"no ENTRY computation in the program text: {text[:200]!r}")
-        self._with_collectives = self._find_with_collectives() - self._find_continuations()
-
-    def walk(self) -> Iterator[_Step]:
-        """Everything a step executes that may be, or may hold, a collective."""
-        yield from self._walk(self.entry, 1, False, True)
-
-    def _walk(self, name: str, count: int, in_loop: bool, exact: bool) -> Iterator[_Step]:
-        body = self.computations[name]
-        for one in body.values():
-            step = _Step(one, body, count, in_loop, exact)
-            yield step
-            yield from self._inside(step)
-
-    def _inside(self, step: _Step) -> Iterator[_Step]:
-        """What an instruction executes of other computations: a loop's body as often as it runs,
-        one branch of a conditional, and what it calls."""
-        one, count, exact = step.instruction, step.count, step.exact
-        if one.opcode == "while":
-            trips = self.trip_count(one, step.body)
-            return self._walk(one.attribute(r"body=%?([\w.\-]+)"), count * (trips or 1), True,
-                              exact and trips is not None)
-        if one.opcode == "conditional":
-            return iter(self._dearest(one, count, step.in_loop, exact))
-        if one.opcode.endswith(("-done", "-update")):   # the start has it
-            return iter(())
-        called = [name for name in _CALLED.findall(one.rest) if name in self._with_collectives]
-        return itertools.chain.from_iterable(
-            self._walk(name, count, step.in_loop, exact) for name in called)
-
-    def _find_with_collectives(self) -> set[str]:
-        """Computations that hold a collective, directly or through what they call."""
-        callers = collections.defaultdict(set)
-        found = set()
-        for name, body in self.computations.items():
-            for one in body.values():
-                if _base_kind(one.opcode) or one.opcode == "recv":
-                    found.add(name)
-                for called in [*_REFERRED.findall(one.rest), *_branches(one)]:
-                    callers[called].add(name)
-        queue = list(found)
-        while queue:
-            for caller in callers[queue.pop()] - found:
-                found.add(caller)
-                queue.append(caller)
-        return found
-
-    def _find_continuations(self) -> set[str]:
-        """Fusions that only carry on or end a collective which another fusion starts."""
-        starts, others = set(), []
-        fused = {called for body in self.computations.values() for one in body.values()
-                 if one.opcode == "fusion" for called in _CALLED.findall(one.rest)}
-        for name in fused & self.computations.keys():
-            body = self.computations[name].values()
-            inside = {
-                (one.opcode, one.attribute(r"channel_id=(\d+)"), tuple(_ARRAY.findall(one.type)))
-                for one in body if one.opcode in KINDS}
-            if any('"AsyncCollectiveStart"' in one.rest for one in body):
-                starts |= inside
-            elif inside:
-                others.append((name, inside))
-        return {name for name, inside in others if inside <= starts}
-
-    def _dearest(self, one: _Instruction, count: int, in_loop: bool, exact: bool) -> list[_Step]:
-        """What the branch with most collectives runs: only one branch of a conditional does."""
-        runs = [list(self._walk(name, count, in_loop, exact)) for name in _branches(one)]
-        return max(runs, key=lambda run: sum(
-            step.count for step in run if _base_kind(step.instruction.opcode)))
-
-    def trip_count(self, loop: _Instruction, body: Mapping[str, _Instruction]) -> int | None:
-        """Times a while loop runs; None where the text does not tell (it depends on data)."""
-        if known := _KNOWN_TRIPS.search(loop.rest):
-            return int(known.group(1))
-        condition = self.computations[loop.attribute(r"condition=%?([\w.\-]+)")]
-        reach = dict(condition)
-        for one in condition.values():
-            for called in _CALLED.findall(one.rest):
-                reach |= self.computations.get(called, {})
-        compare = [one for one in reach.values() if one.opcode == "compare"]
-        bounds = {int(match.group(1)) for one in reach.values()
-                  if one.opcode == "constant" and one.type.startswith(("s", "u"))
-                  and (match := re.match(r"(-?\d+)\)", one.rest))}
-        if len(compare) != 1 or len(bounds) != 1:
-            return None
-        direction = compare[0].attribute(r"direction=([A-Z]+)")
-        start = self._start_value(loop, body, reach)
-        last = bounds.pop()
-        trips = {"LT": last - start, "LE": last - start + 1, "GT": start - last,
-                 "GE": start - last + 1, "NE": abs(last - start)}
-        return max(trips[direction], 0) if direction in trips else None
-
-    @staticmethod
-    def _start_value(loop: _Instruction, body: Mapping, reach: Mapping) -> int:
-        """The loop counter's first value: the constant in the loop's initial tuple, or 0."""
-        counters = [int(one.attribute(r"index=(\d+)")) for one in reach.values()
-                    if one.opcode == "get-tuple-element" and re.match(r"[su]\d+\[\]", one.type)]
-        initial = body.get(loop.operands[0]) if loop.operands else None
-        if len(counters) != 1 or initial is None or initial.opcode != "tuple":
-            return 0
-        value = body.get(initial.operands[counters[0]])
-        while value is not None and value.opcode in ("copy", "bitcast", "convert"):
-            value = body.get(value.operands[0])
-        match = re.match(r"(-?\d+)\)", value.rest) if value is not None else None
-        return int(match.group(1)) if match and value.opcode == "constant" else 0
-
-
-def _branches(one: _Instruction) -> list[str]:
-    """The computations that a conditional chooses from."""
-    if match := _BRANCHES.search(one.rest):
-        return [name.strip().lstrip("%") for name in match.group(1).split(",")]
-    return _TRUE_FALSE.findall(one.rest)
-
-
-def _base_kind(opcode: str) -> str | None:
-    """The collective that an opcode performs; None for others and for the ends (-done)."""
-    base = opcode.removesuffix("-start")
-    return base if base in KINDS else None
-
-
 # --- Matrix products --------------------------------------------------------------------------
 
 def matmul_flops(text: str) -> float:
@@ -327,7 +149,7 @@ def matmul_flops(text: str) -> float:
     Counted are dot instructions, in fusions too (XLA:CPU, XLA:GPU with Triton), and the calls of
     cuBLAS; a TPU's convolutions and custom kernels are not.
     """
-    program, known = _Program(text), {}
+    program, known = Program(text), {}
 
     def flops(name: str) -> float:
         if name not in known:
@@ -338,51 +160,47 @@ def matmul_flops(text: str) -> float:
     return flops(program.entry)
 
 
-def _instruction_flops(one: _Instruction, body: Mapping[str, _Instruction], program: _Program,
+def _instruction_flops(one: Instruction, body: Mapping[str, Instruction], program: Program,
                        flops: Callable[[str], float]) -> float:
-    if one.opcode == "dot" or '"__cublas$' in one.rest:
-        return 2.0 * _elements(split_tuple(one.type)[0] if one.type.startswith("(") else one.type) \
-            * _contracted(one, body)
+    if one.opcode == "dot" or '"__cublas$' in one.rest:   # of a tuple the first is the product
+        shape = hlo_text.ARRAY.search(one.type).group(2).split(",")
+        return 2.0 * math.prod(int(dim) for dim in shape if dim) * _contracted(one, body)
     if one.opcode == "while":
         turns = program.trip_count(one, body)
         return flops(one.attribute(r"body=%?([\w.\-]+)")) * (1 if turns is None else turns)
     if one.opcode == "conditional":
-        return max(map(flops, _branches(one)))
-    return sum(map(flops, _CALLED.findall(one.rest)))
+        return max(map(flops, hlo_text.branches(one)))
+    return sum(map(flops, hlo_text.CALLED.findall(one.rest)))
 
 
-def _contracted(one: _Instruction, body: Mapping[str, _Instruction]) -> int:
+def _contracted(one: Instruction, body: Mapping[str, Instruction]) -> int:
     """The length over which a product adds up: the left operand's contracting dims."""
     dims = one.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") \
         or (one.attribute(r'"lhs_contracting_dimensions":\[([^\]]*)\]') or "").replace('"', "")
-    shape = _ARRAY.search(body[one.operands[0]].type).group(2).split(",")
+    shape = hlo_text.ARRAY.search(body[one.operands[0]].type).group(2).split(",")
     return math.prod(int(shape[i]) for i in _integers(dims))
-
-
-def _elements(type_: str) -> int:
-    dims = _ARRAY.search(type_).group(2)
-    return math.prod(int(dim) for dim in dims.split(",") if dim)
 
 
 # --- One instruction as a Collective ----------------------------------------------------------
 
+_GROUPS = r"replica_groups=(mesh\[.*?\{.*?\}|\{\}|\{\{.*?\}\}|\[[^ ]*?)(?:, |$)"
 # Whose start is (operands, results), in that order; of the others it is the result alone.
 _STARTS_WITH_OPERANDS = ("all-gather", "reduce-scatter", "collective-permute")
 
 
-def _collective(step: _Step, program: _Program, mesh: MeshLayout) -> Collective | None:
+def _collective(step: Step, program: Program, mesh: MeshLayout) -> Collective | None:
     one = step.instruction
     if one.opcode == "recv" and "_xla_megascale_transfer_type" in one.rest:
         return _between_slices(step, mesh)
-    kind = _base_kind(one.opcode)
+    kind = hlo_text.base_kind(one.opcode)
     if kind is None:
         return None
     type_ = one.type
     if one.opcode.endswith("-start") and kind in _STARTS_WITH_OPERANDS:
-        type_ = split_tuple(type_)[1]
+        type_ = hlo_text.split_tuple(type_)[1]
     groups = _groups(one, kind, mesh)
     group_size = 2 if kind == "collective-permute" else max(len(group) for group in groups)
-    size = type_bytes(type_) * (group_size if kind == "reduce-scatter" else 1)
+    size = hlo_text.type_bytes(type_) * (group_size if kind == "reduce-scatter" else 1)
     replaces_gather = False
     if kind == "all-reduce" and _is_all_reduce_scatter(one, step.body):
         kind = "reduce-scatter"
@@ -392,7 +210,7 @@ def _collective(step: _Step, program: _Program, mesh: MeshLayout) -> Collective 
                       replaces_gather=replaces_gather, exact_count=step.exact)
 
 
-def _groups(one: _Instruction, kind: str, mesh: MeshLayout) -> list[list[int]]:
+def _groups(one: Instruction, kind: str, mesh: MeshLayout) -> list[list[int]]:
     """The devices that exchange with one another; of a collective-permute its pairs."""
     if kind == "collective-permute":
         pairs = one.attribute(r"source_target_pairs=\{(.*?)\}\}") + "}"
@@ -405,21 +223,21 @@ def _groups(one: _Instruction, kind: str, mesh: MeshLayout) -> list[list[int]]:
     return parse_replica_groups(text, mesh.num_local_devices)
 
 
-def _between_slices(step: _Step, mesh: MeshLayout) -> Collective:
+def _between_slices(step: Step, mesh: MeshLayout) -> Collective:
     """A recv between slices: its attributes name the collective, its type is the result."""
     one = step.instruction
     kind = one.attribute(r'_xla_megascale_transfer_type="(\w+)"').replace("_", "-").lower()
     kind = "collective-permute" if kind == "one-to-one" else kind
-    if kind not in KINDS:
+    if kind not in hlo_text.KINDS:
         raise ValueError(f"unknown transfer between slices: {one.name} = … recv({one.rest}")
-    size = type_bytes(split_tuple(one.type)[0])
+    size = hlo_text.type_bytes(hlo_text.split_tuple(one.type)[0])
     if kind == "reduce-scatter":
         size *= mesh.num_slices
     return Collective(kind, mesh.slice_axes(), size, step.count, step.in_loop, mesh.num_slices,
                       "dcn", exact_count=step.exact)
 
 
-def _is_all_reduce_scatter(one: _Instruction, body: Mapping[str, _Instruction]) -> bool:
+def _is_all_reduce_scatter(one: Instruction, body: Mapping[str, Instruction]) -> bool:
     """TPU's fused reduce-scatter: an all-reduce, of one array or of several, whose own slices
     alone leave the computation."""
     def is_only_sliced(name):
@@ -434,7 +252,7 @@ def _is_all_reduce_scatter(one: _Instruction, body: Mapping[str, _Instruction]) 
     return all(x.opcode == "dynamic-slice" for x in leaving) and is_only_sliced(one.name)
 
 
-def _writes_a_shard(name: str, body: Mapping[str, _Instruction], program: _Program) -> bool:
+def _writes_a_shard(name: str, body: Mapping[str, Instruction], program: Program) -> bool:
     """Whether an operand is a dynamic-update-slice, maybe copied, maybe the root of a fusion."""
     one = body.get(name)
     while one is not None and one.opcode in ("bitcast", "convert", "copy", "copy-start",
@@ -447,40 +265,7 @@ def _writes_a_shard(name: str, body: Mapping[str, _Instruction], program: _Progr
     return one is not None and one.opcode == "dynamic-update-slice"
 
 
-# --- Types and groups -------------------------------------------------------------------------
-
-_ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,<=]*)\]")
-_BITS = re.compile(r"[a-z]+(\d+)")
-
-
-def type_bytes(type_: str) -> int:
-    """Bytes of an HLO type: "bf16[2,8]{1,0}" -> 32; of a tuple the sum; tokens weigh nothing."""
-    total = 0
-    for dtype, dims in _ARRAY.findall(type_):
-        if dtype == "token":
-            continue
-        if dtype == "pred":
-            bits = 8
-        else:
-            match = _BITS.match(dtype)  # f8e4m3fn: the first number is the width
-            if match is None:
-                raise ValueError(f"unknown element type {dtype!r} in {type_!r}")
-            bits = int(match.group(1))
-        size = math.prod(int(dim.lstrip("<=")) for dim in dims.split(",") if dim)
-        total += -(-size * bits // 8)
-    return total
-
-
-def split_tuple(type_: str) -> list[str]:
-    """The elements of "(a, (b, c), d)"; layouts such as {1,0:T(8,128)} stay whole."""
-    parts, depth, start = [], 0, 1
-    for i, char in enumerate(type_):
-        depth += (char in "([{") - (char in ")]}")
-        if depth == 0 or (depth == 1 and char == ","):
-            parts.append(type_[start:i].strip())
-            start = i + 1
-    return parts
-
+# --- Groups -----------------------------------------------------------------------------------
 
 def parse_replica_groups(text: str, num_devices: int) -> list[list[int]]:
     """Device groups from any of the forms XLA prints.

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.extend.random import threefry_2x32
 from jax.sharding import PartitionSpec
 
-from t5x_lite.layers import dispatch, routing
+from t5x_lite.layers import dispatch, grouped, routing
 from t5x_lite.parallel import sharding
 
 
@@ -195,7 +195,7 @@ class _Experts:
             choice_EC = there(choice_EC) if self.shared else choice_EC
 
         def dense(x_ECD, name):
-            y = dispatch.product(x_ECD, self.weights[f"{name}.kernel"])
+            y = grouped.product(x_ECD, self.weights[f"{name}.kernel"])
             bias_EF = self.weights.get(f"{name}.bias")
             return y if bias_EF is None else y + bias_EF[:, None]
 
@@ -215,7 +215,7 @@ class _Experts:
                 choice_M = dispatch.spread(arrived, slot, source)[:, 0]
             else:
                 choice_M = jnp.zeros_like(source)
-        y_MD = dispatch.grouped(self._first, self._second, self.weights, x_MD, choice_M,
+        y_MD = grouped.grouped(self._first, self._second, self.weights, x_MD, choice_M,
                                 self.shared, sizes_E)
         if self.place.expert:
             y_MD = dispatch.exchange_back(dispatch.collect(y_MD, slot, source), plan)

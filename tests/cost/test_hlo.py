@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from t5x_lite.cost import hlo
+from t5x_lite.cost import hlo, hlo_text
 
 MESH = hlo.MeshLayout((2, 4), ("fsdp", "tensor"))
 FSDP_BY_TENSOR = hlo.MeshLayout((4, 2), ("fsdp", "tensor"))
@@ -47,7 +47,7 @@ def test_an_unknown_form_of_replica_groups_is_an_error_not_a_zero():
     ("bf16[2,8]{1,0:T(8,128)(2,1)S(1)}", 32), ("f32[]", 4), ("pred[3]{0}", 3), ("s4[3]", 2),
     ("f8e4m3fn[10]", 10), ("(f32[2]{0}, (bf16[3], u32[]), token[])", 18), ("f32[<=4,2]", 32)])
 def test_bytes_of_types(type_, size):
-    assert hlo.type_bytes(type_) == size
+    assert hlo_text.type_bytes(type_) == size
 
 
 @pytest.mark.parametrize("groups, axes", [

@@ -11,7 +11,7 @@ from flax import nnx
 
 from t5x_lite.cost import hlo
 from t5x_lite.errors import UserError
-from t5x_lite.layers import dispatch, routing
+from t5x_lite.layers import dispatch, grouped, routing
 from t5x_lite.layers.linear import InitConfig, RowKey
 from t5x_lite.layers.mlp import ACTIVATIONS, MLP, MLPConfig
 from t5x_lite.layers.moe import MoE, MoEConfig, capacity, group_tokens, validate
@@ -326,7 +326,7 @@ def test_packed_buffers_hold_the_last_block():
         assert rows - 1 + most <= length and length % 128 == 0
 
 
-@pytest.mark.parametrize("run", [dispatch._blocked, dispatch._tiled])
+@pytest.mark.parametrize("run", [grouped._blocked, grouped._tiled])
 @pytest.mark.parametrize("sizes", [
     [0, 1100, 1, 0, 65, 130, 64, 0], [0, 3, 0, 70, 0, 0, 57, 5], [0] * 8, [0, 0, 1, 0, 0, 0, 0, 0],
     [0] * 7 + [200], [64, 64, 64, 64, 0, 0, 0, 128]])
@@ -349,23 +349,23 @@ def test_blocked_rows_equal_ragged_dot(sizes, run):
         return dense(jnp.sin(pre[0] + shared[0] * (choice % 5)[:, None]), "wo")
 
     args = (weights, x, jnp.arange(length), (jnp.asarray(3),), sizes)
-    y, pre = jax.jit(lambda *a: dispatch._blocked_forward(first, second, *a, run=run))(*args)
-    expected, expected_pre = dispatch._ragged_forward(first, second, *args)
+    y, pre = jax.jit(lambda *a: grouped._blocked_forward(first, second, *a, run=run))(*args)
+    expected, expected_pre = grouped._ragged_forward(first, second, *args)
     assert_close((y[:rows], pre[0][:rows]), (expected[:rows], expected_pre[0][:rows]))
-    dw, dx = jax.jit(lambda *a: dispatch._blocked_backward(first, second, *a, run=run))(
+    dw, dx = jax.jit(lambda *a: grouped._blocked_backward(first, second, *a, run=run))(
         g, pre, *args)
-    expected_dw, expected_dx = dispatch._ragged_backward(first, second, g, expected_pre, *args)
+    expected_dw, expected_dx = grouped._ragged_backward(first, second, g, expected_pre, *args)
     assert_close((dw, dx[:rows]), (expected_dw, expected_dx[:rows]), atol=1e-4)
 
 
 @pytest.mark.parametrize("rows, experts", [(1, 1), (100, 8), (5000, 8), (70_000, 2), (9000, 300)])
 def test_a_gpus_blocks_hold_every_load_and_little_else(rows, experts):
     length = dispatch.packed_rows(rows)
-    size = dispatch.tile_rows(length, experts)
+    size = grouped.tile_rows(length, experts)
     assert rows - 1 + size <= length
     computed = (length // size + experts) * size
     assert computed >= rows + experts * (size - 1)   # each run's last block may have one row
-    assert computed <= length * 1.25 or size == min(dispatch.TILE_ROWS)
+    assert computed <= length * 1.25 or size == min(grouped.TILE_ROWS)
 
 
 # --- on a mesh ------------------------------------------------------------------------------------

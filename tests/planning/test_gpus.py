@@ -16,7 +16,7 @@ from t5x_lite import quiet
 from t5x_lite.config import replace
 from t5x_lite.cost import hardware, hlo
 from t5x_lite.errors import UserError
-from t5x_lite.layers import attention_implementations, dispatch
+from t5x_lite.layers import attention_implementations, dispatch, grouped
 from t5x_lite.parallel.sharding import MeshConfig
 from t5x_lite.planning import gpus, make, rehearse, search, show
 from t5x_lite.planning.make import make_plan
@@ -179,7 +179,7 @@ def test_a_dropless_mixture_costs_what_its_rows_do_whatever_the_experts():
 
         def total(weights, x_MD):
             choice = jnp.zeros(x_MD.shape[0], jnp.int32)
-            y = dispatch.grouped(first, second, weights, x_MD, choice, (), sizes_E)
+            y = grouped.grouped(first, second, weights, x_MD, choice, (), sizes_E)
             return jnp.sum(y.astype(jnp.float32))
         return jax.grad(total, argnums=(0, 1))(weights, x_MD)
 
@@ -190,7 +190,7 @@ def test_a_dropless_mixture_costs_what_its_rows_do_whatever_the_experts():
         arguments = weights, shape(length, width), shape(experts, dtype=jnp.int32)
         with gpus.compiling_for(rehearse.topology("h100:1").devices[0]):
             step = jax.jit(gradients).lower(*arguments).compile()
-        computed = length + (1 + experts) * dispatch.tile_rows(length, experts)
+        computed = length + (1 + experts) * grouped.tile_rows(length, experts)
         products = 5   # forward wi; backward wo's two and wi's two (pre-activations were kept)
         at_most = products * 2 * computed * width * hidden
         assert 0.5 * at_most < hlo.matmul_flops(step.as_text()) <= at_most
