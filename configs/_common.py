@@ -9,13 +9,14 @@ from t5x_lite.checkpoints.manager import CheckpointConfig
 from t5x_lite.config import EvalConfig, RunConfig, ShardingConfig, TrainConfig
 from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError, nearest
-from t5x_lite.layers.attention import AttentionConfig
-from t5x_lite.layers.linear import InitConfig
-from t5x_lite.layers.mlp import MLPConfig
-from t5x_lite.layers.norm import NormConfig
-from t5x_lite.layers.position import PositionConfig
-from t5x_lite.models.blocks import BlockConfig, SegmentConfig, StackConfig
-from t5x_lite.models.language_model import ModelConfig
+from t5x_lite.layers.config import (
+    AttentionConfig,
+    InitConfig,
+    MLPConfig,
+    NormConfig,
+    PositionConfig,
+)
+from t5x_lite.models.config import BlockConfig, ModelConfig, SegmentConfig, StackConfig
 from t5x_lite.parallel.sharding import DEFAULT_RULES
 from t5x_lite.training import batch_ramp as schedules
 from t5x_lite.training.batch_ramp import BatchRampConfig

@@ -16,12 +16,8 @@ from configs import _common
 from t5x_lite.checkpoints.manager import CheckpointConfig
 from t5x_lite.config import EvalConfig, RunConfig, TrainConfig, to_config_dict
 from t5x_lite.data.config import DataConfig
-from t5x_lite.layers.attention import AttentionConfig
-from t5x_lite.layers.linear import InitConfig
-from t5x_lite.layers.mlp import MLPConfig
-from t5x_lite.layers.position import PositionConfig
-from t5x_lite.models.blocks import BlockConfig, StackConfig
-from t5x_lite.models.language_model import ModelConfig
+from t5x_lite.layers.config import AttentionConfig, InitConfig, MLPConfig, PositionConfig
+from t5x_lite.models.config import BlockConfig, ModelConfig, StackConfig
 from t5x_lite.training.methods import OptimizerConfig
 from t5x_lite.training.objectives import ObjectiveConfig
 from t5x_lite.training.schedules import ScheduleConfig

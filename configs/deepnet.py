@@ -15,12 +15,9 @@ import dataclasses
 
 from configs import _common, _t5
 from t5x_lite.config import RunConfig, to_config_dict
-from t5x_lite.layers.attention import AttentionConfig
-from t5x_lite.layers.linear import InitConfig
-from t5x_lite.layers.mlp import MLPConfig
-from t5x_lite.layers.position import PositionConfig
-from t5x_lite.models.blocks import BlockConfig, StackConfig, deepnorm_constants
-from t5x_lite.models.language_model import ModelConfig
+from t5x_lite.layers.config import AttentionConfig, InitConfig, MLPConfig, PositionConfig
+from t5x_lite.models.blocks import deepnorm_constants
+from t5x_lite.models.config import BlockConfig, ModelConfig, StackConfig
 from t5x_lite.training.methods import OptimizerConfig
 from t5x_lite.training.schedules import ScheduleConfig
 

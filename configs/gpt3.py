@@ -16,7 +16,7 @@ import dataclasses
 
 from configs import _common
 from t5x_lite.config import RunConfig, to_config_dict
-from t5x_lite.layers.position import PositionConfig
+from t5x_lite.layers.config import PositionConfig
 
 
 @dataclasses.dataclass(frozen=True)

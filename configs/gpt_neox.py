@@ -14,8 +14,7 @@ import dataclasses
 
 from configs import _common
 from t5x_lite.config import RunConfig, to_config_dict
-from t5x_lite.layers.linear import InitConfig
-from t5x_lite.layers.position import PositionConfig
+from t5x_lite.layers.config import InitConfig, PositionConfig
 
 SIZES = {"20b": (44, 6144, 64)}
 

@@ -13,8 +13,7 @@ import dataclasses
 
 from configs import _common, _t5, switch
 from t5x_lite.config import RunConfig, to_config_dict
-from t5x_lite.layers.mlp import MLPConfig
-from t5x_lite.layers.moe import MoEConfig
+from t5x_lite.layers.config import MLPConfig, MoEConfig
 
 SIZES = {"600b": _t5.Size(1024, 8192, 16, 128, 18)}
 

@@ -11,11 +11,8 @@ Command: python -m t5x_lite.train --config=configs/lamda.py:137b --workdir=DIR
 
 from configs import _common
 from t5x_lite.config import RunConfig, to_config_dict
-from t5x_lite.layers.attention import AttentionConfig
-from t5x_lite.layers.mlp import MLPConfig
-from t5x_lite.layers.norm import NormConfig
-from t5x_lite.layers.position import PositionConfig
-from t5x_lite.models.blocks import BlockConfig
+from t5x_lite.layers.config import AttentionConfig, MLPConfig, NormConfig, PositionConfig
+from t5x_lite.models.config import BlockConfig
 from t5x_lite.training.methods import OptimizerConfig
 
 SIZES = {"137b": (64, 8192, 65536, 128)}

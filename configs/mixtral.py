@@ -10,14 +10,15 @@ Command: python -m t5x_lite.train --config=configs/mixtral.py:8x7b --workdir=DIR
 from t5x_lite.config import RunConfig, TrainConfig, to_config_dict
 from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError
-from t5x_lite.layers.attention import AttentionConfig
-from t5x_lite.layers.linear import InitConfig
-from t5x_lite.layers.mlp import MLPConfig
-from t5x_lite.layers.moe import MoEConfig
-from t5x_lite.layers.norm import NormConfig
-from t5x_lite.layers.position import PositionConfig
-from t5x_lite.models.blocks import BlockConfig, SegmentConfig, StackConfig
-from t5x_lite.models.language_model import ModelConfig
+from t5x_lite.layers.config import (
+    AttentionConfig,
+    InitConfig,
+    MLPConfig,
+    MoEConfig,
+    NormConfig,
+    PositionConfig,
+)
+from t5x_lite.models.config import BlockConfig, ModelConfig, SegmentConfig, StackConfig
 from t5x_lite.training.methods import OptimizerConfig
 from t5x_lite.training.objectives import ObjectiveConfig
 from t5x_lite.training.schedules import ScheduleConfig

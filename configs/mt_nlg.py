@@ -11,7 +11,7 @@ Command: python -m t5x_lite.train --config=configs/mt_nlg.py:530b --workdir=DIR
 
 from configs import _common
 from t5x_lite.config import RunConfig, to_config_dict
-from t5x_lite.layers.position import PositionConfig
+from t5x_lite.layers.config import PositionConfig
 
 SIZES = {"530b": (105, 20480, 128)}
 

@@ -16,12 +16,14 @@ import dataclasses
 
 from configs import _common
 from t5x_lite.config import RunConfig, to_config_dict
-from t5x_lite.layers.attention import AttentionConfig
-from t5x_lite.layers.linear import InitConfig
-from t5x_lite.layers.mlp import MLPConfig
-from t5x_lite.layers.norm import NormConfig
-from t5x_lite.layers.position import PositionConfig
-from t5x_lite.models.blocks import BlockConfig
+from t5x_lite.layers.config import (
+    AttentionConfig,
+    InitConfig,
+    MLPConfig,
+    NormConfig,
+    PositionConfig,
+)
+from t5x_lite.models.config import BlockConfig
 from t5x_lite.training.batch_ramp import BatchRampConfig
 from t5x_lite.training.methods import AdafactorConfig, OptimizerConfig
 

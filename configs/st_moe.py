@@ -11,8 +11,7 @@ import dataclasses
 
 from configs import _common, _t5, switch
 from t5x_lite.config import RunConfig, to_config_dict
-from t5x_lite.layers.mlp import MLPConfig
-from t5x_lite.layers.moe import MoEConfig
+from t5x_lite.layers.config import MLPConfig, MoEConfig
 
 SIZES = {"32b": _t5.Size(5120, 20480, 64, 128, 27)}
 

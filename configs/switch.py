@@ -16,10 +16,8 @@ import functools
 
 from configs import _common, _t5
 from t5x_lite.config import RunConfig, to_config_dict
-from t5x_lite.layers.mlp import MLPConfig
-from t5x_lite.layers.moe import MoEConfig
-from t5x_lite.models.blocks import SegmentConfig, StackConfig
-from t5x_lite.models.language_model import ModelConfig
+from t5x_lite.layers.config import MLPConfig, MoEConfig
+from t5x_lite.models.config import ModelConfig, SegmentConfig, StackConfig
 from t5x_lite.training.methods import GroupConfig
 from t5x_lite.training.schedules import ScheduleConfig
 

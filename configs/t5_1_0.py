@@ -8,7 +8,7 @@ Command: python -m t5x_lite.train --config=configs/t5_1_0.py:small --workdir=DIR
 
 from configs import _common, _t5
 from t5x_lite.config import RunConfig, to_config_dict
-from t5x_lite.layers.mlp import MLPConfig
+from t5x_lite.layers.config import MLPConfig
 
 SIZES = {
     "small": _t5.Size(512, 2048, 8, 64, 6),

@@ -14,7 +14,7 @@ from configs import _common, _t5, t5_1_1
 from t5x_lite.checkpoints.manager import CheckpointConfig
 from t5x_lite.config import EvalConfig, RunConfig, TrainConfig, to_config_dict
 from t5x_lite.data.config import DataConfig
-from t5x_lite.layers.mlp import MLPConfig
+from t5x_lite.layers.config import MLPConfig
 from t5x_lite.models.peft import PeftConfig
 from t5x_lite.training.methods import OptimizerConfig
 from t5x_lite.training.objectives import ObjectiveConfig

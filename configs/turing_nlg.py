@@ -12,7 +12,7 @@ Command: python -m t5x_lite.train --config=configs/turing_nlg.py:17b --workdir=D
 
 from configs import _common
 from t5x_lite.config import RunConfig, to_config_dict
-from t5x_lite.layers.position import PositionConfig
+from t5x_lite.layers.config import PositionConfig
 
 SIZES = {"17b": (78, 4256, 28)}
 _TOKENS_A_STEP = 512 * 1024

@@ -11,7 +11,7 @@ Command: python -m t5x_lite.train --config=configs/ul2.py:20b --workdir=DIR
 
 from configs import _common, _t5
 from t5x_lite.config import RunConfig, to_config_dict
-from t5x_lite.layers.mlp import MLPConfig
+from t5x_lite.layers.config import MLPConfig
 
 SIZES = {"20b": _t5.Size(4096, 16384, 16, 256, 32)}
 

@@ -10,8 +10,7 @@ Command: python -m t5x_lite.train --config=configs/umt5.py:small --workdir=DIR
 
 from configs import _common, _t5, mt5
 from t5x_lite.config import RunConfig, to_config_dict
-from t5x_lite.layers.mlp import MLPConfig
-from t5x_lite.layers.position import PositionConfig
+from t5x_lite.layers.config import MLPConfig, PositionConfig
 
 SIZES = {name: mt5.SIZES[name] for name in ("small", "base", "xl", "xxl")}
 

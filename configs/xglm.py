@@ -13,7 +13,7 @@ import dataclasses
 
 from configs import _common
 from t5x_lite.config import RunConfig, to_config_dict
-from t5x_lite.layers.position import PositionConfig
+from t5x_lite.layers.config import PositionConfig
 
 SIZES = {"7_5b": (32, 4096, 32)}
 

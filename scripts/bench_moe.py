@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from t5x_lite import cli  # noqa: F401  before JAX: it sets what that reads on import
-from t5x_lite.layers.linear import InitConfig
-from t5x_lite.layers.mlp import MLP, MLPConfig
-from t5x_lite.layers.moe import MoE, MoEConfig
+from t5x_lite.layers.config import InitConfig, MLPConfig, MoEConfig
+from t5x_lite.layers.mlp import MLP
+from t5x_lite.layers.moe import MoE
 
 
 def step_of(module, x):

@@ -21,7 +21,7 @@ from t5x_lite.checkpoints.manager import CheckpointConfig
 from t5x_lite.data.config import DataConfig
 from t5x_lite.decoding.decode import DecodeConfig
 from t5x_lite.errors import UserError, nearest
-from t5x_lite.models.language_model import ModelConfig
+from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.peft import PeftConfig
 from t5x_lite.parallel.sharding import DEFAULT_RULES, MeshConfig
 from t5x_lite.training.batch_ramp import BatchRampConfig

@@ -44,7 +44,8 @@ from t5x_lite.config import RunConfig, from_mapping, to_json
 from t5x_lite.errors import UserError, nearest
 from t5x_lite.formats import hf, hf_lora, mesh_tf, t5x
 from t5x_lite.formats.mapping import ForeignModel, Tensors, num_bytes
-from t5x_lite.models.language_model import Model, ModelConfig
+from t5x_lite.models.config import ModelConfig
+from t5x_lite.models.language_model import Model
 from t5x_lite.models.peft import trainable_table
 from t5x_lite.training import objectives
 from t5x_lite.training.objectives import ObjectiveConfig

@@ -61,7 +61,8 @@ from t5x_lite.formats.mapping import (
     parse,
 )
 from t5x_lite.models import peft
-from t5x_lite.models.language_model import Model, ModelConfig
+from t5x_lite.models.config import ModelConfig
+from t5x_lite.models.language_model import Model
 from t5x_lite.models.params import ParamInfo
 from t5x_lite.parallel.sharding import MeshConfig
 

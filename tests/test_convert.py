@@ -13,11 +13,8 @@ from t5x_lite import convert, init_from
 from t5x_lite.errors import UserError
 from t5x_lite.formats import hf
 from t5x_lite.formats.functions import differences
-from t5x_lite.layers.attention import AttentionConfig
-from t5x_lite.layers.mlp import MLPConfig
-from t5x_lite.layers.position import PositionConfig
-from t5x_lite.models.blocks import BlockConfig, SegmentConfig, StackConfig
-from t5x_lite.models.language_model import ModelConfig
+from t5x_lite.layers.config import AttentionConfig, MLPConfig, PositionConfig
+from t5x_lite.models.config import BlockConfig, ModelConfig, SegmentConfig, StackConfig
 from tests import tiny
 from tests.formats import folders
 

@@ -17,9 +17,9 @@ from t5x_lite import (
 )
 from t5x_lite.checkpoints import manager
 from t5x_lite.errors import UserError
-from t5x_lite.layers.moe import MoEConfig
+from t5x_lite.layers.config import MoEConfig
 from t5x_lite.models import peft
-from t5x_lite.models.blocks import SegmentConfig
+from t5x_lite.models.config import SegmentConfig
 from t5x_lite.models.peft import PeftConfig
 from t5x_lite.parallel.sharding import MeshConfig
 from t5x_lite.training import metrics, state

@@ -11,10 +11,9 @@ from t5x_lite import tree
 from t5x_lite.build import Program
 from t5x_lite.config import RunConfig, TrainConfig
 from t5x_lite.data.config import DataConfig
-from t5x_lite.layers.attention import AttentionConfig
-from t5x_lite.layers.mlp import MLPConfig
-from t5x_lite.models.blocks import BlockConfig, SegmentConfig, StackConfig
-from t5x_lite.models.language_model import Model, ModelConfig
+from t5x_lite.layers.config import AttentionConfig, MLPConfig
+from t5x_lite.models.config import BlockConfig, ModelConfig, SegmentConfig, StackConfig
+from t5x_lite.models.language_model import Model
 from t5x_lite.training.methods import OptimizerConfig
 from t5x_lite.training.schedules import ScheduleConfig
 

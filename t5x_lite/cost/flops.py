@@ -23,12 +23,11 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from t5x_lite.layers.routing import ROUTERS
+
 if TYPE_CHECKING:
-    from t5x_lite.layers.attention import AttentionConfig
-    from t5x_lite.layers.mlp import MLPConfig
-    from t5x_lite.layers.moe import MoEConfig
-    from t5x_lite.models.blocks import StackConfig
-    from t5x_lite.models.language_model import ModelConfig
+    from t5x_lite.layers.config import AttentionConfig, MLPConfig, MoEConfig
+    from t5x_lite.models.config import ModelConfig, StackConfig
     from t5x_lite.models.params import ParamInfo
 
 
@@ -233,7 +232,8 @@ def mlp_flops(mlp: "MLPConfig | MoEConfig", rows: int, length: int, embed_dim: i
         kernels = 3 if mlp.gated else 2
         return Flops(mlp=kernels * matmul_flops(tokens, embed_dim, mlp.mlp_dim))
     expert = mlp_flops(mlp.mlp, rows, length, embed_dim)
-    router = 0.0 if mlp.router == "hash" else matmul_flops(tokens, embed_dim, mlp.num_experts)
+    learned = ROUTERS[mlp.router].learned
+    router = matmul_flops(tokens, embed_dim, mlp.num_experts) if learned else 0.0
     visits = experts_per_token(mlp, length, least) + mlp.shared_experts
     return expert * visits + Flops(router=router)
 
@@ -249,11 +249,13 @@ def experts_per_token(moe: "MoEConfig", length: int, least: bool = False) -> flo
     group = moe.group_size or length
     room = moe.num_experts * min(moe.expert_capacity, group) / group if moe.expert_capacity \
         else min(moe.capacity_factor, moe.num_experts)
-    if moe.router == "expert_choice":
+    router = ROUTERS[moe.router]
+    choices = router.choices(moe)
+    if not choices:   # experts choose, and fill their room
         return room
     if not least:
-        return moe.choices
-    sure = 1 if moe.router == "top_2" and moe.second_policy != "all" else moe.choices
+        return choices
+    sure = router.certain(moe) if router.certain else choices
     if moe.dropless:
         return sure
     # A factor's room is rounded to whole tokens of a group, by less than one an expert.

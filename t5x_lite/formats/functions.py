@@ -8,23 +8,16 @@ import dataclasses
 import math
 from typing import Any
 
-from t5x_lite.layers.attention import AttentionConfig
-from t5x_lite.layers.moe import MoEConfig
-from t5x_lite.layers.position import PositionConfig
-from t5x_lite.models.blocks import BlockConfig, StackConfig
-from t5x_lite.models.language_model import ModelConfig
+from t5x_lite.layers.config import AttentionConfig, MoEConfig, PositionConfig
+from t5x_lite.layers.position import POSITIONS
+from t5x_lite.layers.routing import ROUTERS
+from t5x_lite.models.config import BlockConfig, ModelConfig, StackConfig
 
 # How a model is initialised, regularised and run, rather than what it computes.
 _SETTINGS = {"init", "scan", "remat", "pipeline", "dropout_rate", "segments", "implementation",
              "chunk"}
 _TRAINING_OF_EXPERTS = {"second_policy", "capacity_factor", "jitter", "balance_weight",
                         "balance_choices", "loss_mean", "z_weight", "router_std", "second_threshold"}
-_FIELDS_OF_POSITIONS = {
-    "t5_bias": ("num_buckets", "max_distance", "per_layer"),
-    "learned": ("max_length", "offset"),
-    "sinusoidal": ("offset",),
-    "rotary": ("rotary_base", "rotary_fraction", "rotary_interleaved", "rotary_scaling"),
-}
 
 
 def facts(config: ModelConfig) -> dict[str, Any]:
@@ -68,7 +61,7 @@ def _collect(found: dict[str, Any], prefix: str, value: Any) -> None:
 
 def _matters(config: Any, field: str) -> bool:
     if isinstance(config, PositionConfig):
-        return field == "kind" or field in _FIELDS_OF_POSITIONS.get(config.kind, ())
+        return field == "kind" or field in POSITIONS[config.kind].settings
     if isinstance(config, StackConfig):
         return field != "residual_alpha" or config.residual == "deepnorm"
     if isinstance(config, BlockConfig):
@@ -78,9 +71,7 @@ def _matters(config: Any, field: str) -> bool:
                      "eval_capacity_factor"):
             return not config.dropless and (
                 field != "eval_capacity_factor" or not config.expert_capacity)
-        if field in ("top_k", "renormalize", "eval_second_policy", "hash_seed"):
-            routers = {"top_k": ("top_k",), "renormalize": ("top_k", "top_2"),
-                       "eval_second_policy": ("top_2",), "hash_seed": ("hash",)}
-            return config.router in routers[field]
+        if any(field in router.settings for router in ROUTERS.values()):
+            return field in ROUTERS[config.router].settings
         return field not in _TRAINING_OF_EXPERTS
     return True

@@ -22,7 +22,8 @@ from t5x_lite.formats.mapping import (
     place,
     write_parameter,
 )
-from t5x_lite.models.language_model import Model, ModelConfig
+from t5x_lite.models.config import ModelConfig
+from t5x_lite.models.language_model import Model
 
 FAMILIES: dict[str, Family] = {
     f.model_type: f for f in (*hf_t5.FAMILIES, *hf_decoders.FAMILIES, *hf_bert.FAMILIES)}
@@ -133,7 +134,7 @@ def read_model(folder: str, like: ModelConfig | None = None, partial: bool = Fal
     if tied:
         tensors = _without(tensors, kind.head)
     config = like_segments(model_config(given, tied), like)
-    return foreign_model(where, config, kind.rules(config), tensors, family=kind.model_type,
+    return foreign_model(where, config, Model(config).table, kind.rules(config), tensors, family=kind.model_type,
                          unused=kind.unused, partial=partial)
 
 

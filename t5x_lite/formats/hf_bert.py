@@ -17,12 +17,8 @@ from t5x_lite.formats.hf_family import (
     their_activation,
 )
 from t5x_lite.formats.mapping import TRANSPOSED, Rule
-from t5x_lite.layers.attention import AttentionConfig
-from t5x_lite.layers.mlp import MLPConfig
-from t5x_lite.layers.norm import NormConfig
-from t5x_lite.layers.position import PositionConfig
-from t5x_lite.models.blocks import BlockConfig, StackConfig
-from t5x_lite.models.language_model import ModelConfig
+from t5x_lite.layers.config import AttentionConfig, MLPConfig, NormConfig, PositionConfig
+from t5x_lite.models.config import BlockConfig, ModelConfig, StackConfig
 
 _BERT = {"vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12,
          "num_attention_heads": 12, "intermediate_size": 3072, "hidden_act": "gelu",

@@ -22,13 +22,8 @@ from t5x_lite.formats.hf_family import (
     their_activation,
 )
 from t5x_lite.formats.mapping import SAME, TRANSPOSED, Rule, column_block, head_block
-from t5x_lite.layers.attention import AttentionConfig
-from t5x_lite.layers.mlp import MLPConfig
-from t5x_lite.layers.moe import MoEConfig
-from t5x_lite.layers.norm import NormConfig
-from t5x_lite.layers.position import PositionConfig
-from t5x_lite.models.blocks import BlockConfig, StackConfig
-from t5x_lite.models.language_model import ModelConfig
+from t5x_lite.layers.config import AttentionConfig, MLPConfig, MoEConfig, NormConfig, PositionConfig
+from t5x_lite.models.config import BlockConfig, ModelConfig, StackConfig
 
 _SPECIALS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
 

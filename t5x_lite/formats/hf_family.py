@@ -6,10 +6,8 @@ from typing import Any
 
 from t5x_lite.errors import UserError, nearest
 from t5x_lite.formats.mapping import Rule
-from t5x_lite.layers.linear import InitConfig
-from t5x_lite.layers.position import PositionConfig, RotaryScalingConfig
-from t5x_lite.models.blocks import BlockConfig, SegmentConfig, StackConfig
-from t5x_lite.models.language_model import ModelConfig
+from t5x_lite.layers.config import InitConfig, PositionConfig, RotaryScalingConfig
+from t5x_lite.models.config import BlockConfig, ModelConfig, SegmentConfig, StackConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,8 @@ import regex
 from t5x_lite.errors import UserError
 from t5x_lite.formats import hf, safetensors
 from t5x_lite.formats.mapping import Placed, Slot, Tensors, place
-from t5x_lite.models.language_model import Model, ModelConfig
+from t5x_lite.models.config import ModelConfig
+from t5x_lite.models.language_model import Model
 from t5x_lite.models.peft import PeftConfig, trainable_table
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

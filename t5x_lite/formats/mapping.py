@@ -22,8 +22,7 @@ import numpy as np
 
 from t5x_lite import tree
 from t5x_lite.errors import UserError
-from t5x_lite.models.blocks import SegmentConfig, StackConfig
-from t5x_lite.models.language_model import Model, ModelConfig
+from t5x_lite.models.config import ModelConfig, SegmentConfig, StackConfig
 from t5x_lite.models.params import ParamInfo
 
 Shape = tuple[int, ...]
@@ -211,12 +210,14 @@ class ForeignModel:
         return read_parameter(self.placed[path], self.tensors.read, dtype, index)
 
 
-def foreign_model(where: str, config: ModelConfig, rules: Iterable[Rule], tensors: Tensors, *,
-                  family: str, unused: Iterable[str] = (), knows_function: bool = True,
+def foreign_model(where: str, config: ModelConfig, table: Mapping[str, ParamInfo],
+                  rules: Iterable[Rule], tensors: Tensors, *, family: str,
+                  unused: Iterable[str] = (), knows_function: bool = True,
                   step: int = 0, partial: bool = False) -> ForeignModel:
     """Checks that the tensors are those of the model, all of them and no others.
 
     Args:
+        table: the model's parameters, Model(config).table.
         unused: regexes of names that may be there though a model of ours has no use for them.
         partial: the caller takes what it needs: parameters whose tensors are not all there
             are left out of the table, and further tensors count as unused.
@@ -224,7 +225,6 @@ def foreign_model(where: str, config: ModelConfig, rules: Iterable[Rule], tensor
     Raises:
         UserError: a tensor is missing, extra or misshapen; lists all of them.
     """
-    table = Model(config).table
     placed = place(rules, config, table, family)
     expected = {slot.name: slot.shape for p in placed.values() for slot in p.slots}
     ignored = _ignored(tensors, expected, unused)

@@ -32,11 +32,9 @@ from t5x_lite.formats.mapping import (
     foreign_model,
     like_segments,
 )
-from t5x_lite.layers.attention import AttentionConfig
-from t5x_lite.layers.mlp import MLPConfig
-from t5x_lite.layers.position import PositionConfig
-from t5x_lite.models.blocks import BlockConfig, SegmentConfig, StackConfig
-from t5x_lite.models.language_model import ModelConfig
+from t5x_lite.layers.config import AttentionConfig, MLPConfig, PositionConfig
+from t5x_lite.models.config import BlockConfig, ModelConfig, SegmentConfig, StackConfig
+from t5x_lite.models.language_model import Model
 
 # --- the folder -----------------------------------------------------------------------------------
 
@@ -354,7 +352,7 @@ def model_of(where: str, tensors: Tensors, step: int, *, like: ModelConfig | Non
         UserError: the tensors are not those of the config, or of any T5.
     """
     known = config or like_segments(infer_config(tensors.shapes, where), like)
-    return foreign_model(where, known, rules(), tensors, family="T5X", step=step,
+    return foreign_model(where, known, Model(known).table, rules(), tensors, family="T5X", step=step,
                          knows_function=config is not None, partial=partial)
 
 

@@ -6,61 +6,73 @@ heads (N = K * G), H head dim.
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from t5x_lite.errors import UserError, nearest
-from t5x_lite.layers import attention_implementations
-from t5x_lite.layers.dot_product import Relative, Terms
-from t5x_lite.layers.linear import Dense, InitConfig, RowKey, dropout, kernel_std, param
-from t5x_lite.layers.masks import Masking
-from t5x_lite.layers.norm import Norm, NormConfig
-from t5x_lite.layers.position import PositionBias, PositionConfig, rotate, sinusoids
+from t5x_lite.errors import UserError, at_least, one_of
+from t5x_lite.layers import attention_implementations, dot_product
+from t5x_lite.layers.attention_implementations import FUSED_KERNELS, IMPLEMENTATIONS
+from t5x_lite.layers.config import AttentionConfig, InitConfig, NormConfig, PositionConfig
+from t5x_lite.layers.linear import Dense, RowKey, dropout, kernel_std
+from t5x_lite.layers.masks import Masking, Terms
+from t5x_lite.layers.norm import Norm
+from t5x_lite.layers.position import POSITIONS, PositionBias
 from t5x_lite.parallel import sharding
 from t5x_lite.parallel.remat import tag
 
 
-@dataclasses.dataclass(frozen=True)
-class AttentionConfig:
-    """One attention layer."""
-
-    num_heads: int = 8
-    head_dim: int = 64
-    num_kv_heads: int = 0          # 0: num_heads; 1: multi-query (Shazeer 2019); else grouped
-    scale: float = 0.0             # factor on the logits; 0: head_dim**-0.5 (T5: 1)
-    use_bias: bool = False         # on query, key and value
-    use_out_bias: bool = False
-    qk_norm: bool = False          # RMSNorm over each head's query and key
-    logit_softcap: float = 0.0     # c * tanh(logits / c); 0: none
-    window: int = 0                # see Masking.window
-    # Share of the keys that each key/value head loses, for all queries alike (as T5X drops).
-    dropout_rate: float = 0.0
-    implementation: str = "auto"   # one of kernels.IMPLEMENTATIONS; cached decoding is plain
-    chunk: int = 1024              # chunked: queries, and keys, at a time
-
-    @property
-    def kv_heads(self) -> int:
-        """The number of key/value heads."""
-        return self.num_kv_heads or self.num_heads
-
-
 def validate(config: AttentionConfig, where: str) -> None:
     """Raises UserError for what cannot be, naming the field."""
-    if config.num_heads < 1 or config.head_dim < 1:
-        raise UserError(f"{where}: num_heads={config.num_heads} and head_dim={config.head_dim} "
-                        f"must be at least 1.")
+    at_least(f"{where}.num_heads", config.num_heads, 1)
+    at_least(f"{where}.head_dim", config.head_dim, 1)
     if config.num_heads % config.kv_heads:
         raise UserError(f"{where}: num_heads={config.num_heads} must be a multiple of "
                         f"num_kv_heads={config.kv_heads}.")
-    if config.implementation not in attention_implementations.IMPLEMENTATIONS:
-        raise UserError(f"{where}.implementation={config.implementation!r}: must be one of "
-                        f"{', '.join(attention_implementations.IMPLEMENTATIONS)}."
-                        f"{nearest(config.implementation, attention_implementations.IMPLEMENTATIONS)}")
-    for field, least in (("window", 0), ("logit_softcap", 0.0), ("chunk", 1)):
-        if getattr(config, field) < least:
-            raise UserError(f"{where}.{field}={getattr(config, field)}: must be at least {least}.")
+    one_of(f"{where}.implementation", config.implementation, IMPLEMENTATIONS)
+    at_least(f"{where}.window", config.window, 0)
+    at_least(f"{where}.logit_softcap", config.logit_softcap, 0)
+    at_least(f"{where}.chunk", config.chunk, 1)
+
+
+def attend(name: str, q: jax.Array, k: jax.Array, v: jax.Array, terms: Terms, masking: Masking,
+           chunk: int) -> jax.Array:
+    """Attention by the implementation of this name; see dot_product.plain."""
+    if name == "plain":
+        return dot_product.plain(q, k, v, terms, masking)
+    if name == "chunked":
+        run = functools.partial(dot_product.chunked, chunk=chunk)
+        sizes = sharding.mesh_sizes()
+        ways = sizes.get("sequence", 1)
+        if ways == 1:
+            return run(q, k, v, terms, masking)
+        if masking.causal and masking.k_prefix is None and q.shape[2] == k.shape[2]:
+            if q.shape[2] % (2 * ways) == 0:
+                run = functools.partial(attention_implementations.balanced, run, ways)
+            else:
+                attention_implementations.log_once(
+                    f"attention: {q.shape[2]} positions are no multiple of 2 x "
+                    f"mesh.sequence={ways}, so its last devices work longest")
+        return _per_device(run, q, k, v, terms, masking)
+    kernel = FUSED_KERNELS[name]
+    return _per_device(
+        lambda q, k, v, terms, masking: kernel(q, k, v, masking, softcap=terms.softcap),
+        q, k, v, terms, masking)
+
+
+def _per_device(kernel: Callable, q, k, v, terms: Terms, masking: Masking) -> jax.Array:
+    """The kernel on each device's own rows, heads and queries, over all of their keys."""
+    if not sharding.mesh_sizes():
+        return kernel(q, k, v, terms, masking)
+    rows = "act_batch" if masking.q_positions.shape[0] > 1 else None
+    masking = dataclasses.replace(
+        masking, q_positions=sharding.shard(masking.q_positions, rows, "act_length"))
+    args = (q, k, v, terms, masking)
+    specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, args)
+    return sharding.manual(kernel, specs, specs[0], check_vma=False)(*args)
 
 
 def write_cache(cache: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
@@ -107,58 +119,54 @@ class Attention(nnx.Module):
         if config.qk_norm:
             self.query_norm = Norm(keys[4], head_dim, NormConfig(), dtype)
             self.key_norm = Norm(keys[5], head_dim, NormConfig(), dtype)
-        if position.kind == "transformer_xl":
-            self.relative_key = Dense(keys[6], embed_dim, heads * head_dim, ("embed", "heads"),
-                                      std=std, dtype=dtype, units=(embed_dim, heads))
-            self.content_bias, self.position_bias = (
-                param(keys[7], (heads * head_dim,), ("heads",), units=(heads,)) for _ in range(2))
+        if parameters := POSITIONS[position.kind].parameters:
+            for name, value in parameters(keys[6:], embed_dim, config, std, dtype).items():
+                setattr(self, name, value)
         self.config = config
         self.position = position
         self.dtype = dtype
 
-    def _split_heads(self, x: jax.Array, heads: int, axis: str) -> jax.Array:
+    @property
+    def scale(self) -> jax.Array:
+        """What queries are multiplied by, in the compute dtype."""
+        return jnp.asarray(self.config.scale or self.config.head_dim ** -0.5, self.dtype)
+
+    def split_heads(self, x: jax.Array, heads: int, axis: str) -> jax.Array:
         """x_BL(NH) -> BNLH."""
         x = sharding.reshape(x, (*x.shape[:2], heads, self.config.head_dim),
                              "act_batch", "act_length", axis, None)
         return x.transpose(0, 2, 1, 3)
 
     def project_kv(self, x: jax.Array, positions: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """x_BSD -> keys and values [B, K, S, H]; positions_BS turn the keys under RoPE."""
+        """x_BSD -> keys and values [B, K, S, H]; positions_BS of self-attention's, or None."""
         flat = ("act_batch", "act_length", "act_kv_heads")
-        k = self._split_heads(self.key(x, flat), self.config.kv_heads, "act_kv_heads")
-        v = self._split_heads(self.value(x, flat), self.config.kv_heads, "act_kv_heads")
+        k = self.split_heads(self.key(x, flat), self.config.kv_heads, "act_kv_heads")
+        v = self.split_heads(self.value(x, flat), self.config.kv_heads, "act_kv_heads")
         if self.config.qk_norm:
             k = self.key_norm(k)
-        if positions is not None and self.position.kind == "rotary":
-            k = rotate(k, positions, self.position)
+        turn = POSITIONS[self.position.kind].turn
+        if positions is not None and turn is not None:
+            k = turn(k, positions, self.position)
         # Under context parallelism every query needs all keys: gather their length here.
         k, v = (sharding.shard(a, "act_batch", "act_kv_heads", "act_keys", None) for a in (k, v))
         return tag(k, "key"), tag(v, "value")
 
-    def _queries(self, x: jax.Array, masking: Masking, turn: bool
-                 ) -> tuple[jax.Array, Relative | None]:
-        """Scaled queries [B, N, L, H] of x_BLD, and Transformer-XL's for the position logits."""
-        config = self.config
-        flat = ("act_batch", "act_length", "act_heads")
-        scale = jnp.asarray(config.scale or config.head_dim ** -0.5, self.dtype)
-        flat_query = self.query(x, flat)
-        if self.position.kind == "transformer_xl" and turn:
-            content, position = (
-                self._split_heads(flat_query + bias[...].astype(self.dtype), config.num_heads,
-                                  "act_heads") * scale
-                for bias in (self.content_bias, self.position_bias))
-            keys = masking.k_positions.shape[1]
-            table = sinusoids(jnp.arange(keys - 1, -keys - 1, -1), x.shape[-1]).astype(self.dtype)
-            r = self.relative_key(table, (None, "act_heads"))
-            r = sharding.reshape(r, (2 * keys, config.num_heads, config.head_dim),
-                                 None, "act_heads", None).transpose(1, 0, 2)
-            return tag(content, "query"), Relative(tag(position, "query"), r)
-        q = self._split_heads(flat_query, config.num_heads, "act_heads")
+    def _queries(self, x: jax.Array, masking: Masking, own_keys: bool) -> tuple[jax.Array, Any]:
+        """Scaled queries [B, N, L, H] of x_BLD, and the positions' own term of the logits.
+
+        Args:
+            own_keys: whether this is self-attention, where positions matter.
+        """
+        config, kind = self.config, POSITIONS[self.position.kind]
+        flat_query = self.query(x, ("act_batch", "act_length", "act_heads"))
+        if own_keys and kind.queries is not None:
+            return kind.queries(self, flat_query, masking.k_positions.shape[1], x.shape[-1])
+        q = self.split_heads(flat_query, config.num_heads, "act_heads")
         if config.qk_norm:
             q = self.query_norm(q)
-        if self.position.kind == "rotary" and turn:
-            q = rotate(q, masking.q_positions, self.position)
-        return tag(q * scale, "query"), None
+        if own_keys and kind.turn is not None:
+            q = kind.turn(q, masking.q_positions, self.position)
+        return tag(q * self.scale, "query"), None
 
     def __call__(self, x: jax.Array, kv: tuple[jax.Array, jax.Array] | None, masking: Masking,
                  bias: PositionBias | jax.Array | None, *, cache: dict | None = None,
@@ -176,7 +184,7 @@ class Attention(nnx.Module):
         """
         config = self.config
         flat = ("act_batch", "act_length", "act_heads")
-        q, relative = self._queries(x, masking, turn=kv is None)
+        q, relative = self._queries(x, masking, own_keys=kv is None)
         if kv is None:
             k, v = self.project_kv(x, masking.q_positions)
             if cache is not None:
@@ -191,11 +199,11 @@ class Attention(nnx.Module):
         v = dropout(v.astype(self.dtype), config.dropout_rate, key, "act_batch", "act_kv_heads",
                     "act_keys", None, broadcast_dims=(3,))
         k, v = _for_queries(k.astype(self.dtype), v, config)
-        chosen = attention_implementations.choose(config.implementation, q, k, masking=masking,
-                                bias=bias is not None or relative is not None,
-                                softcap=config.logit_softcap)
-        y = attention_implementations.attend(chosen, q, k, v, Terms(bias, relative, config.logit_softcap), masking,
-                           config.chunk)
+        chosen = attention_implementations.choose(
+            config.implementation, q, k, masking=masking, softcap=config.logit_softcap,
+            bias=bias is not None or relative is not None)
+        terms = Terms(bias, relative, config.logit_softcap)
+        y = attend(chosen, q, k, v, terms, masking, config.chunk)
         y = y.transpose(0, 2, 1, 3)
         y = sharding.reshape(y, (*y.shape[:2], config.num_heads * config.head_dim), *flat)
         y = tag(y, "context")

@@ -21,13 +21,10 @@ import jax
 import jax.numpy as jnp
 
 from t5x_lite.errors import UserError
-from t5x_lite.layers import dot_product
-from t5x_lite.layers.dot_product import Terms
-from t5x_lite.layers.masks import Masking, allowed
+from t5x_lite.layers.masks import Masking, Terms, allowed
 from t5x_lite.parallel import sharding
 
 IMPLEMENTATIONS = ("auto", "plain", "chunked", "cudnn", "splash")
-FUSED = ("cudnn", "splash")
 FUSED_FROM = 1024          # keys from which a fused kernel repays its start
 PLAIN_UP_TO = 2048 * 2048  # logits of a head that the plain implementation may hold
 _LANES = 128               # splash works on tiles of this many positions
@@ -121,58 +118,24 @@ def choose(implementation: str, q: jax.Array, k: jax.Array, *, bias: bool, softc
     length, keys = q.shape[2], k.shape[2]
     if why_not("chunked"):
         return "plain"    # one of few tokens after a cache, whatever the config
-    if implementation != "auto" and not (behind_cache(q, k, masking) and implementation in FUSED):
+    fused_after_cache = implementation in FUSED_KERNELS and behind_cache(q, k, masking)
+    if implementation != "auto" and not fused_after_cache:
         if reason := why_not(implementation):
             raise UserError(f"attention.implementation={implementation!r}: {reason}. Choose "
                             f"'chunked' (any backend, bias and mask) or 'auto'.")
         chosen = implementation
     else:
-        fused = next((n for n in FUSED if keys >= FUSED_FROM and not why_not(n)), "")
+        fused = next((n for n in FUSED_KERNELS if keys >= FUSED_FROM and not why_not(n)), "")
         chosen = fused or ("chunked" if by_chunks(implementation, masking) else "plain")
-    _log_once(f"attention: {chosen} for {length} queries over {keys} keys"
+    log_once(f"attention: {chosen} for {length} queries over {keys} keys"
               f"{' with a bias' if bias else ''} on {backend}")
     return chosen
 
 
 @functools.cache
-def _log_once(message: str) -> None:
+def log_once(message: str) -> None:
+    """Logs a choice the first time that it is made."""
     _log.info(message)
-
-
-def attend(name: str, q: jax.Array, k: jax.Array, v: jax.Array, terms: Terms, masking: Masking,
-           chunk: int) -> jax.Array:
-    """Attention by the implementation of this name; see dot_product.plain."""
-    if name == "plain":
-        return dot_product.plain(q, k, v, terms, masking)
-    if name == "chunked":
-        run = functools.partial(dot_product.chunked, chunk=chunk)
-        sizes = sharding.mesh_sizes()
-        ways = sizes.get("sequence", 1)
-        if ways == 1:
-            return run(q, k, v, terms, masking)
-        if masking.causal and masking.k_prefix is None and q.shape[2] == k.shape[2]:
-            if q.shape[2] % (2 * ways) == 0:
-                run = functools.partial(balanced, run, ways)
-            else:
-                _log_once(f"attention: {q.shape[2]} positions are no multiple of 2 x "
-                          f"mesh.sequence={ways}, so its last devices work longest")
-        return _per_device(run, q, k, v, terms, masking)
-    kernel = {"cudnn": cudnn, "splash": splash}[name]
-    return _per_device(
-        lambda q, k, v, terms, masking: kernel(q, k, v, masking, softcap=terms.softcap),
-        q, k, v, terms, masking)
-
-
-def _per_device(kernel: Callable, q, k, v, terms: Terms, masking: Masking) -> jax.Array:
-    """The kernel on each device's own rows, heads and queries, over all of their keys."""
-    if not sharding.mesh_sizes():
-        return kernel(q, k, v, terms, masking)
-    rows = "act_batch" if masking.q_positions.shape[0] > 1 else None
-    masking = dataclasses.replace(
-        masking, q_positions=sharding.shard(masking.q_positions, rows, "act_length"))
-    args = (q, k, v, terms, masking)
-    specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, args)
-    return sharding.manual(kernel, specs, specs[0], check_vma=False)(*args)
 
 
 def balanced(kernel: Callable, ways: int, q, k, v, terms: Terms, masking: Masking) -> jax.Array:
@@ -263,3 +226,6 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, masking: Masking, *, softca
             *(jnp.broadcast_to(x, (q.shape[0], x.shape[1]))
               for x in (masking.q_segments, masking.k_segments)))
     return jax.vmap(kernel)(q, k, v, segments)
+
+
+FUSED_KERNELS = {"cudnn": cudnn, "splash": splash}

@@ -3,7 +3,7 @@
 Both take the same arguments. Queries come scaled; the logits and the softmax are float32.
 
 Shape letters: B batch, L query length, S key length, N query heads, K key/value heads
-(N = K * G), H head dim, R relative distances.
+(N = K * G), H head dim.
 """
 
 import dataclasses
@@ -12,33 +12,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from t5x_lite.layers.masks import Masking, allowed
-from t5x_lite.layers.position import PositionBias, skew
+from t5x_lite.layers.masks import Masking, Terms, allowed
 from t5x_lite.parallel import sharding
 
 # Large enough to vanish in the softmax, small enough to stay finite in bfloat16.
 MASKED = -1e10
-
-
-@dataclasses.dataclass(frozen=True)
-class Relative:
-    """Transformer-XL's position logits (Dai et al. 2019, section 3.3): query . key of a distance."""
-
-    query: jax.Array   # [B, N, L, H], scaled, with the position bias v added
-    keys: jax.Array    # [N, R = 2 S, H] for the distances S - 1, S - 2, …, -S
-
-
-@dataclasses.dataclass(frozen=True)
-class Terms:
-    """What attention logits consist of beside q . k."""
-
-    bias: jax.Array | PositionBias | None = None   # [1|B, N, L, S], or a function of positions
-    relative: Relative | None = None
-    softcap: float = 0.0                           # c * tanh(q . k / c); 0: none
-
-
-jax.tree_util.register_dataclass(Relative, data_fields=["query", "keys"], meta_fields=[])
-jax.tree_util.register_dataclass(Terms, data_fields=["bias", "relative"], meta_fields=["softcap"])
 
 
 def scores(q: jax.Array, k: jax.Array) -> jax.Array:
@@ -74,41 +52,16 @@ def logits(q: jax.Array, k: jax.Array, terms: Terms, masking: Masking) -> jax.Ar
     """The masked attention logits, float32 [B, N, L, S]."""
     x = scores(q, k)
     if terms.relative is not None:
-        x = x + relative_logits(terms.relative, masking)
+        x = x + terms.relative(masking)
     if terms.softcap:
         x = terms.softcap * jnp.tanh(x / terms.softcap)
     if terms.bias is not None:
         bias = terms.bias
-        if isinstance(bias, PositionBias):
+        if callable(bias):
             bias = bias(masking.q_positions, masking.k_positions)
         x = x + bias.astype(jnp.float32)
     mask = allowed(masking)
     return x if mask is None else jnp.where(mask, x, MASKED)
-
-
-def relative_logits(relative: Relative, masking: Masking) -> jax.Array:
-    """query_BNLH . key of the distance to each key: float32 [B, N, L, S]."""
-    length, keys = relative.query.shape[2], masking.k_positions.shape[1]
-    highest = relative.keys.shape[1] // 2 - 1      # the distance of the first of the R keys
-    axes = ("act_batch", "act_heads", None, None)
-    query = sharding.shard(relative.query, *axes)
-    q, k = masking.q_positions, masking.k_positions
-    if q.shape[0] == 1:
-        # The L + S distances from (last query - first key) on, then one reshape. Padded chunks
-        # reach beyond the distances that exist.
-        r = jnp.pad(relative.keys, ((0, 0), (length, keys), (0, 0)))
-        first = length + highest - (q[0, -1] - k[0, 0])
-        r = jax.lax.dynamic_slice_in_dim(r, first, length + keys, axis=1)
-        x = sharding.einsum("BNLH,NRH->BNLR", query, r, out=axes,
-                            preferred_element_type=jnp.float32)
-        x = skew(x, keys)
-    else:
-        x = sharding.einsum("BNLH,NRH->BNLR", query, relative.keys, out=axes,
-                            preferred_element_type=jnp.float32)
-        index = highest - (q[:, None, :, None] - k[:, None, None, :])
-        index = jnp.broadcast_to(index, (x.shape[0], x.shape[1], length, keys))
-        x = jnp.take_along_axis(x, sharding.shard(index, *axes), axis=3)
-    return sharding.shard(x, "act_batch", "act_heads", "act_length", None)
 
 
 def plain(q: jax.Array, k: jax.Array, v: jax.Array, terms: Terms, masking: Masking) -> jax.Array:
@@ -138,7 +91,7 @@ def chunked(q: jax.Array, k: jax.Array, v: jax.Array, terms: Terms, masking: Mas
         chunk: queries, and keys, at a time.
     """
     assert masking.q_positions.shape[0] == 1, "chunks need rows that agree on positions"
-    assert terms.bias is None or isinstance(terms.bias, PositionBias), "a bias by positions"
+    assert terms.bias is None or callable(terms.bias), "a bias by positions"
     length, keys = q.shape[2], k.shape[2]
     plan = Plan(min(chunk, length), min(chunk, keys), keys, masking.causal, masking.window,
                 masking.k_prefix is not None)
@@ -153,8 +106,9 @@ def chunked(q: jax.Array, k: jax.Array, v: jax.Array, terms: Terms, masking: Mas
                          for f in (_forward, _backward))
     run = jax.custom_vjp(lambda *args: forward(*args)[0])
     run.defvjp(forward, backward)
-    y = run(_pad(queries, plan.q_chunk), *_pad((k, v), plan.k_chunk), terms,
-            None if relative is None else relative.keys, _pad_masking(masking, plan))
+    shared = None if relative is None else dataclasses.replace(relative, query=None)
+    y = run(_pad(queries, plan.q_chunk), *_pad((k, v), plan.k_chunk), terms, shared,
+            _pad_masking(masking, plan))
     return sharding.shard(y[:, :, :length], "act_batch", "act_heads", "act_length", None)
 
 
@@ -223,17 +177,18 @@ def _chunk_masking(masking: Masking, plan: Plan, i, j) -> Masking:
                    _slice(k[2], j, plan.k_chunk, 1), masking.causal, masking.window)
 
 
-def _chunk_logits(plan: Plan, queries, k, terms: Terms, relative_keys, masking: Masking):
+def _chunk_logits(plan: Plan, queries, k, terms: Terms, relative, masking: Masking):
     """Logits of one chunk, float32; padded keys at -inf vanish whatever else is masked."""
-    if relative_keys is not None:
-        terms = dataclasses.replace(terms, relative=Relative(queries[1], relative_keys))
+    if relative is not None:
+        terms = dataclasses.replace(
+            terms, relative=dataclasses.replace(relative, query=queries[1]))
     x = logits(queries[0], k, terms, masking)
     if plan.keys % plan.k_chunk:
         x = jnp.where(masking.k_positions[:, None, None, :] < plan.keys, x, -jnp.inf)
     return x
 
 
-def _forward(plan, queries, k, v, terms, relative_keys, masking):
+def _forward(plan, queries, k, v, terms, relative, masking):
     """-> (y_BNLH, residuals: the arguments, y and the softmax's maximum and sum [B, N, L])."""
     def one_chunk(_, i):
         mine = _slice(queries, i, plan.q_chunk, 2)
@@ -241,7 +196,7 @@ def _forward(plan, queries, k, v, terms, relative_keys, masking):
         def over_keys(j, state):
             top, total, y = state
             k_j, v_j = _slice((k, v), j, plan.k_chunk, 2)
-            x = _chunk_logits(plan, mine, k_j, terms, relative_keys,
+            x = _chunk_logits(plan, mine, k_j, terms, relative,
                               _chunk_masking(masking, plan, i, j))
             new_top = jnp.maximum(top, jnp.max(x, axis=-1))
             p, shrink = jnp.exp(x - new_top[..., None]), jnp.exp(top - new_top)
@@ -257,7 +212,7 @@ def _forward(plan, queries, k, v, terms, relative_keys, masking):
     chunks = queries[0].shape[2] // plan.q_chunk
     _, (y, top, total) = jax.lax.scan(one_chunk, None, jnp.arange(chunks))
     y, top, total = _join(y), _join(top), _join(total)
-    return y, (queries, k, v, terms, relative_keys, masking, y, top, total)
+    return y, (queries, k, v, terms, relative, masking, y, top, total)
 
 
 def _join(x: jax.Array) -> jax.Array:
@@ -268,8 +223,8 @@ def _join(x: jax.Array) -> jax.Array:
 
 
 def _backward(plan, residuals, dy):
-    """Cotangents of (queries, k, v, terms, relative_keys, masking)."""
-    queries, k, v, terms, relative_keys, masking, y, top, total = residuals
+    """Cotangents of (queries, k, v, terms, relative, masking)."""
+    queries, k, v, terms, relative, masking, y, top, total = residuals
     delta = jnp.sum(dy.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
     floats = functools.partial(jax.tree.map, lambda x: jnp.zeros_like(x, jnp.float32))
 
@@ -281,9 +236,9 @@ def _backward(plan, residuals, dy):
             d_mine, d_kv, d_shared = carry
             kv = _slice((k, v), j, plan.k_chunk, 2)
             x, pull = jax.vjp(
-                lambda mine, k, terms, relative_keys: _chunk_logits(
-                    plan, mine, k, terms, relative_keys, _chunk_masking(masking, plan, i, j)),
-                mine, kv[0], terms, relative_keys)
+                lambda mine, k, terms, relative: _chunk_logits(
+                    plan, mine, k, terms, relative, _chunk_masking(masking, plan, i, j)),
+                mine, kv[0], terms, relative)
             p = jnp.exp(x - top_i[..., None]) / total_i[..., None]
             dv_j, = jax.vjp(functools.partial(mix, p), kv[1])[1](dy_i)
             dx = p * (scores(dy_i, kv[1]) - delta_i[..., None])
@@ -302,10 +257,10 @@ def _backward(plan, residuals, dy):
             *plan.visible(masking.q_positions, i), over_keys, (floats(mine), *carry))
         return tuple(carry), d_mine
 
-    start = (floats((k, v)), floats((terms, relative_keys)))
+    start = (floats((k, v)), floats((terms, relative)))
     chunks = queries[0].shape[2] // plan.q_chunk
     (d_kv, d_shared), d_queries = jax.lax.scan(one_chunk, start, jnp.arange(chunks))
     d_queries = jax.tree.map(_join, d_queries)
-    found = jax.tree.map(lambda d, x: d.astype(x.dtype), (d_queries, *d_kv, *d_shared),
-                         (queries, k, v, terms, relative_keys))
-    return *found, None
+    cotangents = jax.tree.map(lambda d, x: d.astype(x.dtype), (d_queries, *d_kv, *d_shared),
+                              (queries, k, v, terms, relative))
+    return *cotangents, None

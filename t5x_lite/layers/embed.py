@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from t5x_lite.layers.linear import Dense, InitConfig, kernel_std, param
+from t5x_lite.layers.config import InitConfig, NormConfig
+from t5x_lite.layers.linear import Dense, kernel_std, param
 from t5x_lite.layers.mlp import ACTIVATIONS
-from t5x_lite.layers.norm import Norm, NormConfig
+from t5x_lite.layers.norm import Norm
 from t5x_lite.parallel import sharding
 
 

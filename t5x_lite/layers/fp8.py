@@ -18,8 +18,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from t5x_lite.parallel import sharding
-
 FORWARD, BACKWARD = jnp.float8_e4m3fn, jnp.float8_e5m2
 
 _active: contextvars.ContextVar[bool] = contextvars.ContextVar("fp8", default=False)
@@ -27,7 +25,7 @@ _active: contextvars.ContextVar[bool] = contextvars.ContextVar("fp8", default=Fa
 
 @contextlib.contextmanager
 def matmuls(on: bool):
-    """Whether `dense` products traced inside are of 8-bit floats."""
+    """Whether products with weights traced inside are of 8-bit floats."""
     token = _active.set(on)
     try:
         yield
@@ -43,16 +41,14 @@ def quantize(x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     return jnp.clip(x.astype(jnp.float32) / scale, -largest, largest).astype(dtype), scale
 
 
-def dense(x: jax.Array, w: jax.Array, out: sharding.Axes) -> jax.Array:
-    """sharding.dense, in 8-bit floats where `matmuls` says so and the operands are narrow."""
-    if _active.get() and x.dtype != jnp.float32:
-        return sharding.dense(x, w, out, lambda x, w, out: _product(x, w, sharding.spec(*out)))
-    return sharding.dense(x, w, out)
+def applies(x: jax.Array) -> bool:
+    """Whether products of x with weights are of 8-bit floats: `matmuls` says so and x is narrow."""
+    return _active.get() and x.dtype != jnp.float32
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: jax.Array, w: jax.Array, spec: PartitionSpec | None) -> jax.Array:
-    """x_…D @ w_DF."""
+def product(x: jax.Array, w: jax.Array, spec: PartitionSpec | None) -> jax.Array:
+    """x_…D @ w_DF in x's dtype, sharded by `spec` where there is a mesh (else None)."""
     return _forward(x, w, spec)[0]
 
 
@@ -72,7 +68,7 @@ def _backward(spec, kept, g):
     return dx, dw
 
 
-_product.defvjp(_forward, _backward)
+product.defvjp(_forward, _backward)
 
 
 def _scaled(equation, a, b, scale, dtype, spec) -> jax.Array:

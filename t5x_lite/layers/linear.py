@@ -11,25 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from t5x_lite.layers import fp8
+from t5x_lite.layers.config import InitConfig
 from t5x_lite.parallel import sharding
 
 INIT_KERNELS = ("fan_in", "fan_avg", "fixed")
-
-
-@dataclasses.dataclass(frozen=True)
-class InitConfig:
-    """How fresh parameters are drawn; every number is a standard deviation or a factor on one."""
-
-    # fan_in: std = fan_in**-0.5 (T5); fan_avg: (2 / (fan_in + fan_out))**0.5 (Xavier);
-    # fixed: kernel_std (GPT-2 section 2.3, BERT).
-    kernel: str = "fan_in"
-    kernel_std: float = 0.02
-    embedding_std: float = 1.0     # token embeddings (T5: 1.0)
-    position_std: float = 0.02     # learned absolute positions
-    logits_std: float = 0.0        # 0: as kernels
-    scale_query: bool = True       # T5: query std divided by sqrt(head_dim), attention unscaled
-    output_factor: float = 1.0     # attention-out and mlp-out kernels (GPT-2: (2 layers)**-0.5)
-    value_factor: float = 1.0      # value, attention-out and mlp kernels (DeepNorm's beta)
 
 
 def param(key: jax.Array, shape: tuple[int, ...], axes: tuple[str | None, ...], *,
@@ -55,6 +40,13 @@ def param(key: jax.Array, shape: tuple[int, ...], axes: tuple[str | None, ...], 
                      units=units or shape)
 
 
+def project(x: jax.Array, w: jax.Array, out: sharding.Axes) -> jax.Array:
+    """x_…D @ w_DF with logical axes `out`, in the number format of the precision policy."""
+    if fp8.applies(x):
+        return sharding.dense(x, w, out, fp8.product)
+    return sharding.dense(x, w, out)
+
+
 class Dense(nnx.Module):
     """y = x @ kernel (+ bias): kernel_DF with logical axes (axis_in, axis_out).
 
@@ -78,7 +70,7 @@ class Dense(nnx.Module):
 
     def __call__(self, x: jax.Array, out: sharding.Axes) -> jax.Array:
         """x_…D -> y_…F with logical axes `out`, in the compute dtype."""
-        y = fp8.dense(x, sharding.weight(self.kernel[...], self.axes, self.dtype), out)
+        y = project(x, sharding.weight(self.kernel[...], self.axes, self.dtype), out)
         if self.use_bias:
             y = y + sharding.weight(self.bias[...], (self.bias_axis,), self.dtype)
         return y

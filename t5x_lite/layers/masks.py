@@ -1,9 +1,13 @@
-"""Who may attend to whom: small pure functions of positions and segment ids.
+"""What makes attention logits beside queries and keys: who may attend to whom, and further terms.
+
+Masks are small pure functions of positions and segment ids.
 
 Shape letters: B batch (or 1 where all rows agree), L query length, S key length.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +34,31 @@ class Masking:
     window: int = 0                        # keys at distance >= window are hidden; 0: none are
 
     def with_window(self, window: int) -> "Masking":
-        """The same with another attention window."""
+        """This masking with another attention window."""
         return dataclasses.replace(self, window=window)
 
 
 jax.tree_util.register_dataclass(
     Masking, data_fields=["q_positions", "k_positions", "q_segments", "k_segments", "k_prefix"],
     meta_fields=["causal", "window"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Terms:
+    """What attention logits consist of beside q . k, see position.py.
+
+    bias: float [1|B, N, L, S], or a function (q_positions, k_positions) -> that, which is never
+        made whole where attention goes by chunks.
+    relative: a dataclass whose field `query` [B, N, L, H] goes where the queries go, and which
+        gives logits [B, N, L, S] when called with a Masking.
+    """
+
+    bias: jax.Array | Callable | None = None
+    relative: Any = None
+    softcap: float = 0.0      # c * tanh(q . k / c); 0: none
+
+
+jax.tree_util.register_dataclass(Terms, data_fields=["bias", "relative"], meta_fields=["softcap"])
 
 
 def allowed(masking: Masking) -> jax.Array | None:

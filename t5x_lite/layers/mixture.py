@@ -17,7 +17,6 @@ buffer rows.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,7 @@ from jax.extend.random import threefry_2x32
 from jax.sharding import PartitionSpec
 
 from t5x_lite.layers import dispatch, grouped, routing
+from t5x_lite.layers.config import MoEConfig
 from t5x_lite.parallel import sharding
 
 
@@ -98,7 +98,7 @@ def uniform(seed_2: jax.Array, row: jax.Array, features: int, first: jax.Array |
 class Run:
     """What is fixed about one traced call."""
 
-    config: Any                         # the layer's MoEConfig
+    config: MoEConfig
     activation: Callable
     place: Placement
     specs: Mapping[str, PartitionSpec]  # of the arrays that `mixture` is given
@@ -109,41 +109,34 @@ class Run:
 
 def _route(x_ND: jax.Array, arrays: Mapping[str, jax.Array], mask_GT: jax.Array,
            place_N: jax.Array | None, run: Run):
-    """(Routing or ExpertChoice, logits_GTE or None for hash routing), float32 throughout.
+    """(Routing or ExpertChoice, logits_GTE or None where nothing is learned), in float32.
 
     Args:
         place_N: int32, where each token stands in the global batch, in training.
     """
-    config, train = run.config, run.train
+    config, router = run.config, routing.ROUTERS[run.config.router]
     groups, tokens = mask_GT.shape
-    masked = mask_GT if config.mask_padding else None
-    if config.router == "hash":
-        ids_GT = arrays["tokens"].reshape(groups, tokens)
-        return routing.hash_experts(ids_GT, config.num_experts, run.room, masked,
-                                    seed=config.hash_seed), None
+    logits_GTE = None
+    if router.learned:
+        logits_GTE = _logits(x_ND, arrays, place_N, run).reshape(groups, tokens, -1)
+    given = routing.RouterInput(
+        config=config, capacity=run.room, mask_GT=mask_GT if config.mask_padding else None,
+        logits_GTE=logits_GTE, train=run.train,
+        tokens_GT=arrays["tokens"].reshape(groups, tokens) if router.by_token else None,
+        draw=lambda: uniform(arrays["seeds"][1], place_N, 1).reshape(groups, tokens))
+    return router.route(given), logits_GTE
+
+
+def _logits(x_ND: jax.Array, arrays: Mapping[str, jax.Array], place_N: jax.Array | None,
+            run: Run) -> jax.Array:
+    """The router's float32 logits_NE."""
     x_ND = x_ND.astype(jnp.float32)
-    if train and config.jitter:
+    if run.train and run.config.jitter:
         noise = uniform(arrays["seeds"][0], place_N, x_ND.shape[1])
-        x_ND = routing.jitter(x_ND, noise, config.jitter)
+        x_ND = routing.jitter(x_ND, noise, run.config.jitter)
     # HIGHEST: a TPU would otherwise multiply float32 as bfloat16.
     logits = jnp.einsum("ND,DE->NE", x_ND, arrays["router"], precision=jax.lax.Precision.HIGHEST)
-    logits_GTE = (logits + arrays.get("router_bias", 0.0)).reshape(groups, tokens, -1)
-    if config.router == "expert_choice":
-        # Causal decoders are refused when the layer is built.
-        return routing.expert_choice(logits_GTE, run.room, masked, causal=False), logits_GTE
-    shared = {"prioritized": config.prioritized,
-              "expert_groups": (config.expert_groups, config.max_groups)}
-    if config.router == "switch":
-        return routing.switch(logits_GTE, run.room, masked, **shared), logits_GTE
-    shared["renormalize"] = config.renormalize
-    if config.router == "top_k":
-        return routing.top_k(logits_GTE, config.top_k, run.room, masked, **shared), logits_GTE
-    policy = config.second_policy if train else config.eval_second_policy
-    draws = None
-    if policy == "random":
-        draws = uniform(arrays["seeds"][1], place_N, 1).reshape(groups, tokens)
-    return routing.top_2(logits_GTE, run.room, masked, second_policy=policy, uniform_GT=draws,
-                         second_threshold=config.second_threshold, **shared), logits_GTE
+    return logits + arrays.get("router_bias", 0.0)
 
 
 class _Experts:

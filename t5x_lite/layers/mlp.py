@@ -3,14 +3,14 @@
 Shape letters: B batch, L length, D model, F hidden.
 """
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from t5x_lite.layers.linear import Dense, InitConfig, RowKey, dropout, kernel_std
+from t5x_lite.layers.config import InitConfig, MLPConfig
+from t5x_lite.layers.linear import Dense, RowKey, dropout, kernel_std
 from t5x_lite.parallel.remat import tag
 
 ACTIVATIONS = {
@@ -21,17 +21,6 @@ ACTIVATIONS = {
     "squared_relu": lambda x: jnp.square(jax.nn.relu(x)),
     "linear": lambda x: x,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class MLPConfig:
-    """wo(act(wi(x))), or gated wo(act(wi_0(x)) * wi_1(x)) (Shazeer 2020, GLU variants)."""
-
-    mlp_dim: int = 2048
-    activation: str = "gelu_tanh"   # a key of ACTIVATIONS
-    gated: bool = True              # T5 1.1: gelu_tanh gated; SwiGLU: silu gated
-    use_bias: bool = False
-    dropout_rate: float = 0.0       # on the hidden activations
 
 
 class Adapter(nnx.Module):

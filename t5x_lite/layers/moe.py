@@ -20,59 +20,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from t5x_lite.errors import UserError, nearest
+from t5x_lite.errors import UserError, at_least, one_of
 from t5x_lite.layers import routing
-from t5x_lite.layers.linear import Dense, InitConfig, RowKey, kernel_std, param
-from t5x_lite.layers.mixture import Run, mixture, placement, weight_spec
-from t5x_lite.layers.mlp import ACTIVATIONS, MLP, MLPConfig
+from t5x_lite.layers.config import InitConfig, MoEConfig
+from t5x_lite.layers.linear import Dense, RowKey, kernel_std, param
+from t5x_lite.layers.mixture import Placement, Run, mixture, placement, weight_spec
+from t5x_lite.layers.mlp import ACTIVATIONS, MLP
 from t5x_lite.parallel import sharding
-
-ROUTERS = ("switch", "top_2", "top_k", "expert_choice", "hash")
-
-
-@dataclasses.dataclass(frozen=True)
-class MoEConfig:
-    """A mixture of experts in place of an MLP."""
-
-    num_experts: int = 8
-    mlp: MLPConfig = MLPConfig()       # each expert; its dropout_rate is the expert dropout,
-    #                                    0.4 in fine-tuning (Switch section 2.4)
-    router: str = "switch"             # one of ROUTERS, see routing.py
-    top_k: int = 2                     # experts a token uses, for router="top_k"
-    renormalize: bool = True           # top_2 and top_k: the used experts' gates sum to 1
-    second_policy: str = "all"         # top_2 in training: all | none | threshold | random
-    eval_second_policy: str = "all"    # top_2 in evaluation: all | none | threshold
-    second_threshold: float = 0.5      # of the second expert's share, for those policies
-    prioritized: bool = False          # serve probable tokens first (V-MoE), not in order
-    # Room an expert has for one group: factor * tokens of the group / experts (Switch eq. 3),
-    # whatever the number of choices: top-2 routers want about twice as much.
-    capacity_factor: float = 1.25
-    eval_capacity_factor: float = 2.0
-    expert_capacity: int = 0           # that room in tokens, instead of the factors
-    dropless: bool = False             # every choice is computed, whatever the load
-    overflow: str = "zero"             # what dropped tokens get: zero | identity (p x, as the
-    #                                    Hugging Face Switch models were evaluated)
-    group_size: int = 0                # tokens that compete for room: 0 is a sequence; else a
-    #                                    divisor or a multiple of the sequence length
-    mask_padding: bool = True          # padding takes no room and counts in no loss
-    loss_mean: str = "real"            # tokens by whose number the losses divide: real | all, as
-    #                                    Flaxformer does, whose runs continue with it
-    jitter: float = 0.0                # multiplicative noise on the router's input, train only
-    balance_weight: float = 0.01       # of the load-balancing loss
-    balance_choices: str = "all"       # choices it counts: all | first (GShard)
-    z_weight: float = 0.0              # of the router z-loss (ST-MoE: 0.001)
-    expert_groups: int = 1             # equal groups of experts, one a slice or host, …
-    max_groups: int = 1                # … of which a token's experts lie in this many at most
-    shared_experts: int = 0            # experts that every token uses, as one MLP that wide
-    router_bias: bool = False
-    router_std: float = 0.02           # of the fresh router kernel
-    hash_seed: int = 0                 # for router="hash"
-
-    @property
-    def choices(self) -> int:
-        """Experts a token uses; 0 where experts choose."""
-        return {"switch": 1, "top_2": 2, "hash": 1, "expert_choice": 0}.get(
-            self.router, self.top_k)
 
 
 def validate(config: MoEConfig, where: str, *, causal: bool, length: int = 0,
@@ -85,47 +39,28 @@ def validate(config: MoEConfig, where: str, *, causal: bool, length: int = 0,
         length: tokens of a training sequence, 0 where unknown.
         split: whether the batch is split into micro-batches, by accumulation or a pipeline.
     """
-    def one_of(field, allowed):
-        value = getattr(config, field)
-        if value not in allowed:
-            raise UserError(f"{where}.{field}={value!r}: must be one of {', '.join(allowed)}."
-                            f"{nearest(value, allowed)}")
-
-    experts = config.num_experts
-    one_of("router", ROUTERS)
-    one_of("second_policy", routing.SECOND_POLICIES)
-    one_of("eval_second_policy", tuple(p for p in routing.SECOND_POLICIES if p != "random"))
-    one_of("overflow", ("zero", "identity"))
-    one_of("balance_choices", ("all", "first"))
-    one_of("loss_mean", ("real", "all"))
-    for field, least in (("num_experts", 1), ("expert_groups", 1), ("max_groups", 1),
-                         ("expert_capacity", 0), ("shared_experts", 0), ("balance_weight", 0),
-                         ("z_weight", 0), ("second_threshold", 0), ("jitter", 0)):
-        if not getattr(config, field) >= least:
-            raise UserError(f"{where}.{field}={getattr(config, field)}: must be at least {least}.")
-    if config.jitter >= 1:
-        raise UserError(f"{where}.jitter={config.jitter}: must be below 1, or the router's inputs "
-                        "change their sign; Switch uses 0.01.")
-    if config.router == "top_k" and config.top_k < 1:
-        raise UserError(f"{where}.top_k={config.top_k}: must be at least 1.")
-    if config.choices > experts:
-        field = f"top_k={config.top_k}" if config.router == "top_k" else f"router={config.router!r}"
-        raise UserError(f"{where}.{field} uses {config.choices} experts a token, but num_experts="
+    router = _validate_fields(config, where)
+    experts, choices = config.num_experts, router.choices(config)
+    if choices > experts:
+        field = f"top_k={config.top_k}" if "top_k" in router.settings else f"router={config.router!r}"
+        raise UserError(f"{where}.{field} uses {choices} experts a token, but num_experts="
                         f"{experts}; use at most {experts}, or more experts.")
-    if config.router == "expert_choice":
-        if causal:
-            raise UserError(f"{where}: {routing.EXPERT_CHOICE_LEAKS}")
-        if config.dropless or config.overflow != "zero" or config.expert_groups != 1:
-            raise UserError(f"{where}: router='expert_choice' fills every expert to its capacity; "
-                            "dropless, overflow and expert_groups do not apply to it.")
+    if causal and not router.causal:
+        raise UserError(f"{where}: {routing.leak(config.router)}")
+    if not choices and (config.dropless or config.overflow != "zero" or config.expert_groups != 1):
+        raise UserError(f"{where}: router={config.router!r} fills every expert to its capacity; "
+                        "dropless, overflow and expert_groups do not apply to it.")
+    if config.overflow == "identity" and not router.learned:
+        raise UserError(f"{where}.overflow='identity' weighs a dropped token by the router's "
+                        f"probability, and router={config.router!r} has none; use 'zero'.")
     if experts % config.expert_groups:
         raise UserError(f"{where}.expert_groups={config.expert_groups} must divide num_experts="
                         f"{experts}.")
     eligible = config.max_groups * experts // config.expert_groups
-    if not 1 <= config.max_groups <= config.expert_groups or config.choices > eligible:
+    if not 1 <= config.max_groups <= config.expert_groups or choices > eligible:
         raise UserError(f"{where}.max_groups={config.max_groups}: must be between 1 and "
                         f"expert_groups={config.expert_groups}, and leave at least "
-                        f"{config.choices} experts eligible.")
+                        f"{choices} experts eligible.")
     ways = _ways(sharding.active_rules().mesh_axes("expert"), sharding.mesh_sizes())
     if experts % ways:
         raise UserError(f"{where}.num_experts={experts} cannot be split {ways} ways over the mesh "
@@ -139,6 +74,28 @@ def validate(config: MoEConfig, where: str, *, causal: bool, length: int = 0,
                 f"neighbours: other groups, other drops. Use at most the length, {length}.")
         for train in (True, False):
             capacity(config, tokens, train, where)
+
+
+def _validate_fields(config: MoEConfig, where: str) -> routing.Router:
+    """Checks each field alone; the router that the config names."""
+    one_of(f"{where}.router", config.router, routing.ROUTERS)
+    one_of(f"{where}.second_policy", config.second_policy, routing.SECOND_POLICIES)
+    one_of(f"{where}.eval_second_policy", config.eval_second_policy,
+           [p for p in routing.SECOND_POLICIES if p != "random"])
+    one_of(f"{where}.overflow", config.overflow, ("zero", "identity"))
+    one_of(f"{where}.balance_choices", config.balance_choices, ("all", "first"))
+    one_of(f"{where}.loss_mean", config.loss_mean, ("real", "all"))
+    for field, least in (("num_experts", 1), ("expert_groups", 1), ("max_groups", 1),
+                         ("expert_capacity", 0), ("shared_experts", 0), ("balance_weight", 0),
+                         ("z_weight", 0), ("second_threshold", 0), ("jitter", 0)):
+        at_least(f"{where}.{field}", getattr(config, field), least)
+    if config.jitter >= 1:
+        raise UserError(f"{where}.jitter={config.jitter}: must be below 1, or the router's inputs "
+                        "change their sign; Switch uses 0.01.")
+    router = routing.ROUTERS[config.router]
+    if "top_k" in router.settings:
+        at_least(f"{where}.top_k", config.top_k, 1)
+    return router
 
 
 def group_tokens(config: MoEConfig, length: int, where: str = "moe") -> int:
@@ -216,14 +173,14 @@ class Experts(nnx.Module):
 
     def weights(self, dtype: jnp.dtype) -> dict[str, tuple[jax.Array, sharding.Axes]]:
         """{"wi.kernel": (array in the compute dtype, logical axes), …}."""
-        found = {}
+        arrays = {}
         for name in self.names:
             for kind in ("kernel", "bias"):
                 variable = getattr(getattr(self, name), kind, None)
                 if variable is not None:
                     axes = variable.get_metadata()["logical_axes"]
-                    found[f"{name}.{kind}"] = (variable[...].astype(dtype), axes)
-        return found
+                    arrays[f"{name}.{kind}"] = (variable[...].astype(dtype), axes)
+        return arrays
 
 
 # ---------------------------------------------------------------------------------------
@@ -242,7 +199,7 @@ class MoE(nnx.Module):
                  dtype: jnp.dtype = jnp.float32, *, causal: bool = False):
         validate(config, "moe", causal=causal)
         keys = jax.random.split(key, 3)
-        if config.router != "hash":
+        if routing.ROUTERS[config.router].learned:
             self.router = Dense(keys[0], embed_dim, config.num_experts, ("embed", "router"),
                                 std=config.router_std, use_bias=config.router_bias)
         self.experts = Experts(keys[1], embed_dim, config, init)
@@ -261,7 +218,7 @@ class MoE(nnx.Module):
         Args:
             key: dropout key, None outside training (which also chooses the capacity).
             mask: bool [B, L], False where padding; None: all tokens are real.
-            tokens: int32 [B, L] token ids, which router="hash" needs.
+            tokens: int32 [B, L] token ids, for routers that go by them.
             decoding: the sequence arrives in pieces, so nothing is dropped: a group would be
                 whatever part of it is here.
         Returns:
@@ -271,39 +228,9 @@ class MoE(nnx.Module):
             UserError: an expert's room is below one token, or the batch does not divide.
         """
         config, place = self.config, placement()
-        batch, length, _ = x.shape
         train = key is not None
-        size, room = length, None
-        if config.router == "expert_choice" or not (decoding or length == 1):
-            size = group_tokens(config, length)
-            room = capacity(config, size, train)
-        ways = _ways(place.group, sharding.mesh_sizes())
-        rows = max(size // length, 1)  # sequences of a group
-        if batch % (ways * rows):
-            raise UserError(
-                f"moe: a batch of {batch} sequences cannot be split into groups of {rows} over "
-                f"{ways} devices (mesh axes {', '.join(place.group) or 'none'}); it must be a "
-                f"multiple of {rows * ways}. Change the batch size, group_size or the mesh.")
-        arrays = {"x": x, "mask": jnp.ones((batch, length), bool) if mask is None
-                  else jnp.broadcast_to(mask, (batch, length))}
-        if config.router == "hash":
-            assert tokens is not None, "router='hash' needs the token ids"
-            arrays["tokens"] = tokens
-        if train:
-            arrays["rows"] = key.rows
-        specs = dict.fromkeys(arrays, PartitionSpec(place.group or None))
-        if config.router != "hash":
-            arrays["router"] = sharding.weight(self.router.kernel[...], self.router.axes,
-                                               jnp.float32)
-            if config.router_bias:
-                arrays["router_bias"] = self.router.bias[...]
-        if train:
-            shared_key = key.fold_in(1)
-            arrays["seeds"] = jax.random.bits(key.fold_in(0).key, (3, 2), jnp.uint32)
-        specs |= {name: PartitionSpec() for name in arrays if name not in specs}
-        for name, (w, axes) in self.experts.weights(self.dtype).items():
-            arrays[name] = w
-            specs[name] = weight_spec(axes)
+        size, room = self._groups(x.shape, place, train, decoding)
+        arrays, specs = self._arrays(x, key, mask, tokens, place)
         run = Run(config, ACTIVATIONS[config.mlp.activation], place, specs, size, room, train)
         local = functools.partial(mixture, run=run)
         if sharding.mesh_sizes():
@@ -316,5 +243,49 @@ class MoE(nnx.Module):
         else:
             y, aux = local(arrays)
         if config.shared_experts:
-            y = y + self.shared(x, shared_key if train else None)[0]
+            y = y + self.shared(x, key.fold_in(1) if train else None)[0]
         return y, aux
+
+    def _groups(self, shape: tuple[int, ...], place: Placement, train: bool, decoding: bool
+                ) -> tuple[int, int | None]:
+        """Tokens of a routing group, and of them the room that an expert has (None: for all)."""
+        config, (batch, length, _) = self.config, shape
+        experts_choose = not routing.ROUTERS[config.router].choices(config)
+        size, room = length, None
+        if experts_choose or not (decoding or length == 1):
+            size = group_tokens(config, length)
+            room = capacity(config, size, train)
+        ways = _ways(place.group, sharding.mesh_sizes())
+        rows = max(size // length, 1)  # sequences of a group
+        if batch % (ways * rows):
+            raise UserError(
+                f"moe: a batch of {batch} sequences cannot be split into groups of {rows} over "
+                f"{ways} devices (mesh axes {', '.join(place.group) or 'none'}); it must be a "
+                f"multiple of {rows * ways}. Change the batch size, group_size or the mesh.")
+        return size, room
+
+    def _arrays(self, x: jax.Array, key: RowKey | None, mask: jax.Array | None,
+                tokens: jax.Array | None, place: Placement
+                ) -> tuple[dict[str, jax.Array], dict[str, PartitionSpec]]:
+        """What `mixture` computes from, and where its parts lie."""
+        config, router = self.config, routing.ROUTERS[self.config.router]
+        arrays = {"x": x, "mask": jnp.ones(x.shape[:2], bool) if mask is None
+                  else jnp.broadcast_to(mask, x.shape[:2])}
+        if router.by_token:
+            assert tokens is not None, f"router={config.router!r} needs the token ids"
+            arrays["tokens"] = tokens
+        if key is not None:
+            arrays["rows"] = key.rows
+        specs = dict.fromkeys(arrays, PartitionSpec(place.group or None))
+        if router.learned:
+            arrays["router"] = sharding.weight(self.router.kernel[...], self.router.axes,
+                                               jnp.float32)
+            if config.router_bias:
+                arrays["router_bias"] = self.router.bias[...]
+        if key is not None:
+            arrays["seeds"] = jax.random.bits(key.fold_in(0).key, (3, 2), jnp.uint32)
+        specs |= {name: PartitionSpec() for name in arrays if name not in specs}
+        for name, (w, axes) in self.experts.weights(self.dtype).items():
+            arrays[name] = w
+            specs[name] = weight_spec(axes)
+        return arrays, specs

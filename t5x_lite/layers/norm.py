@@ -1,24 +1,14 @@
 """Normalisation over the feature dim."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from t5x_lite.layers.config import NormConfig
 from t5x_lite.layers.linear import param
 from t5x_lite.parallel import sharding
 
 KINDS = ("rms", "layer")
-
-
-@dataclasses.dataclass(frozen=True)
-class NormConfig:
-    """RMSNorm (Zhang & Sennrich 2019, T5) or LayerNorm (Ba et al. 2016)."""
-
-    kind: str = "rms"        # one of KINDS
-    epsilon: float = 1e-6
-    use_bias: bool = False   # layer only
 
 
 class Norm(nnx.Module):

@@ -1,70 +1,32 @@
 """Positions: biases on the attention logits, rotations of queries and keys, and vectors added
 to the embeddings.
 
+POSITIONS, at the end, says what each kind does; a row of it is all that a new kind needs.
+
 Position indices are consecutive along a row; a leading dim of 1 says that all rows agree.
 
-Shape letters: B batch (or 1), L query length, S key length, N heads, H head dim, D model.
+Shape letters: B batch (or 1), L query length, S key length, N heads, H head dim, D model,
+R relative distances.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from t5x_lite.errors import UserError, nearest
-from t5x_lite.layers.linear import InitConfig, param
+from t5x_lite.errors import UserError, at_least, between, one_of
+from t5x_lite.layers.config import AttentionConfig, InitConfig, PositionConfig
+from t5x_lite.layers.linear import Dense, param
+from t5x_lite.layers.masks import Masking
 from t5x_lite.parallel import sharding
+from t5x_lite.parallel.remat import tag
 
-KINDS = ("none", "t5_bias", "alibi", "rotary", "learned", "sinusoidal", "transformer_xl")
 ROTARY_SCALINGS = ("none", "linear", "ntk", "llama3", "yarn")
-
-
-@dataclasses.dataclass(frozen=True)
-class RotaryScalingConfig:
-    """Rotary frequencies for sequences longer than those of pre-training, see `frequencies`."""
-
-    kind: str = "none"            # one of ROTARY_SCALINGS
-    factor: float = 1.0           # new length / original_length
-    original_length: int = 8192   # llama3, yarn: length of pre-training
-    low_frequency: float = 1.0    # llama3: fewer turns over original_length are slowed in full …
-    high_frequency: float = 4.0   # … and more turns not at all
-    beta_slow: float = 1.0        # yarn: the same two numbers
-    beta_fast: float = 32.0
-
-
-@dataclasses.dataclass(frozen=True)
-class PositionConfig:
-    """How a stack knows the order of its tokens."""
-
-    kind: str = "t5_bias"         # one of KINDS
-    num_buckets: int = 32         # t5_bias
-    max_distance: int = 128       # t5_bias: farther tokens share the last bucket
-    per_layer: bool = False       # t5_bias: one table a layer (UMT5) instead of one a stack
-    max_length: int = 512         # learned: the longest sequence
-    offset: int = 0               # learned, sinusoidal: the index of the first token (BART: 2)
-    rotary_base: float = 10000.0  # rotary: wavelengths 2 pi base**(2i/dim)
-    rotary_fraction: float = 1.0  # rotary: share of the head dim that is rotated
-    rotary_interleaved: bool = False  # rotary: pairs (2i, 2i+1) as in RoFormer, not (i, i+dim/2)
-    rotary_scaling: RotaryScalingConfig = RotaryScalingConfig()
-
-
-def validate(config: PositionConfig, where: str) -> None:
-    """Raises UserError for what cannot be, naming the field."""
-    scaling = config.rotary_scaling
-    for field, value, allowed in (("kind", config.kind, KINDS),
-                                  ("rotary_scaling.kind", scaling.kind, ROTARY_SCALINGS)):
-        if value not in allowed:
-            raise UserError(f"{where}.{field}={value!r}: must be one of {', '.join(allowed)}."
-                            f"{nearest(value, allowed)}")
-    if not 0.0 < config.rotary_fraction <= 1.0:
-        raise UserError(f"{where}.rotary_fraction={config.rotary_fraction}: must be above 0 and "
-                        f"at most 1.")
-    if scaling.kind != "none" and scaling.factor < 1.0:
-        raise UserError(f"{where}.rotary_scaling.factor={scaling.factor}: must be at least 1, the "
-                        f"new length over the original one.")
 
 
 # --- biases ---------------------------------------------------------------------------------------
@@ -124,7 +86,8 @@ def offsets(q_positions: jax.Array, k_positions: jax.Array) -> jax.Array:
 class PositionBias:
     """A bias on the logits as a function of positions: what attention calls, whole or by chunks."""
 
-    table: jax.Array                # [1, buckets, N] of T5, [1, 1, N] slopes of ALiBi
+    table: jax.Array    # [1, R, N]: what `values` reads, such as T5's buckets or ALiBi's slopes
+    values: Callable    # (self, distances int32 [B, …], logical axes of these) -> [B, N, …]
     config: PositionConfig
     bidirectional: bool
 
@@ -133,31 +96,36 @@ class PositionBias:
         if q_positions.shape[0] == 1:
             # One value an offset, spread over the diagonals.
             length, keys = q_positions.shape[1], k_positions.shape[1]
-            values = self._values(-offsets(q_positions, k_positions)[None], (None, None))
+            values = self.values(self, -offsets(q_positions, k_positions)[None], (None, None))
             values = jnp.broadcast_to(values[:, :, None], (*values.shape[:2], length, length + keys))
             return sharding.shard(skew(values, keys), None, "act_heads", "act_length", None)
         distance = k_positions[:, None, :] - q_positions[:, :, None]
-        return self._values(distance, ("act_batch", "act_length", None))
-
-    def _values(self, distance: jax.Array, axes: sharding.Axes) -> jax.Array:
-        """Distances [B, …] with these logical axes -> [B, N, …]."""
-        table = self.table[0]
-        out = (axes[0], "act_heads", *axes[1:])
-        if self.config.kind == "alibi":
-            slopes = table[0].reshape(-1, *(1,) * (distance.ndim - 1))
-            return sharding.shard(-slopes * jnp.abs(distance)[:, None].astype(table.dtype), *out)
-        buckets = relative_position_bucket(
-            distance, bidirectional=self.bidirectional, num_buckets=self.config.num_buckets,
-            max_distance=self.config.max_distance)
-        # A product with one-hot rows: its transpose is a product too, where the gradient of a
-        # gather would scatter rows one by one.
-        one_hot = jax.nn.one_hot(buckets, self.config.num_buckets, dtype=table.dtype)
-        letters = "LS"[:distance.ndim - 1]
-        return sharding.einsum(f"B{letters}R,RN->BN{letters}", one_hot, table, out=out)
+        return self.values(self, distance, ("act_batch", "act_length", None))
 
 
 jax.tree_util.register_dataclass(PositionBias, data_fields=["table"],
-                                 meta_fields=["config", "bidirectional"])
+                                 meta_fields=["values", "config", "bidirectional"])
+
+
+def t5_values(bias: PositionBias, distance: jax.Array, axes: sharding.Axes) -> jax.Array:
+    """The table's row of each distance's bucket."""
+    table = bias.table[0]
+    buckets = relative_position_bucket(
+        distance, bidirectional=bias.bidirectional, num_buckets=bias.config.num_buckets,
+        max_distance=bias.config.max_distance)
+    # A product with one-hot rows: its transpose is a product too, where the gradient of a
+    # gather would scatter rows one by one.
+    one_hot = jax.nn.one_hot(buckets, bias.config.num_buckets, dtype=table.dtype)
+    letters = "LS"[:distance.ndim - 1]
+    return sharding.einsum(f"B{letters}R,RN->BN{letters}", one_hot, table,
+                           out=(axes[0], "act_heads", *axes[1:]))
+
+
+def alibi_values(bias: PositionBias, distance: jax.Array, axes: sharding.Axes) -> jax.Array:
+    """-slope_N * |distance|."""
+    slopes = bias.table[0, 0].reshape(-1, *(1,) * (distance.ndim - 1))
+    values = -slopes * jnp.abs(distance)[:, None].astype(bias.table.dtype)
+    return sharding.shard(values, axes[0], "act_heads", *axes[1:])
 
 
 class RelativeBias(nnx.Module):
@@ -174,31 +142,23 @@ class RelativeBias(nnx.Module):
 
     def __call__(self) -> PositionBias:
         """The bias as a function of positions, in the compute dtype."""
-        return PositionBias(self.embedding[...].astype(self.dtype)[None], self.config,
+        return PositionBias(self.embedding[...].astype(self.dtype)[None], t5_values, self.config,
                             self.bidirectional)
 
 
 class AlibiBias(nnx.Module):
-    """ALiBi: -slope_N * distance, no parameters."""
+    """ALiBi: -slope_N * distance, no parameters, float32 whatever the compute dtype."""
 
-    def __init__(self, num_heads: int, config: PositionConfig):
+    def __init__(self, key: jax.Array, num_heads: int, config: PositionConfig,
+                 bidirectional: bool, dtype: jnp.dtype = jnp.float32):
         self.num_heads = num_heads
         self.config = config
 
     def __call__(self) -> PositionBias:
         """The bias as a function of positions, float32."""
         slopes = jnp.asarray(alibi_slopes(self.num_heads), jnp.float32)[None, None]
-        return PositionBias(sharding.shard(slopes, None, None, "act_heads"), self.config, False)
-
-
-def make_bias(key: jax.Array, num_heads: int, config: PositionConfig, bidirectional: bool,
-              dtype: jnp.dtype) -> RelativeBias | AlibiBias | None:
-    """The bias module of a stack or layer, None where positions enter elsewhere."""
-    if config.kind == "t5_bias":
-        return RelativeBias(key, num_heads, config, bidirectional, dtype)
-    if config.kind == "alibi":
-        return AlibiBias(num_heads, config)
-    return None
+        return PositionBias(sharding.shard(slopes, None, None, "act_heads"), alibi_values,
+                            self.config, False)
 
 
 # --- rotations ------------------------------------------------------------------------------------
@@ -289,3 +249,138 @@ class LearnedPositions(nnx.Module):
         rows = "act_batch" if positions.shape[0] > 1 else None
         return sharding.lookup(self.embedding[...], positions + self.config.offset,
                                (rows, "act_length", "act_embed"))
+
+
+class SinusoidalPositions(nnx.Module):
+    """Fixed sinusoids, added to the embeddings (Vaswani et al. 2017)."""
+
+    def __init__(self, key: jax.Array, features: int, config: PositionConfig, init: InitConfig):
+        self.features = features
+        self.config = config
+
+    def __call__(self, positions: jax.Array) -> jax.Array:
+        """int32 [B, L] -> float32 [B, L, D]."""
+        return sinusoids(positions + self.config.offset, self.features)
+
+
+# --- Transformer-XL -------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class Relative:
+    """Transformer-XL's position logits (Dai et al. 2019, section 3.3): query . key of a distance."""
+
+    query: jax.Array   # [B, N, L, H], scaled, with the position bias v added
+    keys: jax.Array    # [N, R = 2 S, H] for the distances S - 1, S - 2, …, -S
+
+    def __call__(self, masking: Masking) -> jax.Array:
+        """query_BNLH . key of the distance to each key: float32 [B, N, L, S]."""
+        length, keys = self.query.shape[2], masking.k_positions.shape[1]
+        highest = self.keys.shape[1] // 2 - 1      # the distance of the first of the R keys
+        axes = ("act_batch", "act_heads", None, None)
+        query = sharding.shard(self.query, *axes)
+        q, k = masking.q_positions, masking.k_positions
+        if q.shape[0] == 1:
+            # The L + S distances from (last query - first key) on, then one reshape. Padded chunks
+            # reach beyond the distances that exist.
+            r = jnp.pad(self.keys, ((0, 0), (length, keys), (0, 0)))
+            first = length + highest - (q[0, -1] - k[0, 0])
+            r = jax.lax.dynamic_slice_in_dim(r, first, length + keys, axis=1)
+            x = sharding.einsum("BNLH,NRH->BNLR", query, r, out=axes,
+                                preferred_element_type=jnp.float32)
+            x = skew(x, keys)
+        else:
+            x = sharding.einsum("BNLH,NRH->BNLR", query, self.keys, out=axes,
+                                preferred_element_type=jnp.float32)
+            index = highest - (q[:, None, :, None] - k[:, None, None, :])
+            index = jnp.broadcast_to(index, (x.shape[0], x.shape[1], length, keys))
+            x = jnp.take_along_axis(x, sharding.shard(index, *axes), axis=3)
+        return sharding.shard(x, "act_batch", "act_heads", "act_length", None)
+
+
+jax.tree_util.register_dataclass(Relative, data_fields=["query", "keys"], meta_fields=[])
+
+
+def transformer_xl_parameters(keys: jax.Array, embed_dim: int, config: AttentionConfig,
+                              std: float, dtype: jnp.dtype) -> dict[str, Any]:
+    """{name: module or parameter} of an attention layer: W_k,R, u and v of the paper's
+    equation for A^rel."""
+    heads = config.num_heads
+    features = heads * config.head_dim
+    projection = Dense(keys[0], embed_dim, features, ("embed", "heads"), std=std, dtype=dtype,
+                       units=(embed_dim, heads))
+    biases = {name: param(keys[1], (features,), ("heads",), units=(heads,))
+              for name in ("content_bias", "position_bias")}
+    return {"relative_key": projection, **biases}
+
+
+def transformer_xl_queries(layer: Any, query: jax.Array, num_keys: int, embed_dim: int
+                           ) -> tuple[jax.Array, Relative]:
+    """Queries_BNLH for the keys' contents, and the logits' term of positions.
+
+    Args:
+        layer: the Attention that has `transformer_xl_parameters`.
+        query: its projection, [B, L, N * H], without scale.
+        num_keys: S.
+    """
+    heads, head_dim = layer.config.num_heads, layer.config.head_dim
+    content, position = (
+        layer.split_heads(query + bias[...].astype(layer.dtype), heads, "act_heads") * layer.scale
+        for bias in (layer.content_bias, layer.position_bias))
+    distances = jnp.arange(num_keys - 1, -num_keys - 1, -1)
+    table = sinusoids(distances, embed_dim).astype(layer.dtype)
+    keys = layer.relative_key(table, (None, "act_heads"))
+    keys = sharding.reshape(keys, (2 * num_keys, heads, head_dim), None, "act_heads", None)
+    return tag(content, "query"), Relative(tag(position, "query"), keys.transpose(1, 0, 2))
+
+
+# --- the kinds ------------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class PositionKind:
+    """What a kind of positions does, and to what; a part that is None it leaves alone."""
+
+    # Fields of PositionConfig that the computed function depends on, besides the kind.
+    settings: tuple[str, ...] = ()
+    # To the embeddings: (key, features, config, init) -> module, whose positions int32 [1|B, L]
+    # -> float32 [1|B, L, D] are added.
+    vectors: Callable | None = None
+    # To self-attention's logits: (key, num_heads, config, bidirectional, dtype) -> module, whose
+    # () -> PositionBias is shared by the layers of a stack, or with per_layer is each layer's own.
+    bias: Callable | None = None
+    # To self-attention's queries and keys: (x_BNLH, positions int32 [1|B, L], config) -> x_BNLH.
+    turn: Callable | None = None
+    # To self-attention's queries, with parameters of each layer's own; see
+    # transformer_xl_parameters and transformer_xl_queries for both functions' arguments.
+    parameters: Callable | None = None
+    queries: Callable | None = None
+
+
+POSITIONS = {
+    "none": PositionKind(),
+    "t5_bias": PositionKind(("num_buckets", "max_distance", "per_layer"), bias=RelativeBias),
+    "alibi": PositionKind(bias=AlibiBias),
+    "rotary": PositionKind(("rotary_base", "rotary_fraction", "rotary_interleaved",
+                            "rotary_scaling"), turn=rotate),
+    "learned": PositionKind(("max_length", "offset"), vectors=LearnedPositions),
+    "sinusoidal": PositionKind(("offset",), vectors=SinusoidalPositions),
+    "transformer_xl": PositionKind(parameters=transformer_xl_parameters,
+                                   queries=transformer_xl_queries),
+}
+
+
+def validate(config: PositionConfig, where: str) -> None:
+    """Raises UserError for what cannot be, naming the field."""
+    scaling = config.rotary_scaling
+    one_of(f"{where}.kind", config.kind, POSITIONS)
+    one_of(f"{where}.rotary_scaling.kind", scaling.kind, ROTARY_SCALINGS)
+    between(f"{where}.rotary_fraction", config.rotary_fraction, 0.0, 1.0, open_below=True)
+    if scaling.kind != "none":
+        at_least(f"{where}.rotary_scaling.factor", scaling.factor, 1.0,
+                 "It is the new length over the original one.")
+
+
+def make_bias(key: jax.Array, num_heads: int, config: PositionConfig, bidirectional: bool,
+              dtype: jnp.dtype) -> nnx.Module | None:
+    """The bias module of a stack or layer, None where positions enter elsewhere."""
+    make = POSITIONS[config.kind].bias
+    return None if make is None else make(key, num_heads, config, bidirectional, dtype)

@@ -1,5 +1,7 @@
 """Which expert computes which token: the routers, as pure float32 functions.
 
+ROUTERS says what each router needs and may do; a row of it is all that a new router needs.
+
 A router turns logits_GTE into a `Routing`: for each token its K experts, its position in
 each expert's buffer, and the weight of the expert's output. Tokens compete for room within
 their *group* only, so what is dropped depends on the group and on nothing else: not on the
@@ -20,17 +22,15 @@ tokens one expert takes from one group), J = K * T choices in order of priority.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from t5x_lite.errors import UserError, nearest
+from t5x_lite.errors import UserError, one_of
+from t5x_lite.layers.config import MoEConfig
 
 SECOND_POLICIES = ("all", "none", "threshold", "random")
-EXPERT_CHOICE_LEAKS = (
-    "router='expert_choice' is not possible in a causal decoder: which tokens an expert takes "
-    "depends on later tokens, so training would leak the future. Use 'switch', 'top_2' or "
-    "'top_k' there; encoders may use expert choice.")
 
 
 @functools.partial(jax.tree_util.register_dataclass,
@@ -202,10 +202,7 @@ def top_2(logits_GTE: jax.Array, capacity: int | None, mask_GT: jax.Array | None
     Args:
         uniform_GT: float32 draws in [0, 1), for second_policy="random".
     """
-    if second_policy not in SECOND_POLICIES:
-        raise UserError(f"second_policy={second_policy!r} is unknown."
-                        f"{nearest(second_policy, SECOND_POLICIES)} "
-                        f"Known: {', '.join(SECOND_POLICIES)}.")
+    one_of("second_policy", second_policy, SECOND_POLICIES)
     p_GTE = probabilities(logits_GTE)
     gate, expert = jax.lax.top_k(limit_groups(p_GTE, *expert_groups), 2)
     if renormalize:
@@ -237,7 +234,7 @@ def expert_choice(logits_GTE: jax.Array, capacity: int, mask_GT: jax.Array | Non
             tokens, which the model cannot have when it generates.
     """
     if causal:
-        raise UserError(EXPERT_CHOICE_LEAKS)
+        raise leak("expert_choice")
     p_GTE = probabilities(logits_GTE)
     if mask_GT is not None:
         p_GTE = jnp.where(mask_GT[..., None], p_GTE, -1.0)  # after every real token
@@ -264,6 +261,93 @@ def hash_experts(tokens_GT: jax.Array, num_experts: int, capacity: int | None,
     expert = (h % jnp.uint32(num_experts)).astype(jnp.int32)[..., None]
     gate = jnp.ones(expert.shape, jnp.float32)
     return _routing(expert, gate, _real(mask_GT, expert), num_experts, capacity, False)
+
+
+# ---------------------------------------------------------------------------------------
+# The table of routers
+# ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterInput:
+    """What a router may go by: the groups that one device holds."""
+
+    config: MoEConfig
+    capacity: int | None            # of an expert for a group; None: all that come
+    mask_GT: jax.Array | None       # bool, False where padding; None: all tokens are real
+    logits_GTE: jax.Array | None    # float32, of routers that are `learned`
+    tokens_GT: jax.Array | None     # int32 ids, for routers that go `by_token`
+    train: bool
+    draw: Callable[[], jax.Array]   # -> float32 [G, T] in [0, 1), equal on any mesh; in training
+
+
+@dataclasses.dataclass(frozen=True)
+class Router:
+    """A row of ROUTERS."""
+
+    route: Callable[[RouterInput], Routing | ExpertChoice]
+    choices: Callable[[MoEConfig], int]        # experts a token uses; 0 where experts choose
+    # Of these choices, how many no policy declines; None: all.
+    certain: Callable[[MoEConfig], int] | None = None
+    learned: bool = True                       # a kernel of its own gives it logits
+    by_token: bool = False                     # it goes by the tokens' ids
+    causal: bool = True                        # later tokens do not matter to earlier ones
+    settings: tuple[str, ...] = ()             # fields of MoEConfig that it alone reads
+
+
+def leak(name: str) -> UserError:
+    """The error (not raised) of a router that a causal decoder cannot have."""
+    fit = [repr(other) for other, router in ROUTERS.items() if router.causal]
+    return UserError(f"router={name!r} is not possible in a causal decoder: which tokens an expert "
+                     f"takes depends on later tokens, so training would leak the future. Use "
+                     f"{', '.join(fit[:-1])} or {fit[-1]} there; encoders may use {name!r}.")
+
+
+def _shared(given: RouterInput) -> dict:
+    """What the routers by probability have in common."""
+    config = given.config
+    return {"prioritized": config.prioritized,
+            "expert_groups": (config.expert_groups, config.max_groups)}
+
+
+def _route_switch(given: RouterInput) -> Routing:
+    return switch(given.logits_GTE, given.capacity, given.mask_GT, **_shared(given))
+
+
+def _route_top_k(given: RouterInput) -> Routing:
+    return top_k(given.logits_GTE, given.config.top_k, given.capacity, given.mask_GT,
+                 renormalize=given.config.renormalize, **_shared(given))
+
+
+def _route_top_2(given: RouterInput) -> Routing:
+    config = given.config
+    policy = config.second_policy if given.train else config.eval_second_policy
+    return top_2(given.logits_GTE, given.capacity, given.mask_GT, second_policy=policy,
+                 uniform_GT=given.draw() if policy == "random" else None,
+                 second_threshold=config.second_threshold, renormalize=config.renormalize,
+                 **_shared(given))
+
+
+def _route_expert_choice(given: RouterInput) -> ExpertChoice:
+    # Causal decoders are refused when the layer is built.
+    return expert_choice(given.logits_GTE, given.capacity, given.mask_GT, causal=False)
+
+
+def _route_hash(given: RouterInput) -> Routing:
+    return hash_experts(given.tokens_GT, given.config.num_experts, given.capacity, given.mask_GT,
+                        seed=given.config.hash_seed)
+
+
+ROUTERS = {
+    "switch": Router(_route_switch, lambda config: 1),
+    "top_2": Router(_route_top_2, lambda config: 2,
+                    certain=lambda config: 2 if config.second_policy == "all" else 1,
+                    settings=("renormalize", "eval_second_policy")),
+    "top_k": Router(_route_top_k, lambda config: config.top_k, settings=("top_k", "renormalize")),
+    "expert_choice": Router(_route_expert_choice, lambda config: 0, causal=False),
+    "hash": Router(_route_hash, lambda config: 1, learned=False, by_token=True,
+                   settings=("hash_seed",)),
+}
 
 
 # ---------------------------------------------------------------------------------------

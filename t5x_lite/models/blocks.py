@@ -17,21 +17,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from t5x_lite.layers import attention_implementations
-from t5x_lite.layers.attention import Attention, AttentionConfig
-from t5x_lite.layers.linear import InitConfig, RowKey, dropout
+from t5x_lite.layers.attention import Attention
+from t5x_lite.layers.config import InitConfig, PositionConfig
+from t5x_lite.layers.linear import RowKey, dropout
 from t5x_lite.layers.masks import Masking
-from t5x_lite.layers.mlp import MLP, Adapter, MLPConfig
-from t5x_lite.layers.moe import MoE, MoEConfig
-from t5x_lite.layers.norm import Norm, NormConfig
-from t5x_lite.layers.position import (
-    LearnedPositions,
-    PositionBias,
-    PositionConfig,
-    make_bias,
-    sinusoids,
-)
+from t5x_lite.layers.mlp import MLP, Adapter
+from t5x_lite.layers.moe import MoE
+from t5x_lite.layers.norm import Norm
+from t5x_lite.layers.position import POSITIONS, PositionBias, make_bias
+from t5x_lite.models.config import BlockConfig, SegmentConfig, StackConfig
 from t5x_lite.parallel import sharding
-from t5x_lite.parallel.pipeline import PipelineConfig, run_layers
+from t5x_lite.parallel.pipeline import run_layers
 from t5x_lite.parallel.remat import tag
 
 # The metric of a mixture's load (routing.load_metrics), and where its values by layer are kept
@@ -39,49 +35,6 @@ from t5x_lite.parallel.remat import tag
 LOAD_ENTROPY = "moe/load_entropy"
 _LAYERS = "moe/load_entropy by layer"
 RESIDUAL_AXES = ("act_batch", "act_norm_length", "act_embed")   # of x_BLD between sub-layers
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockConfig:
-    """One block; what is None is absent."""
-
-    self_attention: AttentionConfig = AttentionConfig()
-    cross_attention: AttentionConfig | None = None
-    mlp: MLPConfig = MLPConfig()
-    moe: MoEConfig | None = None   # takes the place of `mlp`
-
-
-@dataclasses.dataclass(frozen=True)
-class SegmentConfig:
-    """`blocks` in a row, `repeats` times, with stacked parameters."""
-
-    blocks: tuple[BlockConfig, ...] = (BlockConfig(),)
-    repeats: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class StackConfig:
-    """An encoder or a decoder."""
-
-    segments: tuple[SegmentConfig, ...] = (SegmentConfig(),)
-    causal: bool = False
-    position: PositionConfig = PositionConfig()
-    norm: NormConfig = NormConfig()
-    residual: str = "pre"           # a key of RESIDUALS
-    residual_alpha: float = 1.0     # deepnorm: weight of the skip path, see deepnorm_constants
-    embedding_norm: bool = False    # a norm on the embeddings, positions included (BERT, BART)
-    final_norm: bool = True
-    dropout_rate: float = 0.0       # on embeddings, sub-layer outputs and the final norm
-    adapter_dim: int = 0            # of bottleneck adapters behind every sub-layer; 0: none
-    scan: bool = True               # see pipeline.run_layers
-    remat: str = "none"             # see remat.py
-    pipeline: PipelineConfig = PipelineConfig()   # where mesh.stage > 1
-    init: InitConfig | None = None  # None: the model's
-
-    @property
-    def num_layers(self) -> int:
-        """Blocks in all."""
-        return sum(len(s.blocks) * s.repeats for s in self.segments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,8 +283,11 @@ class Stack(nnx.Module):
         if not config.position.per_layer:
             self.relative_position = make_bias(keys[0], first.num_heads, config.position,
                                                not config.causal, dtype)
-        if config.position.kind == "learned":
-            self.learned_positions = LearnedPositions(keys[1], embed_dim, config.position, init)
+        self.adds_positions = POSITIONS[config.position.kind].vectors is not None
+        if self.adds_positions:
+            # Checkpoints know vectors of every kind by this name.
+            self.learned_positions = POSITIONS[config.position.kind].vectors(
+                keys[1], embed_dim, config.position, init)
         if config.embedding_norm:
             self.embedding_norm = Norm(keys[2], embed_dim, config.norm, dtype)
         if config.final_norm:
@@ -354,10 +310,8 @@ class Stack(nnx.Module):
             cache: {segment: {block: …}} with leaves stacked over repeats.
         """
         config = self.config
-        if config.position.kind == "learned":
+        if self.adds_positions:
             x = x + self.learned_positions(positions).astype(self.dtype)
-        elif config.position.kind == "sinusoidal":
-            x = x + sinusoids(positions + config.position.offset, x.shape[-1]).astype(self.dtype)
         x = sharding.shard(x, *RESIDUAL_AXES)
         if config.embedding_norm:
             x = self.embedding_norm(x)

@@ -14,55 +14,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from t5x_lite import tree
-from t5x_lite.errors import UserError, nearest
+from t5x_lite.errors import UserError, at_least, one_of
 from t5x_lite.layers import attention, mlp, moe, norm, position
-from t5x_lite.layers.attention import AttentionConfig
 from t5x_lite.layers.embed import HeadTransform, LogitsBias, Prompt, TokenEmbedding, TokenTypes
-from t5x_lite.layers.linear import INIT_KERNELS, Dense, InitConfig, RowKey, kernel_std
+from t5x_lite.layers.linear import INIT_KERNELS, Dense, RowKey, kernel_std
 from t5x_lite.layers.masks import Masking
-from t5x_lite.layers.mlp import MLPConfig
-from t5x_lite.layers.moe import MoEConfig
-from t5x_lite.layers.norm import NormConfig
-from t5x_lite.layers.position import PositionConfig, RotaryScalingConfig
-from t5x_lite.models.blocks import (
-    RESIDUALS,
-    BlockConfig,
-    SegmentConfig,
-    Stack,
-    StackConfig,
-    add_aux,
-)
+from t5x_lite.models.blocks import RESIDUALS, Stack, add_aux
+from t5x_lite.models.config import BlockConfig, ModelConfig, StackConfig
 from t5x_lite.models.params import ParamInfo
 from t5x_lite.parallel import remat, sharding
 
-__all__ = [
-    "ARCHITECTURES", "AttentionConfig", "Batch", "BlockConfig", "InitConfig", "LanguageModel",
-    "MLPConfig", "MoEConfig", "Model", "ModelConfig", "NormConfig", "ParamInfo", "PositionConfig",
-    "RotaryScalingConfig", "SegmentConfig", "StackConfig", "take_rows", "validate",
-]
-
 Batch = Mapping[str, jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """A whole model."""
-
-    architecture: str = "encoder_decoder"   # encoder_decoder | decoder_only | encoder_only
-    vocab_size: int = 32128                 # rows of the embedding, padding included
-    embed_dim: int = 512
-    encoder: StackConfig | None = StackConfig()
-    decoder: StackConfig | None = StackConfig(causal=True)
-    tie_logits: bool = False                # logits through the embedding table
-    logits_scale: float = 1.0               # on the hidden state (T5 1.0, tied: embed_dim**-0.5)
-    logits_softcap: float = 0.0             # c * tanh(logits / c); 0: none
-    logits_bias: bool = False
-    head_transform: str = ""                # BERT: dense, this activation, norm, before the logits
-    embedding_scale: float = 1.0            # on the embedded tokens
-    token_types: int = 0                    # BERT: 2; ids in the batch's encoder_token_types
-    prompt_length: int = 0                  # learned vectors before the encoder's row, or before
-    #                                         that of a decoder without encoder; not for packing
-    init: InitConfig = InitConfig()
 
 
 class LanguageModel(nnx.Module):
@@ -184,7 +146,8 @@ class LanguageModel(nnx.Module):
         return self.head(self.head_params() if head is None else head, x), cache
 
     def _decode(self, x: jax.Array, tokens: jax.Array, cache: dict) -> tuple[jax.Array, dict]:
-        """The same from embedded tokens x_BLD to hidden states."""
+        """Runs the decoder: embedded tokens x_BLD -> hidden states x_BLD before the logits, and the
+        cache, which then stands L tokens further."""
         stack = self.decoder
         positions = cache["position"][:, None] + jnp.arange(tokens.shape[1])[None]
         slots = cache["layers"]["segment_0"]["block_0"]["self_attention"]["key"].shape[3]
@@ -197,33 +160,6 @@ class LanguageModel(nnx.Module):
         x, layers, _ = stack(x, masking, positions, cross_masking=cross,
                              tokens=tokens, cache=cache["layers"])
         return x, {**cache, "layers": layers, "position": cache["position"] + tokens.shape[1]}
-
-
-def take_rows(cache: dict, rows: jax.Array) -> dict:
-    """The cache with its batch rows reordered or repeated: int32 [B'] indices into B.
-
-    Rows never move between inputs (see decoding/decode.py), so where the batch is sharded every
-    copy is local; a global gather would collect the whole cache on each device. And what an
-    input's rows share, which is all that comes of the encoder, stays once each row has it.
-    """
-    def take(path, leaf):
-        axis = 1 if path.startswith("layers/") else 0
-        shared = "/cross_attention/" in path or path in ("segments", "prefix")
-        if shared and rows.shape[0] == leaf.shape[axis]:
-            return leaf
-        lead = (slice(None),) * axis
-        spec = jax.typeof(leaf).sharding.spec
-        names = spec[axis] if len(spec) > axis else None
-        if not names:
-            return leaf.at[(*lead, rows)].get(
-                out_sharding=spec if sharding.mesh_sizes() else None)
-
-        def local(x, r):
-            return x[(*lead, r - jax.lax.axis_index(names) * x.shape[axis])]
-        by_row = jax.sharding.PartitionSpec(names)
-        return jax.shard_map(local, in_specs=(spec, by_row), out_specs=spec, check_vma=False)(
-            leaf, jax.sharding.reshard(rows, by_row))
-    return tree.map_with_path(take, cache)
 
 
 def _row_masking(batch: Batch, side: str, causal: bool) -> tuple[Masking, jax.Array]:
@@ -425,32 +361,36 @@ class Model:
 
 def validate(config: ModelConfig) -> None:
     """Raises UserError for a model that cannot be built, naming the field."""
-    _one_of("model.architecture", config.architecture, ARCHITECTURES)
-    _one_of("model.init.kernel", config.init.kernel, INIT_KERNELS)
+    one_of("model.architecture", config.architecture, ARCHITECTURES)
+    one_of("model.init.kernel", config.init.kernel, INIT_KERNELS)
     if config.head_transform:
-        _one_of("model.head_transform", config.head_transform, mlp.ACTIVATIONS)
-    _not_negative("model.prompt_length", config.prompt_length)
+        one_of("model.head_transform", config.head_transform, mlp.ACTIVATIONS)
+    at_least("model.prompt_length", config.prompt_length, 0)
     needed = ARCHITECTURES[config.architecture][1]
     for name in ("encoder", "decoder"):
         stack = getattr(config, name)
         if (stack is not None) != (name in needed):
             raise UserError(f"model.{name} must be {'given' if name in needed else 'None'} for "
                             f"model.architecture={config.architecture!r}.")
-        if stack is None:
-            continue
-        _one_of(f"model.{name}.residual", stack.residual, RESIDUALS)
-        _not_negative(f"model.{name}.adapter_dim", stack.adapter_dim)
-        _one_of(f"model.{name}.norm.kind", stack.norm.kind, norm.KINDS)
-        remat.parse(stack.remat, f"model.{name}.remat")
-        position.validate(stack.position, f"model.{name}.position")
-        crosses = name == "decoder" and config.encoder is not None
-        for i, segment in enumerate(stack.segments):
-            for j, block in enumerate(segment.blocks):
-                where = f"model.{name}.segments[{i}].blocks[{j}]"
-                _validate_block(where, block, stack.causal)
-                if (block.cross_attention is not None) != crosses:
-                    raise UserError(f"{where}.cross_attention must be "
-                                    f"{'given' if crosses else 'None'} here.")
+        if stack is not None:
+            crosses = name == "decoder" and config.encoder is not None
+            _validate_stack(f"model.{name}", stack, crosses)
+
+
+def _validate_stack(where: str, stack: StackConfig, crosses: bool) -> None:
+    """crosses: whether its blocks attend to an encoder."""
+    one_of(f"{where}.residual", stack.residual, RESIDUALS)
+    at_least(f"{where}.adapter_dim", stack.adapter_dim, 0)
+    one_of(f"{where}.norm.kind", stack.norm.kind, norm.KINDS)
+    remat.parse(stack.remat, f"{where}.remat")
+    position.validate(stack.position, f"{where}.position")
+    for i, segment in enumerate(stack.segments):
+        for j, block in enumerate(segment.blocks):
+            here = f"{where}.segments[{i}].blocks[{j}]"
+            _validate_block(here, block, stack.causal)
+            if (block.cross_attention is not None) != crosses:
+                raise UserError(f"{here}.cross_attention must be "
+                                f"{'given' if crosses else 'None'} here.")
 
 
 def _validate_block(where: str, block: BlockConfig, causal: bool) -> None:
@@ -460,15 +400,4 @@ def _validate_block(where: str, block: BlockConfig, causal: bool) -> None:
     if block.moe is not None:
         moe.validate(block.moe, f"{where}.moe", causal=causal)
     dense = block.mlp if block.moe is None else block.moe.mlp
-    _one_of(f"{where}.mlp.activation", dense.activation, mlp.ACTIVATIONS)
-
-
-def _not_negative(field: str, value: int) -> None:
-    if value < 0:
-        raise UserError(f"{field}={value}: must be 0, for none, or more.")
-
-
-def _one_of(field: str, value: str, allowed) -> None:
-    if value not in allowed:
-        raise UserError(f"{field}={value!r}: must be one of {', '.join(allowed)}."
-                        f"{nearest(value, allowed)}")
+    one_of(f"{where}.mlp.activation", dense.activation, mlp.ACTIVATIONS)

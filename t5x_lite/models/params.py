@@ -1,8 +1,14 @@
-"""The parameter table: what is known of each parameter of a model before it holds a number."""
+"""What training asks of a model: the parameter table, and the calls that objectives and steps make.
+
+The table says what is known of each parameter of a model before it holds a number.
+"""
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,3 +27,57 @@ class ParamInfo:
     def size(self) -> int:
         """Elements."""
         return math.prod(self.shape)
+
+
+class BoundModel(Protocol):
+    """A model with its parameters, inside a traced function: what objectives call.
+
+    models/language_model.py's LanguageModel is one.
+    """
+
+    config: Any
+
+    def __call__(self, batch: Mapping[str, jax.Array], key: Any = None) -> tuple[jax.Array, dict]:
+        """A training batch and dropout keys (None: no dropout) -> (hidden states before the
+        logits, auxiliary values {name: (sum, count)})."""
+
+    def head_params(self) -> dict[str, jax.Array]:
+        """What `head` needs, gathered once for all its calls."""
+
+    def stored_head(self) -> dict[str, jax.Array]:
+        """What `gather_head` takes, as it is stored."""
+
+    def gather_head(self, stored: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """The stored head gathered and cast: what `head` needs."""
+
+    def head(self, params: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
+        """Hidden states [..., D] -> float32 logits [..., V]."""
+
+    def init_cache(self, batch: Mapping[str, jax.Array], length: int) -> dict:
+        """The cache of `length` slots a row that `decode` continues; see models/cache.py."""
+
+    def decode(self, tokens: jax.Array, cache: dict, head: Mapping[str, jax.Array] | None = None
+               ) -> tuple[jax.Array, dict]:
+        """The next tokens_BL of each row -> (float32 logits_BLV, cache)."""
+
+
+class ModelDefinition(Protocol):
+    """A model before it has parameters: what state, steps and build call.
+
+    models/language_model.py's Model is one.
+    """
+
+    config: Any
+
+    @property
+    def table(self) -> dict[str, ParamInfo]:
+        """{path: row} of every parameter, without allocating any."""
+
+    def init(self, key: jax.Array) -> dict:
+        """Fresh parameters as a nested dict."""
+
+    def bind(self, params: Mapping) -> BoundModel:
+        """The model with these parameters, inside a traced function."""
+
+    def with_layers_apart(self, params: Mapping) -> tuple["ModelDefinition", dict]:
+        """An equal model whose decoder's layers are not stacked, and its parameters."""

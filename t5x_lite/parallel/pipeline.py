@@ -31,7 +31,6 @@ Shape letters: S stages, R rounds, K layers a stage and round, G groups of S mic
 b rows of a micro-batch.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -41,25 +40,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from t5x_lite.errors import UserError, nearest
+from t5x_lite.errors import UserError, at_least, one_of
 from t5x_lite.parallel import remat, sharding
-from t5x_lite.parallel.pipeline_schedules import Plan, fill_drain, one_f_one_b
-
-SCHEDULES = ("gpipe", "circular", "1f1b")
-
-
-@dataclasses.dataclass(frozen=True)
-class PipelineConfig:
-    """How a stack runs where mesh.stage > 1."""
-
-    schedule: str = "gpipe"      # one of SCHEDULES
-    num_microbatches: int = 0    # a multiple of mesh.stage; 0: mesh.stage
-    circular_repeats: int = 2    # circular: groups of layers that a stage holds
-
-    def plan(self, stages: int) -> Plan:
-        """The sizes on a mesh with so many stages."""
-        return Plan(stages, self.num_microbatches or stages,
-                    self.circular_repeats if self.schedule == "circular" else 1)
+from t5x_lite.parallel.pipeline_schedules import (
+    SCHEDULES,
+    PipelineConfig,
+    Plan,
+    fill_drain,
+    one_f_one_b,
+)
 
 
 def validate(config: PipelineConfig, where: str, stages: int, repeats: Sequence[int],
@@ -72,12 +61,8 @@ def validate(config: PipelineConfig, where: str, stages: int, repeats: Sequence[
         rows: of a batch (of an accumulated one: of one part).
         ways: into how many the mesh splits a batch, stages included.
     """
-    if config.schedule not in SCHEDULES:
-        raise UserError(f"{where}.pipeline.schedule={config.schedule!r}: must be one of "
-                        f"{', '.join(SCHEDULES)}.{nearest(config.schedule, SCHEDULES)}")
-    if config.circular_repeats < 1:
-        raise UserError(f"{where}.pipeline.circular_repeats={config.circular_repeats}: must be "
-                        f"at least 1.")
+    one_of(f"{where}.pipeline.schedule", config.schedule, SCHEDULES)
+    at_least(f"{where}.pipeline.circular_repeats", config.circular_repeats, 1)
     if stages == 1:
         return
     plan = config.plan(stages)

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 from t5x_lite.parallel import sharding
 
 StageFn = Callable[[Any, Any, jax.Array | int], tuple[jax.Array, Any]]
+SCHEDULES = ("gpipe", "circular", "1f1b")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,20 @@ class Plan:
     def bubble(self) -> float:
         """The share of stage-ticks that are idle: (S - 1) / (M R + S - 1)."""
         return (self.stages - 1) / self.ticks
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineConfig:
+    """How a stack runs where mesh.stage > 1."""
+
+    schedule: str = "gpipe"      # one of SCHEDULES
+    num_microbatches: int = 0    # a multiple of mesh.stage; 0: mesh.stage
+    circular_repeats: int = 2    # circular: groups of layers that a stage holds
+
+    def plan(self, stages: int) -> Plan:
+        """The sizes on a mesh with so many stages."""
+        return Plan(stages, self.num_microbatches or stages,
+                    self.circular_repeats if self.schedule == "circular" else 1)
 
 
 def stage_ids(stages: int) -> jax.Array:

@@ -418,12 +418,13 @@ def einsum(equation: str, *operands: jax.Array, out: Axes, **kwargs) -> jax.Arra
     return jnp.einsum(equation, *operands, out_sharding=spec(*out), **kwargs)
 
 
-def _product(x: jax.Array, w: jax.Array, out: Axes) -> jax.Array:
-    return einsum("...D,DF->...F", x, w, out=out)
+def _product(x: jax.Array, w: jax.Array, spec: PartitionSpec | None) -> jax.Array:
+    return jnp.einsum("...D,DF->...F", x, w, out_sharding=spec)
 
 
 def dense(x: jax.Array, w: jax.Array, out: Axes,
-          product: Callable[[jax.Array, jax.Array, Axes], jax.Array] = _product) -> jax.Array:
+          product: Callable[[jax.Array, jax.Array, PartitionSpec | None], jax.Array] = _product
+          ) -> jax.Array:
     """x_…D @ w_DF with logical axes `out` on the result.
 
     Leading dims are flattened to one: XLA's CPU backend runs the 2-D product 1.3 times as
@@ -434,7 +435,7 @@ def dense(x: jax.Array, w: jax.Array, out: Axes,
     parallelism) it is gathered first; where less, partial sums are reduce-scattered onto it.
 
     Args:
-        product: what multiplies, on x with one leading dim or more.
+        product: what multiplies, (x_…D with one leading dim or more, w_DF, spec of the result).
     """
     lead = x.shape[:-1]
     if mesh_sizes():
@@ -443,10 +444,10 @@ def dense(x: jax.Array, w: jax.Array, out: Axes,
             *(b if set(mesh_axes_of(b)) <= set(mesh_axes_of(a)) else a
               for a, b in zip(given[:-1], wanted[:-1], strict=True)), given[-1]))
         if any((*given[1:-1], *wanted[1:-1])):
-            return product(x, w, out)
+            return product(x, w, wanted)
     if len(lead) == 1:
-        return product(x, w, out)
-    y = product(x.reshape(math.prod(lead), x.shape[-1]), w, (out[0], out[-1]))
+        return product(x, w, spec(*out))
+    y = product(x.reshape(math.prod(lead), x.shape[-1]), w, spec(out[0], out[-1]))
     return reshape(y, (*lead, w.shape[-1]), *out)
 
 

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from t5x_lite.errors import UserError, one_of
-from t5x_lite.models.language_model import LanguageModel
+from t5x_lite.models.params import BoundModel
 from t5x_lite.training import losses
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]
@@ -49,7 +49,7 @@ class ObjectiveConfig:
         return OBJECTIVES[self.name].rows
 
 
-def likelihood(module: LanguageModel, batch: Batch, key: jax.Array | None,
+def likelihood(module: BoundModel, batch: Batch, key: jax.Array | None,
                config: ObjectiveConfig, divisors: Mapping[str, jax.Array], parts: int = 1, *,
                also: Callable | None = None) -> tuple[jax.Array, Sums]:
     """Cross-entropy of the weighted targets of `decoder_target_tokens`; a loss of the table.
@@ -95,7 +95,7 @@ def _choices_weight(batch: Batch) -> dict[str, jax.Array]:
                      "rows": jnp.sum(jnp.any(segments == 1, axis=1), dtype=jnp.float32)}
 
 
-def _choices(module: LanguageModel, hidden: jax.Array, batch: Batch,
+def _choices(module: BoundModel, hidden: jax.Array, batch: Batch,
              config: ObjectiveConfig, divisors: Mapping[str, jax.Array]
              ) -> tuple[jax.Array | float, Sums]:
     """T-Few's two further terms, 0 for rows that hold one target."""
@@ -159,7 +159,7 @@ def totals(config: ObjectiveConfig, batch: Batch) -> dict[str, jax.Array]:
     return {name: jnp.maximum(x, 1.0) for name, x in counts.items()}
 
 
-def loss(module: LanguageModel, batch: Batch, key: jax.Array | None, config: ObjectiveConfig,
+def loss(module: BoundModel, batch: Batch, key: jax.Array | None, config: ObjectiveConfig,
          divisors: Mapping[str, jax.Array], parts: int = 1) -> tuple[jax.Array, Sums]:
     """The loss of a (micro-)batch and what to report.
 

@@ -14,8 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from t5x_lite import tree
 from t5x_lite.models import peft
-from t5x_lite.models.language_model import Model
-from t5x_lite.models.params import ParamInfo
+from t5x_lite.models.params import ModelDefinition, ParamInfo
 from t5x_lite.models.peft import PeftConfig
 from t5x_lite.parallel import sharding
 from t5x_lite.parallel.sharding import Rules
@@ -31,7 +30,7 @@ def check_divisible(table: Mapping[str, ParamInfo], mesh: Mesh, rules: Rules) ->
         rules.check(info.path, info.logical_axes, info.units, dict(mesh.shape))
 
 
-def start(params: Mapping, model: Model, optimizer: Optimizer, tuning: PeftConfig,
+def start(params: Mapping, model: ModelDefinition, optimizer: Optimizer, tuning: PeftConfig,
           key: jax.Array, trained: Mapping | None = None) -> State:
     """The state of step 0 with these parameters of the whole model.
 
@@ -49,12 +48,12 @@ def start(params: Mapping, model: Model, optimizer: Optimizer, tuning: PeftConfi
     return {**state, "frozen": tree.unflatten(frozen)} if frozen else state
 
 
-def init(model: Model, optimizer: Optimizer, tuning: PeftConfig, key: jax.Array) -> State:
+def init(model: ModelDefinition, optimizer: Optimizer, tuning: PeftConfig, key: jax.Array) -> State:
     """A fresh state, drawn from the key; see `start`."""
     return start(model.init(key), model, optimizer, tuning, jax.random.fold_in(key, 1))
 
 
-def logical_axes(model: Model, optimizer: Optimizer) -> State:
+def logical_axes(model: ModelDefinition, optimizer: Optimizer) -> State:
     """The logical axes of every leaf of the state."""
     axes = lambda infos: tree.unflatten({p: i.logical_axes for p, i in infos.items()})
     return {"step": (), "params": axes(optimizer.table),
@@ -62,7 +61,7 @@ def logical_axes(model: Model, optimizer: Optimizer) -> State:
             "opt_state": optimizer.state_logical_axes()}
 
 
-def abstract(model: Model, optimizer: Optimizer, mesh: Mesh, rules: Rules,
+def abstract(model: ModelDefinition, optimizer: Optimizer, mesh: Mesh, rules: Rules,
              tuning: PeftConfig = PeftConfig(), zero: int = 3, offload: bool = False) -> State:
     """The state as ShapeDtypeStructs with their shardings.
 
@@ -82,7 +81,7 @@ def abstract(model: Model, optimizer: Optimizer, mesh: Mesh, rules: Rules,
     return tree.map_with_path(place, shapes)
 
 
-def abstract_params(model: Model, mesh: Mesh, rules: Rules, zero: int = 3) -> dict:
+def abstract_params(model: ModelDefinition, mesh: Mesh, rules: Rules, zero: int = 3) -> dict:
     """The whole model's parameters as ShapeDtypeStructs with their shardings, nested."""
     return tree.unflatten({p: _placed(i, i.logical_axes, mesh, rules, zero < 3)
                            for p, i in model.table.items()})

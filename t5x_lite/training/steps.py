@@ -16,7 +16,8 @@ from t5x_lite.decoding import decode as decoding
 from t5x_lite.decoding.decode import DecodeConfig, Decoded
 from t5x_lite.layers.linear import RowKey
 from t5x_lite.models import peft
-from t5x_lite.models.language_model import Model, take_rows
+from t5x_lite.models.cache import take_rows
+from t5x_lite.models.params import ModelDefinition
 from t5x_lite.models.peft import PeftConfig
 from t5x_lite.parallel import sharding
 from t5x_lite.training import objectives
@@ -51,7 +52,7 @@ def _by_slice(batch: Batch, slices: int) -> Batch:
     return jax.tree.map(split, dict(batch))
 
 
-def gradients(model: Model, objective: ObjectiveConfig, params: Mapping, batch: Batch,
+def gradients(model: ModelDefinition, objective: ObjectiveConfig, params: Mapping, batch: Batch,
               key: jax.Array | None, *, parts: int = 1, frozen: frozenset[str] = frozenset(),
               scale: jax.Array | float = 1.0, zero: int = 3, base: Mapping | None = None,
               tuning: PeftConfig = PeftConfig()) -> tuple[dict, Sums]:
@@ -136,7 +137,7 @@ def _spec(x: jax.ShapeDtypeStruct):
     return None if x.sharding is None or not sharding.mesh_sizes() else x.sharding.spec
 
 
-def make_train_step(model: Model, objective: ObjectiveConfig, optimizer: Optimizer, *,
+def make_train_step(model: ModelDefinition, objective: ObjectiveConfig, optimizer: Optimizer, *,
                     accumulation: int, seed: int, zero: int = 3,
                     tuning: PeftConfig = PeftConfig()
                     ) -> Callable[[State, Batch], tuple[State, Sums]]:
@@ -156,7 +157,7 @@ def make_train_step(model: Model, objective: ObjectiveConfig, optimizer: Optimiz
     return train_step
 
 
-def make_eval_step(model: Model, objective: ObjectiveConfig
+def make_eval_step(model: ModelDefinition, objective: ObjectiveConfig
                    ) -> Callable[[Mapping, Batch, jax.Array], Sums]:
     """(params, batch, bytes of each token) -> {metric: (sum, count)}, no dropout.
 
@@ -174,7 +175,7 @@ def make_eval_step(model: Model, objective: ObjectiveConfig
     return eval_step
 
 
-def make_decode_step(model: Model, config: DecodeConfig
+def make_decode_step(model: ModelDefinition, config: DecodeConfig
                      ) -> Callable[[Mapping, Batch], Decoded]:
     """(params, batch) -> Decoded; an encoder-decoder reads encoder_input_tokens.
 
@@ -183,7 +184,8 @@ def make_decode_step(model: Model, config: DecodeConfig
     them; an encoder-decoder's default is the start token, the padding id. decoder_prefix
     [B, P] marks a prefix LM's prompt, row_ids int32 [B] names the rows for sampling.
 
-    A decoder with scan=False is unrolled here as well: see Model.with_layers_apart.
+    A decoder with scan=False is unrolled here as well: see
+    language_model.Model.with_layers_apart.
     """
     def decode_step(params, batch):
         # A token at a time has no length to split.

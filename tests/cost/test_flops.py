@@ -8,13 +8,11 @@ import jax.numpy as jnp
 import pytest
 
 from t5x_lite.cost import flops
-from t5x_lite.layers.attention import AttentionConfig
-from t5x_lite.layers.mlp import MLPConfig
-from t5x_lite.layers.moe import MoEConfig
-from t5x_lite.models.blocks import BlockConfig, SegmentConfig, StackConfig
-from t5x_lite.models.language_model import Model, ModelConfig
+from t5x_lite.layers.config import AttentionConfig, MLPConfig, MoEConfig
+from t5x_lite.models.config import BlockConfig, ModelConfig, SegmentConfig, StackConfig
+from t5x_lite.models.language_model import Model
 from t5x_lite.models.params import ParamInfo
-from t5x_lite.parallel.pipeline import PipelineConfig
+from t5x_lite.parallel.pipeline_schedules import PipelineConfig
 
 _HEADS = AttentionConfig(num_heads=4, head_dim=32)
 

@@ -9,8 +9,8 @@ import pytest
 from configs import switch
 from t5x_lite import build as build_lib, train, tree
 from t5x_lite.errors import UserError
-from t5x_lite.layers.moe import MoEConfig
-from t5x_lite.models.blocks import SegmentConfig
+from t5x_lite.layers.config import MoEConfig
+from t5x_lite.models.config import SegmentConfig
 from t5x_lite.models.language_model import Model
 from t5x_lite.parallel.sharding import MeshConfig
 from t5x_lite.training import metrics

@@ -10,7 +10,8 @@ from flax import serialization
 
 from t5x_lite import tree
 from t5x_lite.formats import hf
-from t5x_lite.models.language_model import Model, ModelConfig
+from t5x_lite.models.config import ModelConfig
+from t5x_lite.models.language_model import Model
 from tests.helpers import golden
 
 

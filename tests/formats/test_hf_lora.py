@@ -12,13 +12,10 @@ from t5x_lite.checkpoints import manager
 from t5x_lite.config import RunConfig
 from t5x_lite.errors import UserError
 from t5x_lite.formats import hf_lora, safetensors
-from t5x_lite.layers.attention import AttentionConfig
-from t5x_lite.layers.mlp import MLPConfig
-from t5x_lite.layers.norm import NormConfig
-from t5x_lite.layers.position import PositionConfig
+from t5x_lite.layers.config import AttentionConfig, MLPConfig, NormConfig, PositionConfig
 from t5x_lite.models import peft
-from t5x_lite.models.blocks import BlockConfig, SegmentConfig, StackConfig
-from t5x_lite.models.language_model import Model, ModelConfig
+from t5x_lite.models.config import BlockConfig, ModelConfig, SegmentConfig, StackConfig
+from t5x_lite.models.language_model import Model
 from t5x_lite.models.peft import PeftConfig, trainable_table
 from tests import tiny
 from tests.formats import folders

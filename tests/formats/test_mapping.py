@@ -20,11 +20,9 @@ from t5x_lite.formats.mapping import (
     read_parameter,
     write_parameter,
 )
-from t5x_lite.layers.attention import AttentionConfig
-from t5x_lite.layers.mlp import MLPConfig
-from t5x_lite.layers.position import PositionConfig
-from t5x_lite.models.blocks import BlockConfig, SegmentConfig, StackConfig
-from t5x_lite.models.language_model import Model, ModelConfig
+from t5x_lite.layers.config import AttentionConfig, MLPConfig, PositionConfig
+from t5x_lite.models.config import BlockConfig, ModelConfig, SegmentConfig, StackConfig
+from t5x_lite.models.language_model import Model
 
 
 def test_column_block_is_gpt2s_fused_qkv():
@@ -112,12 +110,12 @@ def test_all_tensors_that_do_not_fit_are_listed():
     arrays["3.quary"] = arrays.pop("3.query")
     arrays["0.wi"] = np.zeros((5, 4))
     with pytest.raises(UserError) as error:
-        foreign_model("toy:x", ALTERNATING, RULES, as_tensors(arrays), family="toy")
+        foreign_model("toy:x", ALTERNATING, Model(ALTERNATING).table, RULES, as_tensors(arrays), family="toy")
     text = str(error.value)
     assert "missing   3.query did you mean '3.quary'?" in text
     assert "extra     3.quary" in text
     assert "mismatch  0.wi: expected (6, 4), found (5, 4)" in text
-    partial = foreign_model("toy:x", ALTERNATING, RULES, as_tensors(arrays), family="toy",
+    partial = foreign_model("toy:x", ALTERNATING, Model(ALTERNATING).table, RULES, as_tensors(arrays), family="toy",
                             partial=True)
     lost = Model(ALTERNATING).table.keys() - partial.table.keys()
     assert lost == {"decoder/segment_0/block_0/mlp/wi/kernel",

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t5x_lite.layers.config import InitConfig, MLPConfig, NormConfig
 from t5x_lite.layers.embed import HeadTransform
-from t5x_lite.layers.linear import Dense, InitConfig, RowKey, dropout, kernel_std, param
-from t5x_lite.layers.mlp import ACTIVATIONS, MLP, MLPConfig
-from t5x_lite.layers.norm import Norm, NormConfig
+from t5x_lite.layers.linear import Dense, RowKey, dropout, kernel_std, param
+from t5x_lite.layers.mlp import ACTIVATIONS, MLP
+from t5x_lite.layers.norm import Norm
 
 KEY = jax.random.key(0)
 X = jnp.array([[[1.0, -2.0, 3.0, 0.0]]])

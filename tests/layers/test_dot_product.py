@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from t5x_lite.errors import UserError
-from t5x_lite.layers import attention_implementations, dot_product
-from t5x_lite.layers.dot_product import Relative, Terms
-from t5x_lite.layers.masks import Masking
-from t5x_lite.layers.position import PositionBias, PositionConfig, skew
+from t5x_lite.layers import attention, attention_implementations, dot_product
+from t5x_lite.layers.config import PositionConfig
+from t5x_lite.layers.masks import Masking, Terms
+from t5x_lite.layers.position import PositionBias, Relative, alibi_values, skew, t5_values
 from t5x_lite.parallel import sharding
 
 
@@ -53,11 +53,11 @@ def bias_of(kind, heads, keys, causal, rng):
     if kind == "t5_bias":
         config = PositionConfig(num_buckets=8, max_distance=16)
         table = jnp.asarray(rng.normal(size=(1, 8, heads)), jnp.float32)
-        return table, lambda t: Terms(PositionBias(t, config, not causal))
+        return table, lambda t: Terms(PositionBias(t, t5_values, config, not causal))
     if kind == "alibi":
         config = PositionConfig("alibi")
         table = jnp.asarray(rng.uniform(size=(1, 1, heads)), jnp.float32)
-        return table, lambda t: Terms(PositionBias(t, config, False))
+        return table, lambda t: Terms(PositionBias(t, alibi_values, config, False))
     if kind == "transformer_xl":
         pair = tuple(jnp.asarray(rng.normal(size=shape), jnp.float32)
                      for shape in ((2, heads, keys, 4), (heads, 2 * keys, 4)))
@@ -209,7 +209,7 @@ def test_what_cannot_run_is_refused(monkeypatch, backend, name, kwargs, message)
 
 
 def test_the_choice_is_logged_once(monkeypatch, caplog):
-    attention_implementations._log_once.cache_clear()
+    attention_implementations.log_once.cache_clear()
     with caplog.at_level("INFO", logger="t5x_lite"):
         choice(monkeypatch, "cpu")
         choice(monkeypatch, "cpu")
@@ -235,7 +235,7 @@ def test_a_split_length_leaves_every_device_the_same_work(monkeypatch, window):
     with sharding.activate(mesh, sharding.Rules()):
         split = [sharding.shard(q, "act_batch", "act_heads", "act_length", None),
                  *(sharding.shard(x, "act_batch", "act_heads", "act_keys", None) for x in (k, v))]
-        y = jax.jit(lambda *qkv: attention_implementations.attend("chunked", *qkv, Terms(), where, 4))(*split)
+        y = jax.jit(lambda *qkv: attention.attend("chunked", *qkv, Terms(), where, 4))(*split)
         jax.effects_barrier()
     np.testing.assert_allclose(y, dot_product.plain(q, k, v, Terms(), where), atol=1e-6)
     visited = [sum(n for device, n in visits if device == i) for i in range(4)]

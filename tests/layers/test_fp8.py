@@ -9,7 +9,7 @@ import pytest
 
 from t5x_lite import build as build_lib, config as configs
 from t5x_lite.errors import UserError
-from t5x_lite.layers import fp8
+from t5x_lite.layers import fp8, linear
 from t5x_lite.parallel.sharding import MeshConfig
 from t5x_lite.planning import rehearse
 from t5x_lite.training import precision
@@ -40,7 +40,7 @@ def test_products_and_gradients_are_those_of_the_rounded_operands():
         return np.asarray(values.astype(jnp.float32) * scale, np.float64)
 
     with fp8.matmuls(True):
-        y, pull_back = jax.vjp(lambda x, w: fp8.dense(x, w, ("act_batch", None, None)), x, w)
+        y, pull_back = jax.vjp(lambda x, w: linear.project(x, w, ("act_batch", None, None)), x, w)
     dx, dw = pull_back(g)
     x8, w8, g8 = rounded(x, fp8.FORWARD), rounded(w, fp8.FORWARD), rounded(g, fp8.BACKWARD)
     for found, expected in ((y, x8 @ w8), (dx, g8 @ w8.T), (dw, np.einsum("abd,abf->df", x8, g8))):
@@ -54,7 +54,7 @@ def test_products_and_gradients_are_those_of_the_rounded_operands():
 def test_float32_products_are_left_alone():
     x, w = jnp.full((2, 3), 1.1), jnp.full((3, 2), 1.1)
     with fp8.matmuls(True):
-        np.testing.assert_array_equal(fp8.dense(x, w, (None, None)), x @ w)
+        np.testing.assert_array_equal(linear.project(x, w, (None, None)), x @ w)
 
 
 def one_step(name, mesh, devices, **changes):

@@ -12,9 +12,10 @@ from flax import nnx
 from t5x_lite.cost import hlo
 from t5x_lite.errors import UserError
 from t5x_lite.layers import dispatch, grouped, routing
-from t5x_lite.layers.linear import InitConfig, RowKey
-from t5x_lite.layers.mlp import ACTIVATIONS, MLP, MLPConfig
-from t5x_lite.layers.moe import MoE, MoEConfig, capacity, group_tokens, validate
+from t5x_lite.layers.config import InitConfig, MLPConfig, MoEConfig
+from t5x_lite.layers.linear import RowKey
+from t5x_lite.layers.mlp import ACTIVATIONS, MLP
+from t5x_lite.layers.moe import MoE, capacity, group_tokens, validate
 from t5x_lite.parallel import sharding
 
 B, L, D, F, E = 8, 12, 8, 16, 4
@@ -458,7 +459,7 @@ def test_tokens_stay_on_their_slice(dropless):
     ({"eval_second_policy": "random"}, "eval_second_policy='random'"),
     ({"expert_groups": 0}, "expert_groups=0: must be at least 1"),
     ({"expert_capacity": -3}, "expert_capacity=-3: must be at least 0"),
-    ({"balance_weight": float("nan")}, "balance_weight=nan: must be at least 0"),
+    ({"balance_weight": float("nan")}, "balance_weight=nan: must be a finite number at least 0"),
     ({"jitter": 1.5}, "jitter=1.5: must be below 1"),
     ({"expert_groups": 3}, "expert_groups=3 must divide num_experts=4"),
     ({"expert_groups": 4, "router": "top_2"}, "max_groups=1"),

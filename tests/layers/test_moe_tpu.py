@@ -12,12 +12,8 @@ import pytest
 from t5x_lite import build as build_lib, tree
 from t5x_lite.config import RunConfig, TrainConfig
 from t5x_lite.data.config import DataConfig
-from t5x_lite.layers.attention import AttentionConfig
-from t5x_lite.layers.mlp import MLPConfig
-from t5x_lite.layers.moe import MoEConfig
-from t5x_lite.layers.position import PositionConfig
-from t5x_lite.models.blocks import BlockConfig, SegmentConfig, StackConfig
-from t5x_lite.models.language_model import ModelConfig
+from t5x_lite.layers.config import AttentionConfig, MLPConfig, MoEConfig, PositionConfig
+from t5x_lite.models.config import BlockConfig, ModelConfig, SegmentConfig, StackConfig
 from t5x_lite.parallel.sharding import MeshConfig
 from t5x_lite.planning import rehearse
 from t5x_lite.training.methods import OptimizerConfig

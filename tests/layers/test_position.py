@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 
 from t5x_lite.errors import UserError
-from t5x_lite.layers.linear import InitConfig
+from t5x_lite.layers.config import InitConfig, PositionConfig, RotaryScalingConfig
 from t5x_lite.layers.position import (
     LearnedPositions,
     PositionBias,
-    PositionConfig,
-    RotaryScalingConfig,
     alibi_slopes,
+    alibi_values,
     frequencies,
     relative_position_bucket,
     rotate,
     sinusoids,
+    t5_values,
     validate,
 )
 
@@ -28,7 +28,7 @@ INDEX = jnp.arange(6)[None]
 def test_t5_bias_is_looked_up_by_bucket():
     config = PositionConfig(num_buckets=8, max_distance=16)
     table = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 3)), jnp.float32)
-    bias = PositionBias(table, config, bidirectional=True)
+    bias = PositionBias(table, t5_values, config, bidirectional=True)
     found = bias(INDEX, INDEX)
     buckets = relative_position_bucket(jnp.arange(6)[None, :] - jnp.arange(6)[:, None],
                                        bidirectional=True, num_buckets=8, max_distance=16)
@@ -44,7 +44,7 @@ def test_alibi_slopes_and_bias_of_the_paper():
     assert alibi_slopes(8) == [2.0 ** -i for i in range(1, 9)]
     assert alibi_slopes(6) == [2.0 ** -2, 2.0 ** -4, 2.0 ** -6, 2.0 ** -8, 2.0 ** -1, 2.0 ** -3]
     slopes = jnp.asarray([alibi_slopes(2)], jnp.float32)[None]
-    found = PositionBias(slopes, PositionConfig("alibi"), False)(INDEX[:, :3], INDEX[:, :3])
+    found = PositionBias(slopes, alibi_values, PositionConfig("alibi"), False)(INDEX[:, :3], INDEX[:, :3])
     # Slopes 1/16 and 1/256 times the distance (above the diagonal the mask hides everything).
     np.testing.assert_allclose(found[0, 0] * -16, [[0, 1, 2], [1, 0, 1], [2, 1, 0]])
     np.testing.assert_allclose(found[0, 1] * -256, [[0, 1, 2], [1, 0, 1], [2, 1, 0]])
@@ -145,7 +145,7 @@ def test_learned_positions_start_at_the_offset_and_end():
 
 @pytest.mark.parametrize("change,message", [
     ({"kind": "rotery"}, "model.decoder.position.kind='rotery'.*did you mean 'rotary'"),
-    ({"rotary_fraction": 1.5}, "rotary_fraction=1.5: must be above 0"),
+    ({"rotary_fraction": 1.5}, r"rotary_fraction=1.5: must be in \(0, 1.0\]"),
     ({"rotary_scaling": RotaryScalingConfig("yarm", 2.0)}, "kind='yarm'.*did you mean 'yarn'"),
     ({"rotary_scaling": RotaryScalingConfig("yarn", 0.5)}, "factor=0.5: must be at least 1")])
 def test_impossible_positions_are_refused(change, message):

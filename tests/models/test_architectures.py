@@ -9,14 +9,17 @@ import pytest
 
 from t5x_lite import tree
 from t5x_lite.errors import UserError
-from t5x_lite.layers.attention import AttentionConfig
-from t5x_lite.layers.linear import InitConfig
-from t5x_lite.layers.mlp import MLPConfig
-from t5x_lite.layers.moe import MoEConfig
-from t5x_lite.layers.norm import NormConfig
-from t5x_lite.layers.position import PositionConfig
-from t5x_lite.models.blocks import RESIDUALS, BlockConfig, SegmentConfig, StackConfig
-from t5x_lite.models.language_model import Model, ModelConfig
+from t5x_lite.layers.config import (
+    AttentionConfig,
+    InitConfig,
+    MLPConfig,
+    MoEConfig,
+    NormConfig,
+    PositionConfig,
+)
+from t5x_lite.models.blocks import RESIDUALS
+from t5x_lite.models.config import BlockConfig, ModelConfig, SegmentConfig, StackConfig
+from t5x_lite.models.language_model import Model
 
 ATTENTION = AttentionConfig(num_heads=2, head_dim=4)
 BLOCK = BlockConfig(ATTENTION, mlp=MLPConfig(mlp_dim=16))

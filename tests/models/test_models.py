@@ -11,14 +11,18 @@ import pytest
 
 from t5x_lite import tree
 from t5x_lite.errors import UserError
-from t5x_lite.layers.attention import AttentionConfig
-from t5x_lite.layers.linear import InitConfig
-from t5x_lite.layers.mlp import MLPConfig
-from t5x_lite.layers.moe import MoEConfig
-from t5x_lite.layers.norm import NormConfig
-from t5x_lite.layers.position import PositionConfig, relative_position_bucket
-from t5x_lite.models.blocks import BlockConfig, SegmentConfig, StackConfig
-from t5x_lite.models.language_model import Model, ModelConfig, take_rows
+from t5x_lite.layers.config import (
+    AttentionConfig,
+    InitConfig,
+    MLPConfig,
+    MoEConfig,
+    NormConfig,
+    PositionConfig,
+)
+from t5x_lite.layers.position import relative_position_bucket
+from t5x_lite.models.cache import take_rows
+from t5x_lite.models.config import BlockConfig, ModelConfig, SegmentConfig, StackConfig
+from t5x_lite.models.language_model import Model
 from t5x_lite.parallel import sharding
 from tests.helpers import golden
 

@@ -10,8 +10,7 @@ import pytest
 from t5x_lite.errors import UserError
 from t5x_lite.layers.linear import RowKey, dropout
 from t5x_lite.parallel import pipeline, pipeline_schedules, sharding
-from t5x_lite.parallel.pipeline import PipelineConfig
-from t5x_lite.parallel.pipeline_schedules import Plan
+from t5x_lite.parallel.pipeline_schedules import PipelineConfig, Plan
 from t5x_lite.parallel.sharding import MeshConfig, Rules, make_mesh
 
 ROWS, LENGTH, WIDTH, HIDDEN, LAYERS = 16, 2, 4, 8, 8

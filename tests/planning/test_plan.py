@@ -19,13 +19,10 @@ from t5x_lite.build import build
 from t5x_lite.config import RunConfig, replace
 from t5x_lite.cost import hardware
 from t5x_lite.errors import UserError
-from t5x_lite.layers.attention import AttentionConfig
-from t5x_lite.layers.mlp import MLPConfig
-from t5x_lite.layers.position import PositionConfig
-from t5x_lite.models.blocks import BlockConfig, SegmentConfig, StackConfig
-from t5x_lite.models.language_model import ModelConfig
+from t5x_lite.layers.config import AttentionConfig, MLPConfig, PositionConfig
+from t5x_lite.models.config import BlockConfig, ModelConfig, SegmentConfig, StackConfig
 from t5x_lite.models.peft import PeftConfig
-from t5x_lite.parallel.pipeline import PipelineConfig
+from t5x_lite.parallel.pipeline_schedules import PipelineConfig
 from t5x_lite.parallel.sharding import MeshConfig
 from t5x_lite.planning import make, rehearse, search, show
 from t5x_lite.planning.make import make_plan

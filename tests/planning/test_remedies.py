@@ -8,7 +8,7 @@ from configs import llama, switch
 from t5x_lite.build import build
 from t5x_lite.config import replace
 from t5x_lite.errors import UserError
-from t5x_lite.layers.moe import MoEConfig
+from t5x_lite.layers.config import MoEConfig
 from t5x_lite.planning import rehearse, remedies
 from tests.planning.test_plan import lm
 

@@ -15,12 +15,8 @@ from t5x_lite.data import batches as data_batches, rows as data_rows
 from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError
 from t5x_lite.evaluation.evaluator import Evaluator
-from t5x_lite.layers.attention import AttentionConfig
-from t5x_lite.layers.linear import InitConfig
-from t5x_lite.layers.mlp import MLPConfig
-from t5x_lite.layers.position import PositionConfig
-from t5x_lite.models.blocks import BlockConfig, SegmentConfig, StackConfig
-from t5x_lite.models.language_model import ModelConfig
+from t5x_lite.layers.config import AttentionConfig, InitConfig, MLPConfig, PositionConfig
+from t5x_lite.models.config import BlockConfig, ModelConfig, SegmentConfig, StackConfig
 from t5x_lite.training import metrics, objectives
 from t5x_lite.training.methods import OptimizerConfig
 from t5x_lite.training.objectives import OBJECTIVES, ObjectiveConfig

@@ -9,7 +9,7 @@ import pytest
 
 from t5x_lite import build as build_lib, tree
 from t5x_lite.decoding.decode import DecodeConfig
-from t5x_lite.models.blocks import SegmentConfig
+from t5x_lite.models.config import SegmentConfig
 from t5x_lite.models.language_model import Model
 from t5x_lite.parallel import sharding
 from t5x_lite.training import steps

@@ -1,0 +1,136 @@
+"""The config sections of the layers: plain numbers and names, so that all may import them.
+
+What is allowed is checked where a value acts: each layer's module has the table of its variants
+and a `validate`.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """How fresh parameters are drawn; every number is a standard deviation or a factor on one."""
+
+    # fan_in: std = fan_in**-0.5 (T5); fan_avg: (2 / (fan_in + fan_out))**0.5 (Xavier);
+    # fixed: kernel_std (GPT-2 section 2.3, BERT).
+    kernel: str = "fan_in"
+    kernel_std: float = 0.02
+    embedding_std: float = 1.0     # token embeddings (T5: 1.0)
+    position_std: float = 0.02     # learned absolute positions
+    logits_std: float = 0.0        # 0: as kernels
+    scale_query: bool = True       # T5: query std divided by sqrt(head_dim), attention unscaled
+    output_factor: float = 1.0     # attention-out and mlp-out kernels (GPT-2: (2 layers)**-0.5)
+    value_factor: float = 1.0      # value, attention-out and mlp kernels (DeepNorm's beta)
+
+
+@dataclasses.dataclass(frozen=True)
+class NormConfig:
+    """RMSNorm (Zhang & Sennrich 2019, T5) or LayerNorm (Ba et al. 2016)."""
+
+    kind: str = "rms"        # one of norm.KINDS
+    epsilon: float = 1e-6
+    use_bias: bool = False   # layer only
+
+
+@dataclasses.dataclass(frozen=True)
+class RotaryScalingConfig:
+    """Rotary frequencies for sequences longer than those of pre-training, see
+    position.frequencies."""
+
+    kind: str = "none"            # one of position.ROTARY_SCALINGS
+    factor: float = 1.0           # new length / original_length
+    original_length: int = 8192   # llama3, yarn: length of pre-training
+    low_frequency: float = 1.0    # llama3: fewer turns over original_length are slowed in full …
+    high_frequency: float = 4.0   # … and more turns not at all
+    beta_slow: float = 1.0        # yarn: the same two numbers
+    beta_fast: float = 32.0
+
+
+@dataclasses.dataclass(frozen=True)
+class PositionConfig:
+    """How a stack knows the order of its tokens."""
+
+    kind: str = "t5_bias"         # a row of position.POSITIONS
+    num_buckets: int = 32         # t5_bias
+    max_distance: int = 128       # t5_bias: farther tokens share the last bucket
+    per_layer: bool = False       # t5_bias: one table a layer (UMT5) instead of one a stack
+    max_length: int = 512         # learned: the longest sequence
+    offset: int = 0               # learned, sinusoidal: the index of the first token (BART: 2)
+    rotary_base: float = 10000.0  # rotary: wavelengths 2 pi base**(2i/dim)
+    rotary_fraction: float = 1.0  # rotary: share of the head dim that is rotated
+    rotary_interleaved: bool = False  # rotary: pairs (2i, 2i+1) as in RoFormer, not (i, i+dim/2)
+    rotary_scaling: RotaryScalingConfig = RotaryScalingConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """One attention layer."""
+
+    num_heads: int = 8
+    head_dim: int = 64
+    num_kv_heads: int = 0          # 0: num_heads; 1: multi-query (Shazeer 2019); else grouped
+    scale: float = 0.0             # factor on the logits; 0: head_dim**-0.5 (T5: 1)
+    use_bias: bool = False         # on query, key and value
+    use_out_bias: bool = False
+    qk_norm: bool = False          # RMSNorm over each head's query and key
+    logit_softcap: float = 0.0     # c * tanh(logits / c); 0: none
+    window: int = 0                # see masks.Masking.window
+    # Share of the keys that each key/value head loses, for all queries alike (as T5X drops).
+    dropout_rate: float = 0.0
+    implementation: str = "auto"   # of attention_implementations.IMPLEMENTATIONS; decoding is plain
+    chunk: int = 1024              # chunked: queries, and keys, at a time
+
+    @property
+    def kv_heads(self) -> int:
+        """The number of key/value heads."""
+        return self.num_kv_heads or self.num_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class MLPConfig:
+    """wo(act(wi(x))), or gated wo(act(wi_0(x)) * wi_1(x)) (Shazeer 2020, GLU variants)."""
+
+    mlp_dim: int = 2048
+    activation: str = "gelu_tanh"   # a row of mlp.ACTIVATIONS
+    gated: bool = True              # T5 1.1: gelu_tanh gated; SwiGLU: silu gated
+    use_bias: bool = False
+    dropout_rate: float = 0.0       # on the hidden activations
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """A mixture of experts in place of an MLP."""
+
+    num_experts: int = 8
+    mlp: MLPConfig = MLPConfig()       # each expert; its dropout_rate is the expert dropout,
+    #                                    0.4 in fine-tuning (Switch section 2.4)
+    router: str = "switch"             # a row of routing.ROUTERS
+    top_k: int = 2                     # experts a token uses, for router="top_k"
+    renormalize: bool = True           # top_2 and top_k: the used experts' gates sum to 1
+    second_policy: str = "all"         # top_2 in training: all | none | threshold | random
+    eval_second_policy: str = "all"    # top_2 in evaluation: all | none | threshold
+    second_threshold: float = 0.5      # of the second expert's share, for those policies
+    prioritized: bool = False          # serve probable tokens first (V-MoE), not in order
+    # Room an expert has for one group: factor * tokens of the group / experts (Switch eq. 3),
+    # whatever the number of choices: top-2 routers want about twice as much.
+    capacity_factor: float = 1.25
+    eval_capacity_factor: float = 2.0
+    expert_capacity: int = 0           # that room in tokens, instead of the factors
+    dropless: bool = False             # every choice is computed, whatever the load
+    overflow: str = "zero"             # what dropped tokens get: zero | identity (p x, as the
+    #                                    Hugging Face Switch models were evaluated)
+    group_size: int = 0                # tokens that compete for room: 0 is a sequence; else a
+    #                                    divisor or a multiple of the sequence length
+    mask_padding: bool = True          # padding takes no room and counts in no loss
+    loss_mean: str = "real"            # tokens by whose number the losses divide: real | all, as
+    #                                    Flaxformer does, whose runs continue with it
+    jitter: float = 0.0                # multiplicative noise on the router's input, train only
+    balance_weight: float = 0.01       # of the load-balancing loss
+    balance_choices: str = "all"       # choices it counts: all | first (GShard)
+    z_weight: float = 0.0              # of the router z-loss (ST-MoE: 0.001)
+    expert_groups: int = 1             # equal groups of experts, one a slice or host, …
+    max_groups: int = 1                # … of which a token's experts lie in this many at most
+    shared_experts: int = 0            # experts that every token uses, as one MLP that wide
+    router_bias: bool = False
+    router_std: float = 0.02           # of the fresh router kernel
+    hash_seed: int = 0                 # for router="hash"

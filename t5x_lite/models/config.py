@@ -1,0 +1,77 @@
+"""The config section of a model: stacks of segments of blocks, and what stands around them."""
+
+import dataclasses
+
+from t5x_lite.layers.config import (
+    AttentionConfig,
+    InitConfig,
+    MLPConfig,
+    MoEConfig,
+    NormConfig,
+    PositionConfig,
+)
+from t5x_lite.parallel.pipeline_schedules import PipelineConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """One block; what is None is absent."""
+
+    self_attention: AttentionConfig = AttentionConfig()
+    cross_attention: AttentionConfig | None = None
+    mlp: MLPConfig = MLPConfig()
+    moe: MoEConfig | None = None   # takes the place of `mlp`
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentConfig:
+    """`blocks` in a row, `repeats` times, with stacked parameters."""
+
+    blocks: tuple[BlockConfig, ...] = (BlockConfig(),)
+    repeats: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class StackConfig:
+    """An encoder or a decoder."""
+
+    segments: tuple[SegmentConfig, ...] = (SegmentConfig(),)
+    causal: bool = False
+    position: PositionConfig = PositionConfig()
+    norm: NormConfig = NormConfig()
+    residual: str = "pre"           # a row of blocks.RESIDUALS
+    residual_alpha: float = 1.0     # deepnorm: weight of the skip path, see blocks.deepnorm_constants
+    embedding_norm: bool = False    # a norm on the embeddings, positions included (BERT, BART)
+    final_norm: bool = True
+    dropout_rate: float = 0.0       # on embeddings, sub-layer outputs and the final norm
+    adapter_dim: int = 0            # of bottleneck adapters behind every sub-layer; 0: none
+    scan: bool = True               # see pipeline.run_layers
+    remat: str = "none"             # see remat.py
+    pipeline: PipelineConfig = PipelineConfig()   # where mesh.stage > 1
+    init: InitConfig | None = None  # None: the model's
+
+    @property
+    def num_layers(self) -> int:
+        """Blocks in all."""
+        return sum(len(s.blocks) * s.repeats for s in self.segments)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A whole model."""
+
+    architecture: str = "encoder_decoder"   # a row of language_model.ARCHITECTURES
+    vocab_size: int = 32128                 # rows of the embedding, padding included
+    embed_dim: int = 512
+    encoder: StackConfig | None = StackConfig()
+    decoder: StackConfig | None = StackConfig(causal=True)
+    tie_logits: bool = False                # logits through the embedding table
+    logits_scale: float = 1.0               # on the hidden state (T5 1.0, tied: embed_dim**-0.5)
+    logits_softcap: float = 0.0             # c * tanh(logits / c); 0: none
+    logits_bias: bool = False
+    head_transform: str = ""                # BERT: dense, this activation, norm, before the logits
+    embedding_scale: float = 1.0            # on the embedded tokens
+    token_types: int = 0                    # BERT: 2; ids in the batch's encoder_token_types
+    prompt_length: int = 0                  # learned vectors before the encoder's row, or before
+    #                                         that of a decoder without encoder; not for packing
+    init: InitConfig = InitConfig()
