@@ -23,6 +23,7 @@ from t5x_lite.formats.hf_family import (
 )
 from t5x_lite.formats.mapping import SAME, TRANSPOSED, Rule, column_block, head_block
 from t5x_lite.layers.config import AttentionConfig, MLPConfig, MoEConfig, NormConfig, PositionConfig
+from t5x_lite.layers.routing import ROUTERS
 from t5x_lite.models.config import BlockConfig, ModelConfig, StackConfig
 
 _SPECIALS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
@@ -226,7 +227,8 @@ def _to_mixtral(config: ModelConfig) -> dict[str, Any]:
     block = first_block(config.decoder)
     moe = block.moe or MoEConfig()
     return {**_to_llama(config), "num_local_experts": moe.num_experts,
-            "num_experts_per_tok": moe.choices, "router_aux_loss_coef": moe.balance_weight,
+            "num_experts_per_tok": ROUTERS[moe.router].choices(moe),
+            "router_aux_loss_coef": moe.balance_weight,
             "router_jitter_noise": moe.jitter,
             "sliding_window": block.self_attention.window or None}
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from t5x_lite.cost import flops
+from t5x_lite.layers import routing
 from t5x_lite.layers.config import AttentionConfig, MLPConfig, MoEConfig
 from t5x_lite.models.config import BlockConfig, ModelConfig, SegmentConfig, StackConfig
 from t5x_lite.models.language_model import Model
@@ -201,7 +202,7 @@ def test_the_least_flops_are_those_of_visible_pairs():
 def test_choices_that_may_find_no_room_are_no_lower_bound(fields, least):
     moe = MoEConfig(num_experts=8, **fields)
     assert flops.experts_per_token(moe, 24, least=True) == pytest.approx(least)
-    assert flops.experts_per_token(moe, 24) == moe.choices
+    assert flops.experts_per_token(moe, 24) == routing.ROUTERS[moe.router].choices(moe)
 
 
 def test_parameter_counts_split_the_table():
