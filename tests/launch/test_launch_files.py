@@ -1,0 +1,134 @@
+"""The files to launch with: their checkers pass, restart.sh obeys exit statuses, flags exist."""
+
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+LAUNCH = pathlib.Path(__file__).resolve().parents[2] / "scripts" / "launch"
+SHELL = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
+
+
+def tool(name: str) -> str:
+    """A checker of the extra [test], beside this Python."""
+    found = shutil.which(name, path=f"{pathlib.Path(sys.executable).parent}{os.pathsep}"
+                                    f"{os.environ['PATH']}")
+    if found is None:
+        pytest.skip(f"{name} is not installed (extra [test])")
+    return found
+
+
+def check(*command: str) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("file", SHELL, ids=lambda file: file.name)
+def test_shell_scripts(file):
+    check(tool("shellcheck"), str(file))
+
+
+def test_the_image():
+    check(tool("hadolint"), str(LAUNCH / "Dockerfile"))
+
+
+def validate(path) -> None:
+    result = subprocess.run([tool("kubernetes-validate"), "--strict", str(path)],
+                            capture_output=True, text=True)
+    said = result.stdout + result.stderr
+    # It only warns of kinds that it does not know, and passes them.
+    assert result.returncode == 0 and "WARN" not in said, said
+
+
+def test_the_job_of_kubernetes():
+    validate(LAUNCH / "kubernetes_job.yaml")
+
+
+def test_the_job_inside_the_jobset(tmp_path):
+    jobset = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+    assert jobset["apiVersion"] == "jobset.x-k8s.io/v1alpha2" and jobset["kind"] == "JobSet"
+    assert set(jobset["spec"]) == {"failurePolicy", "replicatedJobs"}
+    policy = jobset["spec"]["failurePolicy"]
+    assert policy["rules"][0]["action"] in ("FailJobSet", "RestartJobSet",
+                                            "RestartJobSetAndIgnoreMaxRestarts")
+    for job in jobset["spec"]["replicatedJobs"]:
+        assert set(job) == {"name", "replicas", "template"}
+        inner = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": job["name"]},
+                 **job["template"]}
+        (tmp_path / "job.yaml").write_text(yaml.safe_dump(inner))
+        validate(tmp_path / "job.yaml")
+
+
+def test_sky_has_what_a_task_needs():
+    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+    assert {"resources", "num_nodes", "setup", "run", "envs"} <= task.keys()
+
+
+@pytest.mark.parametrize("file", sorted(LAUNCH.iterdir()), ids=lambda file: file.name)
+def test_each_says_how_it_is_used_and_trains_with_flags_that_there_are(file):
+    text = file.read_text()
+    assert len(text.split("\n\n", 1)[0].splitlines()) >= 2 and text.count("# ") > 3
+    known = {"config", "workdir"}
+    assert {f for f in re.findall(r"t5x_lite\.train.*?--(\w+)=", text)} <= known
+
+
+# --- restart.sh ---------------------------------------------------------------------------------
+
+def restarting(tmp_path, statuses, retries=2):
+    """(exit status, how often the command ran, what was said) of a command that leaves with these
+    statuses one after another."""
+    count = tmp_path / "count"
+    command = tmp_path / "command.sh"
+    command.write_text(f"""#!/bin/bash
+n=$(cat {count} 2>/dev/null || echo 0); echo $((n + 1)) > {count}
+statuses=({' '.join(map(str, statuses))}); exit ${{statuses[$n]}}
+""")
+    command.chmod(0o755)
+    sleep = tmp_path / "sleep"   # pauses are said, not waited for
+    sleep.write_text("#!/bin/bash\nexit 0\n")
+    sleep.chmod(0o755)
+    result = subprocess.run(
+        [str(LAUNCH / "restart.sh"), str(command)], capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+             "T5X_LITE_RETRIES": str(retries)})
+    return result.returncode, int(count.read_text()), result.stderr
+
+
+@pytest.mark.parametrize("statuses, status, lives", [
+    ([0], 0, 1),
+    ([2, 0], 2, 1),                        # a user's mistake is not tried again
+    ([75, 75, 75, 75, 0], 0, 5),           # saved and asked to stop: as often as it takes
+    ([1, 137, 0], 0, 3),
+    ([1, 1, 75, 1, 0], 0, 5),              # what was saved is progress
+    ([1, 1, 1, 0], 1, 3),
+])
+def test_restarts_obey_the_exit_status(tmp_path, statuses, status, lives):
+    found, number, _ = restarting(tmp_path, statuses)
+    assert (found, number) == (status, lives)
+
+
+def test_pauses_double(tmp_path):
+    _, _, said = restarting(tmp_path, [1, 1, 1, 0], retries=5)
+    assert re.findall(r"again in (\d+) s", said) == ["5", "10", "20"]
+
+
+def test_sigterm_is_handed_on_and_its_save_awaited(tmp_path):
+    mark = tmp_path / "saved"
+    script = tmp_path / "run.sh"
+    script.write_text(f"#!/bin/bash\ntrap 'sleep 1; touch {mark}; exit 75' TERM\n"
+                      f"touch {tmp_path}/started\nwhile :; do sleep 0.1; done\n")
+    script.chmod(0o755)
+    process = subprocess.Popen([str(LAUNCH / "restart.sh"), str(script)])
+    for _ in range(100):
+        if (tmp_path / "started").exists():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 75 and mark.exists()
