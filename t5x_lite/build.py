@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from t5x_lite import tree
+from t5x_lite import bounds, tree
 from t5x_lite.config import RunConfig
 from t5x_lite.cost import flops, hardware
 from t5x_lite.data import rows as data_rows
-from t5x_lite.errors import UserError
+from t5x_lite.errors import UserError, multiple_of
 from t5x_lite.layers import fp8, moe
 from t5x_lite.models import language_model, peft
 from t5x_lite.models.language_model import Model
@@ -177,6 +177,7 @@ def build(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Pro
     Raises:
         UserError: whatever in the config cannot be, naming the field and the fix.
     """
+    bounds.check(config)   # a config made in Python has not come through the door
     policy = precision.policy(config.precision)
     language_model.validate(config.model)
     objectives.validate(config.objective, config.model.architecture)
@@ -186,7 +187,9 @@ def build(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Pro
     if config.sharding.sequence_parallel:
         rules = rules.replace(act_norm_length=(*rules.mesh_axes("act_norm_length"), "tensor"))
     _check_train(config, mesh, rules)
-    _check_parallel(config, mesh, rules)
+    _check_rows(config)
+    _check_pipelines(config, mesh, rules)
+    _check_lengths(config, mesh, rules)
     with sharding.activate(mesh, rules):
         _check_mixtures(config)
     model = Model(config.model, jnp.dtype(policy.compute_dtype), jnp.dtype(policy.param_dtype))
@@ -240,40 +243,24 @@ def _lengths(config: RunConfig) -> tuple[int, int]:
 
 def _check_train(config: RunConfig, mesh: Mesh, rules: Rules) -> None:
     train = config.train
-    for name in ("num_steps", "global_batch_size", "accumulation", "log_every"):
-        if getattr(train, name) < 1:
-            raise UserError(f"train.{name}={getattr(train, name)}: must be at least 1.")
-    if config.eval.every < 1:
-        raise UserError(f"eval.every={config.eval.every}: must be at least 1.")
-    ways = math.prod(mesh.shape[a] for a in rules.mesh_axes("act_batch"))
+    ways = _ways(mesh, rules, "act_batch")
     _check_batch("train.global_batch_size", train.global_batch_size, train.accumulation, ways)
     for i, (size, _) in enumerate(train.batch_ramp.stages):
         field = f"train.batch_ramp.stages[{i}]"
-        if size % config.data.num_shards:
-            raise UserError(f"{field}: a batch of {size} must be a multiple of data.num_shards="
-                            f"{config.data.num_shards}.")
+        multiple_of(field, size, config.data.num_shards, "as many shards (data.num_shards)")
         _check_batch(field, size, train.accumulation, ways)
-    eval_size = config.eval.batch_size
-    if eval_size % ways:
-        raise UserError(f"eval.batch_size={eval_size} must be a multiple of {ways}, the ways that "
-                        f"the mesh splits a batch (0: train.global_batch_size).")
+    multiple_of("eval.batch_size", config.eval.batch_size, ways,
+                "the ways that the mesh splits a batch (0: train.global_batch_size)")
 
 
 def _check_batch(field: str, size: int, accumulation: int, ways: int) -> None:
-    step = ways * accumulation
-    if size % step:
-        near = [str(n * step) for n in (size // step, size // step + 1) if n]
-        raise UserError(
-            f"{field}={size} must be a multiple of {step}: "
-            f"{accumulation} micro-batches (train.accumulation) x {ways} ways that the mesh "
-            f"splits a batch; {' or '.join(near)} would do.")
+    multiple_of(field, size, ways * accumulation,
+                f"{accumulation} micro-batches (train.accumulation) x {ways} ways that the mesh "
+                "splits a batch")
 
 
-def _check_parallel(config: RunConfig, mesh: Mesh, rules: Rules) -> None:
-    """What the mesh asks of the stacks and the lengths."""
-    if config.sharding.zero not in (1, 2, 3):
-        raise UserError(f"sharding.zero={config.sharding.zero}: must be 1 (optimizer state split "
-                        f"over mesh.fsdp), 2 (gradients too) or 3 (parameters too).")
+def _check_rows(config: RunConfig) -> None:
+    """What the objective's rows and a soft prompt ask of the data."""
     rows = data_rows.of(config.objective.rows)
     if config.data.packing and not rows.packs:
         raise UserError(f"objective.name={config.objective.name!r} has a whole row for one example: "
@@ -283,30 +270,38 @@ def _check_parallel(config: RunConfig, mesh: Mesh, rules: Rules) -> None:
         raise UserError(f"model.prompt_length={prompt} stands before a row that holds one example "
                         "and, in a decoder, is read from left to right: set data.packing=False, "
                         "and objective.name=lm for prefix_lm.")
-    ways = math.prod(mesh.shape[a] for a in rules.mesh_axes("act_batch"))
-    train = config.train
+
+
+def _check_pipelines(config: RunConfig, mesh: Mesh, rules: Rules) -> None:
+    """What the mesh's stages ask of the stacks and the batches."""
+    ways, train = _ways(mesh, rules, "act_batch"), config.train
+    sizes = (train.global_batch_size, *(size for size, _ in train.batch_ramp.stages))
     for side in ("encoder", "decoder"):
         stack = getattr(config.model, side)
-        if stack is not None:
-            for size in (train.global_batch_size, *(n for n, _ in train.batch_ramp.stages)):
-                pipeline.validate(
-                    stack.pipeline, f"model.{side}", mesh.shape["stage"],
-                    [segment.repeats for segment in stack.segments],
-                    size // train.accumulation, ways)
-    inputs, targets = _lengths(config)
-    prompts = (prompt, 0) if inputs else (0, prompt)
-    for name, length, before in zip(("inputs_length", "targets_length"), (inputs, targets), prompts,
-                                    strict=True):
+        if stack is None:
+            continue
+        repeats = [segment.repeats for segment in stack.segments]
+        for size in sizes:
+            pipeline.validate(stack.pipeline, f"model.{side}", mesh.shape["stage"], repeats,
+                              size // train.accumulation, ways)
+
+
+def _check_lengths(config: RunConfig, mesh: Mesh, rules: Rules) -> None:
+    """What the mesh axes that split a length ask of it, and of a prompt before it."""
+    prompt, (inputs, targets) = config.model.prompt_length, _lengths(config)
+    sides = (("inputs_length", inputs, prompt if inputs else 0),
+             ("targets_length", targets, 0 if inputs else prompt))
+    for name, length, before in sides:
         for axis in ("act_length", "act_norm_length"):
-            axes = rules.mesh_axes(axis)
-            ways = math.prod(mesh.shape[a] for a in axes)
-            if before % ways:
-                raise UserError(f"model.prompt_length={before} must be a multiple of {ways}, like "
-                                f"data.{name}: {axis} is split over mesh axes "
-                                f"{' and '.join(axes)}.")
-            if length % ways:
-                raise UserError(f"data.{name}={length} must be a multiple of {ways}: {axis} is "
-                                f"split over mesh axes {' and '.join(axes)}.")
+            ways = _ways(mesh, rules, axis)
+            why = f"{axis} is split over mesh axes {' and '.join(rules.mesh_axes(axis))}"
+            multiple_of("model.prompt_length", before, ways, f"like data.{name}, {why}")
+            multiple_of(f"data.{name}", length, ways, why)
+
+
+def _ways(mesh: Mesh, rules: Rules, axis: str) -> int:
+    """Into how many parts the mesh splits a logical axis."""
+    return math.prod(mesh.shape[a] for a in rules.mesh_axes(axis))
 
 
 def _check_mixtures(config: RunConfig) -> None:

@@ -13,14 +13,16 @@ import pathlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import ml_collections
 
+from t5x_lite import bounds
+from t5x_lite.bounds import Bounds, Count, Seed
 from t5x_lite.checkpoints.manager import CheckpointConfig
 from t5x_lite.data.config import DataConfig
 from t5x_lite.decoding.decode import DecodeConfig
-from t5x_lite.errors import UserError, nearest
+from t5x_lite.errors import UserError, nearest, refuse
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.peft import PeftConfig
 from t5x_lite.parallel.sharding import DEFAULT_RULES, MeshConfig
@@ -34,19 +36,19 @@ from t5x_lite.training.precision import LossScaleConfig
 class TrainConfig:
     """The loop."""
 
-    num_steps: int = 1000
-    global_batch_size: int = 128    # sequences an optimizer step, over all devices
+    num_steps: Count = 1000
+    global_batch_size: Count = 128    # sequences an optimizer step, over all devices
     batch_ramp: BatchRampConfig = BatchRampConfig()   # smaller batches before that one
-    accumulation: int = 1           # micro-batches an optimizer step is split into
-    seed: int = 0                   # of parameters, dropout and, unless data.seed is given, data
-    log_every: int = 10             # steps between lines of metrics.jsonl
+    accumulation: Count = 1           # micro-batches an optimizer step is split into
+    seed: Seed = 0                   # of parameters, dropout and, unless data.seed is given, data
+    log_every: Count = 10             # steps between lines of metrics.jsonl
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Held-out evaluation in the loop and by t5x_lite.eval."""
 
-    every: int = 1000               # steps between evaluations; the last step always evaluates
+    every: Count = 1000               # steps between evaluations; the last step always evaluates
     batch_size: int = 0             # sequences; 0: train.global_batch_size
     num_batches: int = 0            # at most so many; 0: the whole split
     samples: int = 0                # inputs completed on the screen after training
@@ -63,7 +65,7 @@ class ShardingConfig:
 
     # What mesh.fsdp splits besides the batch (ZeRO, Rajbhandari et al. 2020): 1 the optimizer
     # state; 2 the gradients too; 3 the parameters too, gathered layer by layer for use.
-    zero: int = 3
+    zero: Annotated[int, Bounds(1, 3)] = 3
     # Split norms, dropout and residuals over mesh.tensor too, by length (Megatron's sequence
     # parallelism, Korthikanti et al. 2022): their activations then cost 1/tensor of the memory.
     sequence_parallel: bool = False
@@ -123,49 +125,93 @@ def from_mapping(kind: Any, value: Any, where: str = "config") -> Any:
     """`value` (a ConfigDict, dict, list or scalar) as an instance of the annotated type `kind`.
 
     Raises:
-        UserError: an unknown field, or a value of another type, by its dotted name.
+        UserError: an unknown field, a value of another type, or a number out of the bounds that
+            stand beside its field (bounds.py), by its dotted name.
     """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        return from_mapping(args[0], value, where)
     if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in args:
-            return None
-        options = [a for a in args if a is not type(None)]
-        if len(options) > 1:
-            matching = [a for a in options if isinstance(a, type) and isinstance(value, a)]
-            options = matching or options
-        return from_mapping(options[0], value, where)
+        return _one_of_types(args, value, where)
     if dataclasses.is_dataclass(kind):
-        if not isinstance(value, (Mapping, ml_collections.ConfigDict)):
-            raise UserError(f"{where}={value!r}: must be a section with the fields "
-                            f"{', '.join(f.name for f in dataclasses.fields(kind))}.")
-        hints = typing.get_type_hints(kind)
-        for name in value:
-            if name not in hints:
-                raise UserError(f"{where}.{name}: no such field.{nearest(name, hints)} "
-                                f"Known: {', '.join(hints)}.")
-        make: Any = kind
-        return make(**{name: from_mapping(hints[name], value[name], f"{where}.{name}")
-                       for name in value})
+        return _section(kind, value, where)
     if origin is tuple:
-        if isinstance(value, str) and args[0] is str:
-            value = tuple(part for part in value.split(",") if part)
-        if not isinstance(value, (tuple, list)):
-            raise UserError(f"{where}={value!r}: must be a tuple.")
-        each = [args[0]] * len(value) if args[-1] is Ellipsis else args
-        if len(each) != len(value):
-            raise UserError(f"{where}={value!r}: must have {len(each)} items.")
-        return tuple(from_mapping(a, v, f"{where}[{i}]")
-                     for i, (a, v) in enumerate(zip(each, value, strict=True)))
+        return _tuple(args, value, where)
     if origin is dict:
         return {k: from_mapping(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    return _scalar(kind, value, where)
+
+
+def _one_of_types(kinds: tuple, value: Any, where: str) -> Any:
+    """The value as the type among `kinds` that it is an instance of, else as the first."""
+    if value is None and type(None) in kinds:
+        return None
+    options = [kind for kind in kinds if kind is not type(None)]
+    matching = [kind for kind in options if isinstance(kind, type) and isinstance(value, kind)]
+    return from_mapping((matching or options)[0], value, where)
+
+
+def _section(kind: Any, value: Any, where: str) -> Any:
+    hints = bounds.hints_of(kind)
+    if not isinstance(value, (Mapping, ml_collections.ConfigDict)):
+        raise refuse(where, value, f"a section with the fields {', '.join(hints)}")
+    for name in value:
+        if name not in hints:
+            raise UserError(f"{where}.{name}: no such field.{nearest(name, hints)} "
+                            f"Known: {', '.join(hints)}.")
+    fields = {}
+    for name in value:
+        field = f"{where}.{name}"
+        fields[name] = from_mapping(hints[name], value[name], field)
+        bounds.check(fields[name], field, hints[name])
+    return kind(**fields)
+
+
+def _tuple(kinds: tuple, value: Any, where: str) -> tuple:
+    """A tuple of these kinds; (kind, ...) is any number of one."""
+    if isinstance(value, str) and kinds[0] is str:
+        value = tuple(part for part in value.split(",") if part)
+    if not isinstance(value, (tuple, list)):
+        raise refuse(where, value, "a tuple")
+    each = [kinds[0]] * len(value) if kinds[-1] is Ellipsis else kinds
+    if len(each) != len(value):
+        raise UserError(f"{where}={value!r}: must have {len(each)} items.")
+    return tuple(from_mapping(a, v, f"{where}[{i}]")
+                 for i, (a, v) in enumerate(zip(each, value, strict=True)))
+
+
+def _scalar(kind: Any, value: Any, where: str) -> Any:
+    is_bool = isinstance(value, bool)
     if kind is Any:
         return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f"{where}={value!r}: must be {kind.__name__}, "
-                        f"not {type(value).__name__}.")
+    if kind is float and isinstance(value, int) and not is_bool:
+        try:
+            return float(value)
+        except OverflowError:
+            raise refuse(where, value, "a number that a float can hold") from None
+    if not isinstance(value, kind) or (is_bool and kind is not bool):
+        raise refuse(where, value, f"{kind.__name__}, not {type(value).__name__}")
     return value
+
+
+# Dotted names of fields that configs written by earlier versions hold and that do nothing now.
+RETIRED = frozenset({"sharding.rules.act_head_dim", "sharding.rules.act_expert"})
+
+
+def saved(mapping: Mapping) -> RunConfig:
+    """The run of a config.json, or of a checkpoint's record, which an earlier version may have
+    written: what it holds of RETIRED is left out."""
+    return from_mapping(RunConfig, _without_retired(mapping, ""))
+
+
+def _without_retired(section: Mapping, where: str) -> dict:
+    kept = {}
+    for name, value in section.items():
+        if f"{where}{name}" in RETIRED:
+            continue
+        kept[name] = _without_retired(value, f"{where}{name}.") \
+            if isinstance(value, Mapping) else value
+    return kept
 
 
 def replace(config: Any, path: str, value: Any) -> Any:
@@ -183,7 +229,7 @@ def load(path: pathlib.Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist: is that the workdir of a run?")
-    return override(from_mapping(RunConfig, json.loads(path.read_text())), overrides)
+    return override(saved(json.loads(path.read_text())), overrides)
 
 
 def override(run: RunConfig, overrides: Sequence[str]) -> RunConfig:

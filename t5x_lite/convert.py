@@ -40,7 +40,7 @@ from absl import flags
 from t5x_lite import init_from, log, tree
 from t5x_lite.checkpoints import manager
 from t5x_lite.checkpoints.manager import CheckpointConfig, Checkpointer
-from t5x_lite.config import RunConfig, from_mapping, to_json
+from t5x_lite.config import RunConfig, saved, to_json
 from t5x_lite.errors import UserError, nearest
 from t5x_lite.formats import hf, hf_lora, mesh_tf, t5x
 from t5x_lite.formats.mapping import ForeignModel, Tensors, num_bytes
@@ -234,7 +234,7 @@ def _write_workdir(folder: pathlib.Path, source: str, model: ForeignModel,
 def _write_peft(folder: pathlib.Path, source: str, options: Options) -> None:
     """The adapter that a workdir trained."""
     record = manager.read_record(source, _step(options))
-    run = from_mapping(RunConfig, record.config)
+    run = saved(record.config)
     table = trainable_table(Model(run.model).table, run.peft)
     wanted = {p: jax.ShapeDtypeStruct(i.shape, i.dtype) for p, i in table.items()}
     trained, _ = manager.restore_params(source, tree.unflatten(wanted), record.step)

@@ -29,7 +29,8 @@ def nearest(name: object, names: Iterable[object]) -> str:
 
 def refuse(field: str, value: Any, allowed: str) -> UserError:
     """The error (not raised) of a field whose value is not what is allowed, "must be …"."""
-    shown = f"{value:g}" if isinstance(value, float) else repr(value)
+    shown = repr(value)
+    shown = shown if len(shown) < 200 else f"{shown[:200]}…"
     return UserError(f"{field}={shown}: must be {allowed}.")
 
 
@@ -63,16 +64,21 @@ def between(field: str, value: Number, lowest: float, highest: float, fix: str =
     """
     above = value > lowest if open_below else value >= lowest
     below = value < highest if open_above else value <= highest
-    if above and below and math.isfinite(value):
+    is_finite = isinstance(value, int) or math.isfinite(value)   # an int may be too long for isfinite
+    if above and below and is_finite:
         return value
-    if math.isinf(highest):
-        allowed = f"above {lowest:,}" if open_below else f"at least {lowest:,}"
-    else:
-        ends = f"{'(' if open_below else '['}{lowest:,}, {highest:,}{')' if open_above else ']'}"
-        allowed = f"in {ends}"
-    if not math.isfinite(value):
+    allowed = _interval(lowest, highest, open_below, open_above)
+    if not is_finite:
         allowed = f"a finite number {allowed}"
     raise UserError(f"{refuse(field, value, allowed)}{' ' if fix else ''}{fix}")
+
+
+def _interval(lowest: float, highest: float, open_below: bool, open_above: bool) -> str:
+    """"at least 1", "above 0" or "in [0, 1)"."""
+    low, high = (f"{n:,}" if isinstance(n, int) else repr(n) for n in (lowest, highest))
+    if math.isinf(highest):
+        return f"above {low}" if open_below else f"at least {low}"
+    return f"in {'(' if open_below else '['}{low}, {high}{')' if open_above else ']'}"
 
 
 def multiple_of(field: str, value: int, unit: int, why: str) -> int:

@@ -44,7 +44,7 @@ import numpy as np
 from t5x_lite import log, tree
 from t5x_lite.build import Program, build
 from t5x_lite.checkpoints import format as checkpoint_format, manager
-from t5x_lite.config import EvalConfig, RunConfig, ShardingConfig, TrainConfig, from_mapping
+from t5x_lite.config import EvalConfig, RunConfig, ShardingConfig, TrainConfig, from_mapping, saved
 from t5x_lite.data import tasks as data_tasks, vocabulary as data_vocabulary
 from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError, nearest
@@ -156,7 +156,7 @@ def read_workdir(workdir: str, like: ModelConfig | None = None, step: int | str 
 
 def _merged(workdir: os.PathLike | str, record: checkpoint_format.Record) -> dict[str, np.ndarray]:
     """The whole model of a checkpoint that refers to its frozen parameters."""
-    params, _ = restore(alone(from_mapping(RunConfig, record.config)), workdir, record.step)
+    params, _ = restore(alone(saved(record.config)), workdir, record.step)
     return {path: np.asarray(x.addressable_data(0)) for path, x in tree.flatten(params).items()}
 
 

@@ -2,13 +2,22 @@
 
 import dataclasses
 import json
+import math
+import re
 
+import jax
 import pytest
 
 from configs import quickstart
 from t5x_lite import config as configs
+from t5x_lite.build import build
 from t5x_lite.config import RunConfig, from_mapping, to_config_dict, to_json
 from t5x_lite.errors import UserError
+from t5x_lite.layers.config import MoEConfig
+from t5x_lite.training.batch_ramp import BatchRampConfig
+from t5x_lite.training.methods import GroupConfig
+from t5x_lite.training.schedules import ScheduleConfig
+from tests import tiny
 
 
 def test_round_trips_through_config_dict_and_json():
@@ -56,3 +65,91 @@ def test_replace_follows_a_dotted_path():
     run = configs.replace(quickstart.run(), "train.seed", 3)
     assert run == dataclasses.replace(
         quickstart.run(), train=dataclasses.replace(quickstart.run().train, seed=3))
+
+
+def everything() -> RunConfig:
+    """A run whose optional sections are all there."""
+    run = tiny.seq2seq()
+    segment, = run.model.decoder.segments
+    block, = segment.blocks
+    block = dataclasses.replace(block, moe=MoEConfig())
+    decoder = dataclasses.replace(run.model.decoder, segments=(
+        dataclasses.replace(segment, blocks=(block,)),))
+    group = GroupConfig(".*", schedule=ScheduleConfig(), weight_decay=0.1)
+    return dataclasses.replace(
+        run, model=dataclasses.replace(run.model, decoder=decoder),
+        optimizer=dataclasses.replace(run.optimizer, groups=(group,)),
+        data=dataclasses.replace(run.data, seed=1),
+        checkpoint=dataclasses.replace(run.checkpoint, keep_every=2),
+        eval=dataclasses.replace(run.eval, decode=dataclasses.replace(
+            run.eval.decode, stop_ids=(1, 2))),
+        train=dataclasses.replace(run.train, batch_ramp=BatchRampConfig(((8, 3),))))
+
+
+def numbers(section, path=()):
+    """(path, value) of every number of a config as JSON."""
+    items = section.items() if isinstance(section, dict) else enumerate(section)
+    for name, value in items:
+        if isinstance(value, (dict, list)):
+            yield from numbers(value, (*path, name))
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield (*path, name), value
+
+
+PATHS = [path for path, _ in numbers(json.loads(to_json(everything())))]
+MAY_BE_NEGATIVE = {"mesh", "eos_id", "pad_id", "stop_ids"}
+
+
+def with_value(path, value) -> dict:
+    mapping = json.loads(to_json(everything()))
+    section = mapping
+    for name in path[:-1]:
+        section = section[name]
+    section[path[-1]] = value
+    return mapping
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: ".".join(map(str, path)))
+def test_no_number_out_of_range_comes_through_the_door(path):
+    """Refused by its name and value, or a number that such a field may hold."""
+    dotted = re.sub(r"\.(\d+)", r"[\1]", ".".join(map(str, path)))
+    for value in (math.nan, math.inf, -math.inf, -1, -1.5, -32, 2**70, -2**70, 10**400):
+        try:
+            run = from_mapping(RunConfig, with_value(path, value))
+        except UserError as error:
+            assert dotted in str(error) or str(path[-1]) in str(error), str(error)
+            shown = {str(value)[:20], str(float(value) if abs(value) < 2**99 else value)}
+            assert any(text in str(error) for text in shown), str(error)
+            continue
+        held = dict(numbers(json.loads(to_json(run))))[path]
+        assert math.isfinite(held)
+        assert held >= 0 or MAY_BE_NEGATIVE & set(path), held
+        assert isinstance(held, float) or held < 2**31
+
+
+@pytest.mark.parametrize(("path", "value", "message"), [
+    ("model.embed_dim", -32, "model.embed_dim=-32: must be at least 1"),
+    ("eval.batch_size", -8, "eval.batch_size=-8: must be at least 0"),
+    ("train.seed", 2**70, f"train.seed={2**70}: must be at most 2,147,483,647"),
+    ("optimizer.schedule.base_learning_rate", math.nan,
+     "optimizer.schedule.base_learning_rate=nan: must be a finite number at least 0"),
+    ("optimizer.schedule.base_learning_rate", -0.1,
+     "optimizer.schedule.base_learning_rate=-0.1: must be at least 0"),
+    ("optimizer.beta1", 1.0, r"optimizer.beta1=1.0: must be in \[0, 1\)"),
+    ("sharding.zero", 4, r"sharding.zero=4: must be in \[1, 3\]"),
+])
+def test_bounds_hold_for_configs_made_in_python_too(path, value, message):
+    with pytest.raises(UserError, match=message):
+        build(configs.replace(everything(), path, value), jax.devices()[:1])
+
+
+def test_what_an_earlier_version_wrote_is_read(tmp_path):
+    """Its retired fields are left out, and others that are unknown refused as ever."""
+    mapping = json.loads(to_json(everything()))
+    mapping["sharding"]["rules"] |= {"act_expert": ["expert"], "act_head_dim": []}
+    (tmp_path / "config.json").write_text(json.dumps(mapping))
+    assert configs.load(tmp_path / "config.json") == everything()
+    mapping["sharding"]["zeros"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(mapping))
+    with pytest.raises(UserError, match="sharding.zeros: no such field"):
+        configs.load(tmp_path / "config.json")

@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from t5x_lite.bounds import Count
 from t5x_lite.checkpoints import format as checkpoint_format
 from t5x_lite.checkpoints.format import Record, Restored, Unreadable
 from t5x_lite.errors import UserError, nearest
@@ -35,7 +36,7 @@ _COMMIT_TIMEOUT_SECONDS = 3600
 class CheckpointConfig:
     """When to save and what to keep. The last step of a run is always saved."""
 
-    every: int = 1000  # steps between two checkpoints
+    every: Count = 1000  # steps between two checkpoints
     keep_last: int = 3  # the newest ones that stay
     keep_every: int | None = None  # steps divisible by this stay for good
     async_save: bool = True  # write in the background while training goes on

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import TYPE_CHECKING
 
+from t5x_lite.bounds import Count, Rate, Seed
+
 if TYPE_CHECKING:
     pass
 
@@ -22,7 +24,7 @@ class DataConfig:
     # Solved examples before every input of them, k-shot (demonstrations.py): how many, of
     # "train" where a task has it, and which.
     shots: int = 0
-    shots_seed: int = 0
+    shots_seed: Seed = 0
     # Text files instead of `train` / `validation`: paths or globs of .txt or .jsonl, also .gz.
     train_files: str = ""
     validation_files: str = ""
@@ -31,7 +33,7 @@ class DataConfig:
     # (denoising.py), or salient (dates and names, tasks/salient_spans.py); "": the
     # objective's usual one. Registered tasks are made for one each: c4_ul2, python_bart.
     denoising: str = ""
-    noise_density: float = 0.0          # share of the tokens that it hides …
+    noise_density: Rate = 0.0          # share of the tokens that it hides …
     mean_span_length: float = 0.0       # … in spans of so many; 0: its own figure
     # Folders that seqio_cache_tasks wrote: tasks are read from there, tokenised (cached.py).
     cached_tasks: str = ""
@@ -39,16 +41,16 @@ class DataConfig:
     # "": the task's own. Else python, byt5, t5, or the path of a SentencePiece .model file or of
     # a tokenizer.json (tokenizer_json.py).
     vocabulary: str = ""
-    inputs_length: int = 512            # tokens of the encoder's row, EOS included
-    targets_length: int = 114           # tokens of the decoder's row, EOS included
+    inputs_length: Count = 512            # tokens of the encoder's row, EOS included
+    targets_length: Count = 114           # tokens of the decoder's row, EOS included
     packing: bool = False               # several examples in a row where they fit
     # Mixing: shares or numbers of examples n_i become min(n_i, rate_cap)^(1/temperature).
     temperature: float = 1.0
     rate_cap: float = 0.0               # K of T5's examples-proportional mixing; 0: none
     # The order of the data is a function of these two alone. num_shards divides
     # train.global_batch_size; take a multiple of the largest process count you may use.
-    num_shards: int = 8
-    seed: int | None = None             # None: train.seed
+    num_shards: Count = 8
+    seed: Seed | None = None             # None: train.seed
     shuffle_buffer: int = 1000          # examples a shard holds to shuffle; saved in checkpoints
     cache_dir: str = ""                 # of gathered text; "": $T5X_LITE_CACHE or ~/.cache/t5x_lite
 

@@ -43,6 +43,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from t5x_lite.bounds import Axis, Count, Positive, Seed
 from t5x_lite.decoding import beam
 from t5x_lite.errors import UserError, nearest
 
@@ -56,20 +57,20 @@ class DecodeConfig:
     """How to decode. Lengths count emitted tokens, the end token included."""
 
     method: str = "greedy"  # one of METHODS
-    max_length: int = 128
+    max_length: Count = 128
     min_length: int = 0  # tokens that must stand before an end token (min_new_tokens of others)
-    num_samples: int = 1  # sequences returned an input: independent samples, or the best beams
+    num_samples: Count = 1  # sequences returned an input: independent samples, or the best beams
     # sample: temperature first, then top_k, then top_p of what top_k left
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
-    seed: int = 0
+    seed: Seed = 0
     # beam
-    beam_size: int = 4
+    beam_size: Count = 4
     length_penalty: float = 0.6  # alpha; 0 ranks by plain log-probability
     beam_rule: str = "t5x"  # or "transformers"; beam.py tells them apart
     # repetition control; prompt tokens count as already said
-    repetition_penalty: float = 1.0  # CTRL, arXiv:1909.05858; 1: off
+    repetition_penalty: Positive = 1.0  # CTRL, arXiv:1909.05858; 1: off
     no_repeat_ngram_size: int = 0  # 0: off
     # T5X's forced decoding: the prompt after its first (start) token is part of the output,
     # so it is returned, and max_length, min_length and the length penalty count it
@@ -77,9 +78,9 @@ class DecodeConfig:
     # score by the distribution drawn from (after controls, temperature, top-k, top-p; 0 for
     # greedy, T5X's rescale_log_probs) instead of by the model's own
     rescale_scores: bool = False
-    eos_id: int = 1  # T5's; for it, a run decodes with the end token of its own vocabulary
+    eos_id: Axis = 1  # T5's; for it, a run decodes with the end token of its own vocabulary
     stop_ids: tuple[int, ...] = ()  # further end tokens, such as the newline after an answer
-    pad_id: int = 0
+    pad_id: Axis = 0
 
     def __post_init__(self):
         def check(ok: bool, field: str, allowed: str):

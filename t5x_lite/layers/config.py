@@ -6,6 +6,8 @@ and a `validate`.
 
 import dataclasses
 
+from t5x_lite.bounds import Count, Positive, Rate, Seed, Share
+
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
@@ -38,8 +40,8 @@ class RotaryScalingConfig:
     position.frequencies."""
 
     kind: str = "none"            # one of position.ROTARY_SCALINGS
-    factor: float = 1.0           # new length / original_length
-    original_length: int = 8192   # llama3, yarn: length of pre-training
+    factor: Positive = 1.0           # new length / original_length
+    original_length: Count = 8192   # llama3, yarn: length of pre-training
     low_frequency: float = 1.0    # llama3: fewer turns over original_length are slowed in full …
     high_frequency: float = 4.0   # … and more turns not at all
     beta_slow: float = 1.0        # yarn: the same two numbers
@@ -51,13 +53,13 @@ class PositionConfig:
     """How a stack knows the order of its tokens."""
 
     kind: str = "t5_bias"         # a row of position.POSITIONS
-    num_buckets: int = 32         # t5_bias
-    max_distance: int = 128       # t5_bias: farther tokens share the last bucket
+    num_buckets: Count = 32         # t5_bias
+    max_distance: Count = 128       # t5_bias: farther tokens share the last bucket
     per_layer: bool = False       # t5_bias: one table a layer (UMT5) instead of one a stack
-    max_length: int = 512         # learned: the longest sequence
+    max_length: Count = 512         # learned: the longest sequence
     offset: int = 0               # learned, sinusoidal: the index of the first token (BART: 2)
-    rotary_base: float = 10000.0  # rotary: wavelengths 2 pi base**(2i/dim)
-    rotary_fraction: float = 1.0  # rotary: share of the head dim that is rotated
+    rotary_base: Positive = 10000.0  # rotary: wavelengths 2 pi base**(2i/dim)
+    rotary_fraction: Share = 1.0  # rotary: share of the head dim that is rotated
     rotary_interleaved: bool = False  # rotary: pairs (2i, 2i+1) as in RoFormer, not (i, i+dim/2)
     rotary_scaling: RotaryScalingConfig = RotaryScalingConfig()
 
@@ -66,8 +68,8 @@ class PositionConfig:
 class AttentionConfig:
     """One attention layer."""
 
-    num_heads: int = 8
-    head_dim: int = 64
+    num_heads: Count = 8
+    head_dim: Count = 64
     num_kv_heads: int = 0          # 0: num_heads; 1: multi-query (Shazeer 2019); else grouped
     scale: float = 0.0             # factor on the logits; 0: head_dim**-0.5 (T5: 1)
     use_bias: bool = False         # on query, key and value
@@ -76,9 +78,9 @@ class AttentionConfig:
     logit_softcap: float = 0.0     # c * tanh(logits / c); 0: none
     window: int = 0                # see masks.Masking.window
     # Share of the keys that each key/value head loses, for all queries alike (as T5X drops).
-    dropout_rate: float = 0.0
+    dropout_rate: Rate = 0.0
     implementation: str = "auto"   # of attention_implementations.IMPLEMENTATIONS; decoding is plain
-    chunk: int = 1024              # chunked: queries, and keys, at a time
+    chunk: Count = 1024              # chunked: queries, and keys, at a time
 
     @property
     def kv_heads(self) -> int:
@@ -90,22 +92,22 @@ class AttentionConfig:
 class MLPConfig:
     """wo(act(wi(x))), or gated wo(act(wi_0(x)) * wi_1(x)) (Shazeer 2020, GLU variants)."""
 
-    mlp_dim: int = 2048
+    mlp_dim: Count = 2048
     activation: str = "gelu_tanh"   # a row of mlp.ACTIVATIONS
     gated: bool = True              # T5 1.1: gelu_tanh gated; SwiGLU: silu gated
     use_bias: bool = False
-    dropout_rate: float = 0.0       # on the hidden activations
+    dropout_rate: Rate = 0.0       # on the hidden activations
 
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
     """A mixture of experts in place of an MLP."""
 
-    num_experts: int = 8
+    num_experts: Count = 8
     mlp: MLPConfig = MLPConfig()       # each expert; its dropout_rate is the expert dropout,
     #                                    0.4 in fine-tuning (Switch section 2.4)
     router: str = "switch"             # a row of routing.ROUTERS
-    top_k: int = 2                     # experts a token uses, for router="top_k"
+    top_k: Count = 2                     # experts a token uses, for router="top_k"
     renormalize: bool = True           # top_2 and top_k: the used experts' gates sum to 1
     second_policy: str = "all"         # top_2 in training: all | none | threshold | random
     eval_second_policy: str = "all"    # top_2 in evaluation: all | none | threshold
@@ -128,9 +130,9 @@ class MoEConfig:
     balance_weight: float = 0.01       # of the load-balancing loss
     balance_choices: str = "all"       # choices it counts: all | first (GShard)
     z_weight: float = 0.0              # of the router z-loss (ST-MoE: 0.001)
-    expert_groups: int = 1             # equal groups of experts, one a slice or host, …
-    max_groups: int = 1                # … of which a token's experts lie in this many at most
+    expert_groups: Count = 1             # equal groups of experts, one a slice or host, …
+    max_groups: Count = 1                # … of which a token's experts lie in this many at most
     shared_experts: int = 0            # experts that every token uses, as one MLP that wide
     router_bias: bool = False
     router_std: float = 0.02           # of the fresh router kernel
-    hash_seed: int = 0                 # for router="hash"
+    hash_seed: Seed = 0                 # for router="hash"

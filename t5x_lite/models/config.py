@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from t5x_lite.bounds import Count, Rate
 from t5x_lite.layers.config import (
     AttentionConfig,
     InitConfig,
@@ -28,7 +29,7 @@ class SegmentConfig:
     """`blocks` in a row, `repeats` times, with stacked parameters."""
 
     blocks: tuple[BlockConfig, ...] = (BlockConfig(),)
-    repeats: int = 1
+    repeats: Count = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class StackConfig:
     residual_alpha: float = 1.0     # deepnorm: weight of the skip path, see blocks.deepnorm_constants
     embedding_norm: bool = False    # a norm on the embeddings, positions included (BERT, BART)
     final_norm: bool = True
-    dropout_rate: float = 0.0       # on embeddings, sub-layer outputs and the final norm
+    dropout_rate: Rate = 0.0       # on embeddings, sub-layer outputs and the final norm
     adapter_dim: int = 0            # of bottleneck adapters behind every sub-layer; 0: none
     scan: bool = True               # see pipeline.run_layers
     remat: str = "none"             # see remat.py
@@ -61,8 +62,8 @@ class ModelConfig:
     """A whole model."""
 
     architecture: str = "encoder_decoder"   # a row of language_model.ARCHITECTURES
-    vocab_size: int = 32128                 # rows of the embedding, padding included
-    embed_dim: int = 512
+    vocab_size: Count = 32128                 # rows of the embedding, padding included
+    embed_dim: Count = 512
     encoder: StackConfig | None = StackConfig()
     decoder: StackConfig | None = StackConfig(causal=True)
     tie_logits: bool = False                # logits through the embedding table

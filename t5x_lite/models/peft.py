@@ -46,7 +46,8 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from t5x_lite.errors import UserError, nearest
+from t5x_lite.bounds import Count, Positive
+from t5x_lite.errors import UserError, at_least, nearest, one_of
 from t5x_lite.models.params import ParamInfo
 from t5x_lite.parallel import sharding
 
@@ -80,16 +81,13 @@ class PeftConfig:
     targets: tuple[str, ...] = ()           # empty: the method's own (the papers' choices)
     input_targets: tuple[str, ...] = ()     # ia3: kernels scaled by input; empty: mlp outputs
     also: tuple[str, ...] = ()              # trains in full besides: norm scales, the logits, …
-    rank: int = 8                           # lora
-    alpha: float = 16.0                     # lora
+    rank: Count = 8                           # lora
+    alpha: Positive = 16.0                     # lora
     rank_stabilized: bool = False           # lora: alpha / sqrt(rank), arXiv:2312.03732
 
     def __post_init__(self):
-        if self.method not in METHODS:
-            raise UserError(f"peft.method={self.method!r}: must be one of {', '.join(METHODS)}."
-                            f"{nearest(self.method, METHODS)}")
-        if self.rank < 1:
-            raise UserError(f"peft.rank={self.rank}: must be at least 1.")
+        one_of("peft.method", self.method, METHODS)
+        at_least("peft.rank", self.rank, 1)
         if self.method == "regex" and not self.targets:
             raise UserError("peft.targets is empty: peft.method='regex' needs at least one regex "
                             "of the parameters to train.")

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from t5x_lite.bounds import Axis
 from t5x_lite.errors import UserError, nearest
 
 # Outermost first: neighbours in the last axis are neighbours on the interconnect, so the
@@ -41,13 +42,13 @@ Axes = tuple[str | None, ...]
 class MeshConfig:
     """Devices along each mesh axis; their product is the device count. One may be -1: the rest."""
 
-    slice: int = 1     # TPU slices joined by the data-centre network
-    stage: int = 1     # pipeline stages
-    data: int = -1     # replicas: parameters repeated, batch split
-    fsdp: int = 1      # batch split, parameters and optimizer state split too (ZeRO-3)
-    expert: int = 1    # experts of MoE layers split; elsewhere the batch is
-    sequence: int = 1  # length split (context parallelism)
-    tensor: int = 1    # heads, mlp and vocabulary split (Megatron)
+    slice: Axis = 1     # TPU slices joined by the data-centre network
+    stage: Axis = 1     # pipeline stages
+    data: Axis = -1     # replicas: parameters repeated, batch split
+    fsdp: Axis = 1      # batch split, parameters and optimizer state split too (ZeRO-3)
+    expert: Axis = 1    # experts of MoE layers split; elsewhere the batch is
+    sequence: Axis = 1  # length split (context parallelism)
+    tensor: Axis = 1    # heads, mlp and vocabulary split (Megatron)
 
 
 # Logical axis -> mesh axes. () is replicated.
@@ -78,9 +79,7 @@ DEFAULT_RULES: dict[str, tuple[str, ...]] = {
     "act_mlp": ("tensor",),
     "act_heads": ("tensor",),
     "act_kv_heads": ("tensor",),
-    "act_head_dim": (),
     "act_vocab": ("tensor",),
-    "act_expert": ("expert",),
 }
 # Mesh axes over which a stored weight is gathered before use.
 GATHERED_AXES = ("fsdp",)

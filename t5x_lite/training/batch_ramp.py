@@ -5,7 +5,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from t5x_lite.errors import UserError
+from t5x_lite.errors import UserError, at_least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,10 +20,9 @@ class BatchRampConfig:
     stages: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self):
-        for batch_size, steps in self.stages:
-            if batch_size < 1 or steps < 1:
-                raise UserError(f"train.batch_ramp.stages={self.stages}: batch sizes and step "
-                                f"counts must be at least 1, not {(batch_size, steps)}.")
+        for i, (batch_size, steps) in enumerate(self.stages):
+            at_least(f"train.batch_ramp.stages[{i}][0]", batch_size, 1, "It is a batch size.")
+            at_least(f"train.batch_ramp.stages[{i}][1]", steps, 1, "It is a number of steps.")
 
 
 def linear_ramp(start: int, increment: int, full: int, ramp_sequences: int) -> BatchRampConfig:

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from t5x_lite.errors import UserError
+from t5x_lite.errors import at_least
 from t5x_lite.parallel.sharding import place_like, split_of
 
 # A device's logits above this are chunked when `chunk` is 0. Two chunks cost a CPU no time, but
@@ -265,8 +265,7 @@ def choice_losses(log_probs_BL: jax.Array, segments_BL: jax.Array
 
 def _num_chunks(head_fn: HeadFn, head_params: Any, hidden_BLD: jax.Array, chunk: int) -> int:
     """Into how many parts the length (of one shard) is cut."""
-    if chunk < 0:
-        raise UserError(f"loss chunk={chunk}: must be a number of positions, or 0 to choose.")
+    at_least("objective.logits_chunk", chunk, 0, "0 chooses.")
     length = hidden_BLD.shape[1] // _length_shards(hidden_BLD)
     if chunk:
         return -(-length // chunk)

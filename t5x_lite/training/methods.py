@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from t5x_lite.bounds import Count, Positive, Rate
 from t5x_lite.training import adafactor, muon, schedules
 
 # Leading logical axes that enumerate independent parameters.
@@ -59,8 +60,8 @@ class AdafactorConfig:
 class MuonConfig:
     """Of matrices, see muon.py; tables, vectors and the head have AdamW with beta1, beta2, eps."""
 
-    beta: float = 0.95           # of the momentum
-    steps: int = 5               # Newton-Schulz iterations
+    beta: Rate = 0.95           # of the momentum
+    steps: Count = 5               # Newton-Schulz iterations
     nesterov: bool = True        # of both, as in optax
     # RMS of a matrix's steps over the learning rate: 0.2 makes AdamW's learning rates serve (Liu
     # et al. 2025); 0: spectral norm sqrt(max(1, out / in)) (Jordan et al. 2024).
@@ -71,7 +72,7 @@ class MuonConfig:
 class AdemamixConfig:
     """The slow average of gradients beside Adam's (Pagliardini et al. 2024, arXiv:2409.03137)."""
 
-    beta3: float = 0.9999   # of the slow average
+    beta3: Rate = 0.9999   # of the slow average
     alpha: float = 5.0      # its weight; both without the paper's warm-up
 
 
@@ -79,9 +80,9 @@ class AdemamixConfig:
 class SophiaConfig:
     """Sophia (Liu et al. 2023, arXiv:2305.14342); take beta1 0.965 and beta2 0.99."""
 
-    gamma: float = 0.01      # scales the curvature; larger clips fewer numbers
-    interval: int = 10       # steps between estimates of the curvature
-    clip: float = 1.0        # largest step in units of the learning rate
+    gamma: Positive = 0.01      # scales the curvature; larger clips fewer numbers
+    interval: Count = 10       # steps between estimates of the curvature
+    clip: Positive = 1.0        # largest step in units of the learning rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,10 +97,10 @@ class OptimizerConfig:
     # learning_rate**exponent * parameter; 0 is T5X's Adafactor, 2 (with weight_decay 1) PaLM's. Adam
     # and SGD add weight_decay * parameter to the gradient instead, LAMB to the direction.
     weight_decay_lr_exponent: float = 1.0
-    beta1: float = 0.9         # Adam, AdamW, Lion, LAMB, AdEMAMix, Sophia, Muon's AdamW
-    beta2: float = 0.999       # … (GPT-3 and LLaMA take 0.95, Lion 0.99)
+    beta1: Rate = 0.9         # Adam, AdamW, Lion, LAMB, AdEMAMix, Sophia, Muon's AdamW
+    beta2: Rate = 0.999       # … (GPT-3 and LLaMA take 0.95, Lion 0.99)
     eps: float = 1e-8          # all of them but Lion
-    momentum: float = 0.0      # SGD, Adafactor
+    momentum: Rate = 0.0      # SGD, Adafactor
     momentum_dtype: str = "float32"  # of first moments: float32 or bfloat16
     adafactor: AdafactorConfig = AdafactorConfig()
     muon: MuonConfig = MuonConfig()

@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
+from t5x_lite.bounds import Rate
 from t5x_lite.errors import UserError, one_of
 from t5x_lite.models.params import BoundModel
 from t5x_lite.training import losses
@@ -38,7 +39,7 @@ class ObjectiveConfig:
 
     name: str = "seq2seq"           # a key of OBJECTIVES
     z_loss: float = 1e-4            # weight of log(Z)^2, which keeps logits near 0 (T5X)
-    label_smoothing: float = 0.0    # probability mass spread over the vocabulary, in training alone
+    label_smoothing: Rate = 0.0    # probability mass spread over the vocabulary, in training alone
     logits_chunk: int = 0           # positions a chunk of logits spans; 0: chosen by size
     unlikelihood: float = 1.0       # choices: weight of the loss of wrong choices' tokens …
     length_normalized: float = 1.0  # … and of the ranking by mean log-probability

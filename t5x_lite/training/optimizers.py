@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from t5x_lite import tree
+from t5x_lite import bounds, tree
 from t5x_lite.errors import UserError, nearest, one_of
 from t5x_lite.models.params import ParamInfo
 from t5x_lite.parallel import offload
@@ -329,13 +329,7 @@ def _decay_of(config: OptimizerConfig, info: ParamInfo, group: int) -> float | N
 def _check(config: OptimizerConfig) -> None:
     one_of("optimizer.name", config.name, METHODS)
     one_of("optimizer.momentum_dtype", config.momentum_dtype, ("float32", "bfloat16"))
-    for name in ("beta1", "beta2", "momentum"):
-        if not 0.0 <= getattr(config, name) < 1.0:
-            raise UserError(f"optimizer.{name}={getattr(config, name)}: must be in [0, 1).")
-    for name in ("clip_norm", "weight_decay"):
-        if getattr(config, name) < 0.0:
-            raise UserError(f"optimizer.{name}={getattr(config, name)}: must not be negative; "
-                            f"0 turns it off.")
+    bounds.check(config, "optimizer")
     schedules.schedule(config.schedule)
     for group in config.groups:
         if group.schedule is not None:

@@ -14,23 +14,23 @@ that a sharded array is rounded like an unsharded one, bit for bit.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
-from t5x_lite.errors import UserError, nearest
+from t5x_lite.bounds import Count, Positive
+from t5x_lite.errors import at_least, between, one_of, positive
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """Number formats by role. Losses, logits, softmax and norms are float32 in all of them."""
+    """Number formats by role. Losses, logits, softmax, norms, gradients summed over micro-batches
+    and second moments are float32 in all of them."""
 
     name: str
     param_dtype: str = "float32"       # what a forward pass reads and a checkpoint's params hold
     compute_dtype: str = "float32"     # matrix multiplications and activations
-    logits_dtype: str = "float32"
-    softmax_dtype: str = "float32"
-    accumulate_dtype: str = "float32"  # gradients summed over micro-batches, optimizer moments
     stochastic_rounding: bool = False  # how the updated value becomes param_dtype
     master_copy: bool = False          # float32 parameters in the optimizer state
     loss_scaling: bool = False         # dynamic, for float16's range
@@ -57,10 +57,7 @@ POLICIES: dict[str, Policy] = {p.name: p for p in (
 
 def policy(name: str) -> Policy:
     """The policy of this name. Raises UserError naming the nearest one."""
-    if name not in POLICIES:
-        raise UserError(f"precision={name!r} is unknown.{nearest(name, POLICIES)} "
-                        f"Known: {', '.join(POLICIES)}.")
-    return POLICIES[name]
+    return POLICIES[one_of("precision", name, POLICIES)]
 
 
 def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
@@ -88,21 +85,18 @@ def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
 class LossScaleConfig:
     """Dynamic loss scaling: doubled after a run of finite steps, halved on an overflow."""
 
-    initial: float = 2.0**15
+    initial: Positive = 2.0**15
     factor: float = 2.0
-    growth_interval: int = 2000  # finite steps before the scale grows
-    minimum: float = 1.0
-    maximum: float = 2.0**24
+    growth_interval: Count = 2000  # finite steps before the scale grows
+    minimum: Positive = 1.0
+    maximum: Positive = 2.0**24
 
     def __post_init__(self):
-        if not 0 < self.minimum <= self.initial <= self.maximum:
-            raise UserError(f"loss_scale.initial={self.initial:g}: must lie between minimum="
-                            f"{self.minimum:g}, above 0, and maximum={self.maximum:g}.")
-        if self.factor <= 1:
-            raise UserError(f"loss_scale.factor={self.factor:g}: must be above 1.")
-        if self.growth_interval < 1:
-            raise UserError(f"loss_scale.growth_interval={self.growth_interval}: must be at "
-                            f"least 1.")
+        positive("loss_scale.minimum", self.minimum)
+        between("loss_scale.initial", self.initial, self.minimum, self.maximum,
+                "The ends are loss_scale.minimum and loss_scale.maximum.")
+        between("loss_scale.factor", self.factor, 1, math.inf, open_below=True)
+        at_least("loss_scale.growth_interval", self.growth_interval, 1)
 
 
 def loss_scale_init(config: LossScaleConfig) -> dict[str, jax.Array]:

@@ -14,7 +14,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from t5x_lite.errors import UserError, nearest
+from t5x_lite.bounds import Share
+from t5x_lite.errors import UserError, at_least, nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,13 +25,13 @@ class ScheduleConfig:
     factors: str = "constant * linear_warmup * rsqrt_decay"
     base_learning_rate: float = 0.5   # constant, linear_decay
     warmup_steps: int = 1000          # all but constant and decay_every
-    warmup_init_fraction: float = 0.0  # linear_warmup: share of the base rate at step 0
+    warmup_init_fraction: Share = 0.0  # linear_warmup: share of the base rate at step 0
     decay_factor: float = 0.5         # decay_every: multiplier; linear_decay: slope a step
     steps_per_decay: int = 20_000     # decay_every
     steps_per_cycle: int = 100_000    # cosine_decay: starts again after each cycle
     total_steps: int = 0              # *_to_floor, stable_then_decay: where the floor is reached
     decay_steps: int = 0              # stable_then_decay: length of the final linear decay
-    floor_fraction: float = 0.1       # *_to_floor, stable_then_decay: share of the base rate kept
+    floor_fraction: Share = 0.1       # *_to_floor, stable_then_decay: share of the base rate kept
     step_offset: int = 0              # steps before the schedule starts (fine-tuning)
     min_learning_rate: float = 1e-8   # of the whole product
 
@@ -63,7 +64,9 @@ FACTORS: dict[str, Callable[[ScheduleConfig, jax.Array], jax.Array]] = {
     "stable_then_decay": lambda c, step: _to_floor(
         c, 1.0 - _progress(c, step, c.total_steps - c.decay_steps)),
 }
-_NEED_WARMUP = ("linear_warmup", "linear_decay", "rsqrt_decay", "rsqrt_normalized_decay")
+# Factors that divide by a field, which must not be 0 then.
+_NEEDED = {("linear_warmup", "linear_decay", "rsqrt_decay", "rsqrt_normalized_decay"):
+           "warmup_steps", ("decay_every",): "steps_per_decay", ("cosine_decay",): "steps_per_cycle"}
 _NEED_TOTAL = ("cosine_to_floor", "linear_to_floor", "stable_then_decay")
 
 
@@ -90,9 +93,10 @@ def _check_factor(config: ScheduleConfig, name: str) -> None:
     if name not in FACTORS:
         raise UserError(f"{where}: unknown factor {name!r}.{nearest(name, FACTORS)} "
                         f"Known: {', '.join(FACTORS)}.")
-    if name in _NEED_WARMUP and config.warmup_steps < 1:
-        raise UserError(f"{where}: {name} needs warmup_steps >= 1, not {config.warmup_steps}; "
-                        f"leave the factor out for a schedule without it.")
+    for factors, field in _NEEDED.items():
+        if name in factors:
+            at_least(f"optimizer.schedule.{field}", getattr(config, field), 1,
+                     f"{name} needs it; leave that factor out for a schedule without it.")
     start = config.warmup_steps
     if name == "stable_then_decay":
         if not 0 < config.decay_steps <= config.total_steps - config.warmup_steps:
@@ -102,11 +106,3 @@ def _check_factor(config: ScheduleConfig, name: str) -> None:
     elif name in _NEED_TOTAL and config.total_steps <= start:
         raise UserError(f"{where}: {name} needs total_steps (now {config.total_steps}) above "
                         f"warmup_steps={start}.")
-    if name == "decay_every" and config.steps_per_decay < 1:
-        raise UserError(f"{where}: decay_every needs steps_per_decay >= 1, "
-                        f"not {config.steps_per_decay}.")
-    if name == "cosine_decay" and config.steps_per_cycle < 1:
-        raise UserError(f"{where}: cosine_decay needs steps_per_cycle >= 1, "
-                        f"not {config.steps_per_cycle}.")
-
-

@@ -63,7 +63,7 @@ def test_every_shard_gives_its_share_whatever_the_batch(config):
 
 @pytest.mark.parametrize(("stages", "message"), [
     (((12, 2),), r"batch_ramp.stages\[0\]=12 must be a multiple of 8"),
-    (((8, 2), (10, 1)), r"batch_ramp.stages\[1\]: a batch of 10 .* data.num_shards=4"),
+    (((8, 2), (10, 1)), r"batch_ramp.stages\[1\]=10 must be a multiple of 4.*data.num_shards"),
 ])
 def test_stages_that_do_not_divide_are_refused(config, stages, message):
     with pytest.raises(UserError, match=message):
