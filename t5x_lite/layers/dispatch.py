@@ -22,14 +22,40 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from t5x_lite.layers.routing import ExpertChoice, Routing
-
 # Rows of one matrix product on CPU; a packed buffer uses those up to half its length. Each is
 # compiled; runs just above an even share of a power of two are what balanced routers give.
 BLOCK_ROWS = (64, 128, 192, 256, 320, 384, 512, 576, 640, 768, 1024)
 # Packed buffers are a multiple of this long (TPU tiles), with room for a last block that
 # reaches beyond the last run.
 ROW_MULTIPLE = 128
+
+
+@functools.partial(jax.tree_util.register_dataclass,
+                   data_fields=["expert_index", "slot", "gate", "kept", "wanted"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """Tokens choose experts.
+
+    Where `kept` is False (over capacity, padding, or a second expert declined by policy) the
+    choice is not computed and its gate is 0.
+    """
+
+    expert_index: jax.Array  # int32 [G, T, K]
+    slot: jax.Array          # int32 [G, T, K], position in the expert's buffer of this group
+    gate: jax.Array          # float32 [G, T, K], weight of the expert's output
+    kept: jax.Array          # bool [G, T, K]
+    wanted: jax.Array        # bool [G, T, K]: asked for room (False: padding, or declined)
+
+
+@functools.partial(jax.tree_util.register_dataclass,
+                   data_fields=["token_index", "gate", "kept"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class ExpertChoice:
+    """Experts choose tokens: any number of experts, none included, may choose a token."""
+
+    token_index: jax.Array  # int32 [G, E, C]
+    gate: jax.Array         # float32 [G, E, C], 0 where not kept
+    kept: jax.Array         # bool [G, E, C], False where the expert ran out of real tokens
 
 
 def vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:

@@ -21,7 +21,6 @@ tokens one expert takes from one group), J = K * T choices in order of priority.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax
@@ -29,36 +28,9 @@ import jax.numpy as jnp
 
 from t5x_lite.errors import UserError, one_of
 from t5x_lite.layers.config import MoEConfig
+from t5x_lite.layers.dispatch import ExpertChoice, Routing
 
 SECOND_POLICIES = ("all", "none", "threshold", "random")
-
-
-@functools.partial(jax.tree_util.register_dataclass,
-                   data_fields=["expert_index", "slot", "gate", "kept", "wanted"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class Routing:
-    """Tokens choose experts.
-
-    Where `kept` is False (over capacity, padding, or a second expert declined by policy) the
-    choice is not computed and its gate is 0.
-    """
-
-    expert_index: jax.Array  # int32 [G, T, K]
-    slot: jax.Array          # int32 [G, T, K], position in the expert's buffer of this group
-    gate: jax.Array          # float32 [G, T, K], weight of the expert's output
-    kept: jax.Array          # bool [G, T, K]
-    wanted: jax.Array        # bool [G, T, K]: asked for room (False: padding, or declined)
-
-
-@functools.partial(jax.tree_util.register_dataclass,
-                   data_fields=["token_index", "gate", "kept"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class ExpertChoice:
-    """Experts choose tokens: any number of experts, none included, may choose a token."""
-
-    token_index: jax.Array  # int32 [G, E, C]
-    gate: jax.Array         # float32 [G, E, C], 0 where not kept
-    kept: jax.Array         # bool [G, E, C], False where the expert ran out of real tokens
 
 
 # ---------------------------------------------------------------------------------------

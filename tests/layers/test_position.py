@@ -145,7 +145,7 @@ def test_learned_positions_start_at_the_offset_and_end():
 
 @pytest.mark.parametrize("change,message", [
     ({"kind": "rotery"}, "model.decoder.position.kind='rotery'.*did you mean 'rotary'"),
-    ({"rotary_fraction": 1.5}, r"rotary_fraction=1.5: must be in \(0, 1.0\]"),
+    ({"rotary_fraction": 1.5}, r"rotary_fraction=1.5: must be in \(0.0, 1.0\]"),
     ({"rotary_scaling": RotaryScalingConfig("yarm", 2.0)}, "kind='yarm'.*did you mean 'yarn'"),
     ({"rotary_scaling": RotaryScalingConfig("yarn", 0.5)}, "factor=0.5: must be at least 1")])
 def test_impossible_positions_are_refused(change, message):
