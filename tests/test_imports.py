@@ -21,7 +21,7 @@ FLOORS = (
     ("layers", "checkpoints"),
     ("models",),
     ("training", "formats", "cost"),
-    ("config",),
+    ("config", "config_reference"),
     ("build",),
     ("init_from", "report", "cli", "evaluation", "planning", "scaling", "corpus",
      "reporting"),
