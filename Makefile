@@ -36,7 +36,7 @@ INSTALL := $(VENV_PYTHON) -m pip install -qq --no-compile --disable-pip-version-
 QUICK := tests/test_imports.py tests/test_config.py tests/test_tree.py tests/cost/test_tables.py \
     tests/cost/test_roofline.py tests/formats/test_mapping.py tests/formats/test_safetensors.py \
     tests/layers/test_masks.py tests/parallel/test_sharding.py tests/training/test_schedules.py \
-    tests/training/test_metrics.py
+    tests/training/test_metrics.py tests/test_docs.py
 
 .PHONY: quickstart test test-all check docs clean
 

@@ -21,6 +21,11 @@ _DATA = ["seqio>=0.0.20", "tensorflow>=2.21", "tensorflow-datasets>=4.9.10", "se
          # metrics of tasks, and P3's templates
          "jinja2", "pyyaml", "rouge-score", "sacrebleu>=2.5", "scikit-learn", "scipy"]
 
+# Console scripts beside `python -m t5x_lite.X`, and their functions in t5x_lite/console.py.
+_SCRIPTS = {"train": "train", "eval": "evaluate", "infer": "infer", "plan": "plan",
+            "convert": "convert", "experiment": "experiment", "report": "report",
+            "inspect-task": "inspect_task", "audit": "audit"}
+
 setuptools.setup(
     name="t5x_lite",
     version="0.1.0",
@@ -29,8 +34,10 @@ setuptools.setup(
     python_requires=">=3.11,<3.13",
     packages=setuptools.find_packages(include=["t5x_lite*", "configs*", "tasks*"]),
     # The tables of facts and the vocabularies, whatever their suffix.
-    package_data={"tasks": ["**/*"], "t5x_lite": ["py.typed"],
-                  "t5x_lite.data": ["vocab/*"], "t5x_lite.corpus": ["lists/*"], "t5x_lite.reporting": ["*.j2"]},
+    package_data={"tasks": ["**/*"], "t5x_lite": ["py.typed"], "t5x_lite.data": ["vocab/*"],
+                  "t5x_lite.corpus": ["lists/*"], "t5x_lite.reporting": ["*.j2"]},
+    entry_points={"console_scripts": [
+        f"t5x-lite-{script} = t5x_lite.console:{function}" for script, function in _SCRIPTS.items()]},
     install_requires=[
         "absl-py",
         "etils[epath]",

@@ -7,6 +7,7 @@ there. A config file returns `to_config_dict(RunConfig(...))`, locked, so that
 names the dotted field of anything that does not fit.
 """
 
+import ast
 import dataclasses
 import json
 import pathlib
@@ -233,7 +234,8 @@ def load(path: pathlib.Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def override(run: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """The run with "dotted.field=value" overrides; a value is JSON, or else a string.
+    """The run with "dotted.field=value" overrides; a value is JSON, a constant or tuple of Python
+    (as --config.field=value takes them), or else a string.
 
     Raises:
         UserError: an override that names no field or does not fit its type.
@@ -249,8 +251,19 @@ def override(run: RunConfig, overrides: Sequence[str]) -> RunConfig:
             known = section if isinstance(section, dict) else config
             raise UserError(f"override {text!r} names no field of the config."
                             f"{nearest(last, known)} Write section.field=value.")
-        try:
-            section[last] = json.loads(value)
-        except json.JSONDecodeError:
-            section[last] = value
+        section[last] = _parse(value)
     return from_mapping(RunConfig, config)
+
+
+def _parse(text: str) -> Any:
+    """The value of an override: JSON, True, False, None, a tuple in parentheses, or the text."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        pass   # not JSON: "False" and "(1, 2)" are Python's, and most else is a string
+    if text not in ("True", "False", "None") and not text.startswith("("):
+        return text
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text

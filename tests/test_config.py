@@ -153,3 +153,14 @@ def test_what_an_earlier_version_wrote_is_read(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(mapping))
     with pytest.raises(UserError, match="sharding.zeros: no such field"):
         configs.load(tmp_path / "config.json")
+
+
+def test_overrides_take_what_flags_take():
+    run = configs.override(RunConfig(), [
+        "model.decoder.scan=False", "train.seed=3", "name=(mine", "data.seed=None", "eval.metrics=true",
+        "train.batch_ramp.stages=()", 'init_map=((".*", ""),)'])
+    assert (run.model.decoder.scan, run.train.seed, run.name, run.data.seed, run.eval.metrics) == (
+        False, 3, "(mine", None, True)
+    assert (run.train.batch_ramp.stages, run.init_map) == ((), ((".*", ""),))
+    with pytest.raises(UserError, match="train.seed='False'|train.seed=False"):
+        configs.override(run, ["train.seed=False"])

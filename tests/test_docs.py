@@ -129,7 +129,6 @@ def check_command(words: list[str]) -> None:
         if not word.startswith("--"):
             continue
         flag, _, value = word[2:].partition("=")
-        value = "[]" if value == "()" else value   # absl's way to write no items, and JSON's
         head, _, field = flag.partition(".")
         assert head in known or head.removeprefix("no") in known, f"--{flag} of {' '.join(words)}"
         if flag == "config" and value.startswith("configs/") and pathlib.Path(

@@ -26,7 +26,7 @@ FLOORS = (
     ("init_from", "report", "cli", "evaluation", "planning", "scaling", "corpus",
      "reporting"),
     ("train", "eval", "infer", "plan", "convert", "experiment", "interactive", "inspect_task",
-     "audit"),
+     "audit", "console"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 LONGEST_CHAIN = 12   # modules, each importing the next
