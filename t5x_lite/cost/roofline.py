@@ -145,68 +145,86 @@ def roofline(chip: Chip, *, num_chips: int, model_flops: float, dtype: str,
         collectives: hlo.find_collectives of the compiled step.
         placement: needed where there are collectives.
     """
-    unknown = []
     peak = chip.matmul_flops_per_second(dtype)
-    model = None if peak is None else model_flops / num_chips / peak
-    compute = model if peak is None or least_flops is None else least_flops / num_chips / peak
-    if peak is None:
-        unknown.append(f"peak FLOP/s in {dtype}")
     devices_per_chip = placement.devices_per_chip if placement is not None else 1
-    hbm = None
+    model = compute = hbm = None
+    if peak is not None:
+        model = model_flops / num_chips / peak
+        compute = model if least_flops is None else least_flops / num_chips / peak
     if chip.hbm_bytes_per_second is not None:
         moved = argument_bytes + output_bytes + 2 * temp_bytes
         hbm = moved * devices_per_chip / chip.hbm_bytes_per_second
-    elif argument_bytes:
-        unknown.append("HBM bandwidth")
-    fast = dcn = 0.0
-    if collectives:
-        assert placement is not None, "collectives need a placement"
-        between_slices = [one for one in collectives if one.network == "dcn"]
-        inside = [one for one in collectives if one.network != "dcn"]
-        if chip.interconnect is None:
-            fast = None
-            unknown.append("interconnect bandwidth")
-        elif placement.coords is not None:
-            fast = _torus_seconds(chip, inside, placement)
-        else:
-            fast, dcn = _switched_seconds(chip, inside, placement)
-        sent = sum(one.received_bytes for one in between_slices) * devices_per_chip
-        if chip.network_bytes_per_second is None:
-            dcn = None if sent or dcn is None else dcn
-        else:
-            dcn += sent / chip.network_bytes_per_second
-        if dcn is None:
-            unknown.append("data-centre network bandwidth")
-    return Roofline(compute, hbm, fast, dcn, tuple(unknown), model)
+    fast, dcn = _communication(chip, collectives, placement)
+    missing = {f"peak FLOP/s in {dtype}": peak is None,
+               "HBM bandwidth": hbm is None and argument_bytes > 0,
+               "interconnect bandwidth": fast is None,
+               "data-centre network bandwidth": dcn is None}
+    unknown = tuple(name for name, is_missing in missing.items() if is_missing)
+    return Roofline(compute, hbm, fast, dcn, unknown, model)
+
+
+def _communication(chip: Chip, collectives: Sequence[Collective], placement: Placement | None
+                   ) -> tuple[float | None, float | None]:
+    """(seconds on ICI or NVLink, seconds on the data-centre network); None without a figure."""
+    if not collectives:
+        return 0.0, 0.0
+    assert placement is not None, "collectives need a placement"
+    inside = [one for one in collectives if one.network != "dcn"]
+    fast, dcn = None, 0.0
+    if chip.interconnect is not None and placement.coords is not None:
+        fast = _torus_seconds(chip, inside, placement)
+    elif chip.interconnect is not None:
+        fast, dcn = _switched_seconds(chip, inside, placement)
+    between_slices = sum(one.received_bytes for one in collectives if one.network == "dcn")
+    rate = chip.network_bytes_per_second
+    if rate is None:
+        return fast, None if between_slices else dcn
+    return fast, dcn + between_slices * placement.devices_per_chip / rate
+
+
+@dataclasses.dataclass
+class _Torus:
+    """What the collectives of a step ask of the links of one chip."""
+
+    arriving: dict[frozenset[int], float]   # bytes at the chip, by the dimensions they may take
+    links: dict[int, int]        # that the chip has along each dimension, at the worst
+    crossing: dict[int, float]   # bytes of all-to-alls through the middle of each dimension
+
+    def add(self, one: Collective, spans: Mapping[int, tuple[int, bool]], num_chips: int,
+            groups_per_chip: float) -> None:
+        """Adds a collective whose groups extend over `spans` (see _spans) and num_chips chips."""
+        received = dataclasses.replace(one, group_size=num_chips).received_bytes * groups_per_chip
+        dims = frozenset(spans)
+        self.arriving[dims] = self.arriving.get(dims, 0.0) + received
+        for dim, (_, is_ring) in spans.items():
+            self.links[dim] = max(self.links.get(dim, 0), 2 if is_ring else 1)
+        if one.kind not in ("all-to-all", "ragged-all-to-all"):
+            return
+        for dim, (members, is_ring) in spans.items():
+            # Half of what one half of the line holds goes to the other half.
+            exchanged = one.bytes_per_step * groups_per_chip * members / (8 if is_ring else 4)
+            self.crossing[dim] = self.crossing.get(dim, 0.0) + exchanged
+
+    def bytes_per_link(self) -> float:
+        """The most that any link carries, over every set of dimensions and every middle."""
+        bounds = list(self.crossing.values())
+        for dims in {*self.arriving, frozenset(self.links)} - {frozenset()}:
+            inside = sum(received for inner, received in self.arriving.items() if inner <= dims)
+            bounds.append(inside / sum(self.links[dim] for dim in dims))
+        return max(bounds, default=0.0)
 
 
 def _torus_seconds(chip: Chip, collectives: Sequence[Collective], placement: Placement) -> float:
     """The largest of the bounds of the module docstring, over sets of torus dimensions."""
-    bandwidth = chip.interconnect.bytes_per_second
-    arriving: dict[frozenset[int], float] = {}  # at one chip, by the dimensions it may come along
-    links: dict[int, int] = {}                  # that a chip has along each dimension, at the worst
-    exchange: dict[int, float] = {}             # seconds of all-to-alls through the middle of a dim
+    torus = _Torus({}, {}, {})
     for one in collectives:
         chips = placement.group(one.axes, placement.chips)
         num_chips = len(np.unique(chips))
         if num_chips == 1:
             continue
         spans = _spans(chip, placement, placement.group(one.axes, placement.coords))
-        groups_per_chip = placement.devices_per_chip / (chips.size / num_chips)
-        received = dataclasses.replace(one, group_size=num_chips).received_bytes * groups_per_chip
-        dims = frozenset(spans)
-        arriving[dims] = arriving.get(dims, 0.0) + received
-        for dim, (members, is_ring) in spans.items():
-            links[dim] = max(links.get(dim, 0), 2 if is_ring else 1)
-            if one.kind in ("all-to-all", "ragged-all-to-all"):
-                # Half of what one half of the line holds goes to the other half.
-                crossing = one.bytes_per_step * groups_per_chip * members / (8 if is_ring else 4)
-                exchange[dim] = exchange.get(dim, 0.0) + crossing / bandwidth
-    bounds = [
-        sum(received for inner, received in arriving.items() if inner <= dims)
-        / (sum(links[dim] for dim in dims) * bandwidth)
-        for dims in {*arriving, frozenset(links)} if dims]
-    return max([*bounds, *exchange.values()], default=0.0)
+        torus.add(one, spans, num_chips, placement.devices_per_chip / (chips.size / num_chips))
+    return torus.bytes_per_link() / chip.interconnect.bytes_per_second
 
 
 def _spans(chip: Chip, placement: Placement, coords: np.ndarray) -> Mapping[int, tuple[int, bool]]:

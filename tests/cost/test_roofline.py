@@ -15,7 +15,7 @@ def _torus(shape, cores=1, slices=1):
     """Devices of TPU slices in row-major order."""
     return np.asarray([
         types.SimpleNamespace(coords=list(place), slice_index=s if slices > 1 else None,
-                              process_index=0)
+                              process_index=0, platform="tpu")
         for s in range(slices) for place in np.ndindex(*shape) for _ in range(cores)])
 
 
