@@ -17,7 +17,7 @@ from t5x_lite.layers.config import (
     PositionConfig,
 )
 from t5x_lite.models.config import BlockConfig, ModelConfig, SegmentConfig, StackConfig
-from t5x_lite.parallel.sharding import DEFAULT_RULES
+from t5x_lite.parallel.sharding import DEFAULT_RULES, MeshConfig
 from t5x_lite.training import batch_ramp as schedules
 from t5x_lite.training.batch_ramp import BatchRampConfig
 from t5x_lite.training.methods import OptimizerConfig
@@ -35,6 +35,16 @@ def size_of(sizes: Mapping[str, T], name: str | None, family: str) -> T:
         raise UserError(f"configs/{family}.py:{name}: no such size.{nearest(name, sizes)} "
                         f"Sizes: {', '.join(sizes)}.")
     return sizes[name]
+
+
+def mesh(embed_dim: int) -> MeshConfig:
+    """All devices on fsdp from a width of 4,096 on, which no device holds whole; data below.
+
+    docs/rehearsals.md says on which machines the large presets fit so. A width such as GPT-3
+    13B's 5,140 divides by few numbers of devices, and is left to the user.
+    """
+    large = embed_dim >= 4096 and embed_dim % 128 == 0
+    return MeshConfig(data=1, fsdp=-1) if large else MeshConfig()
 
 
 def segment(num_layers: int, *blocks: BlockConfig) -> tuple[SegmentConfig, ...]:
@@ -79,6 +89,7 @@ def ramp(start: int, increment: int, full: int, tokens: float, length: int) -> B
 def language_model(name: str, model: ModelConfig, *, length: int, batch_size: int, tokens: float,
                    learning_rate: float, warmup_tokens: float = 0.0, warmup_steps: int = 0,
                    decay_tokens: float = 0.0, floor: float = 0.1, factors: str = "",
+                   accumulation: int = 1,
                    optimizer: OptimizerConfig = ADAMW, batch_ramp: BatchRampConfig | None = None,
                    z_loss: float = 0.0) -> RunConfig:
     """A causal language model trained on so many tokens.
@@ -111,7 +122,8 @@ def language_model(name: str, model: ModelConfig, *, length: int, batch_size: in
                         num_shards=math.gcd(unit, 64)),
         optimizer=dataclasses.replace(optimizer, schedule=schedule),
         train=TrainConfig(num_steps=num_steps, global_batch_size=batch_size,
-                          batch_ramp=batch_ramp, log_every=100),
+                          accumulation=accumulation, batch_ramp=batch_ramp, log_every=100),
+        mesh=mesh(model.embed_dim),
         eval=EvalConfig(every=5000, num_batches=50),
         checkpoint=CheckpointConfig(every=5000, keep_last=3))
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from configs._common import segment
+from configs._common import mesh, segment
 from t5x_lite.checkpoints.manager import CheckpointConfig
 from t5x_lite.config import EvalConfig, RunConfig, TrainConfig
 from t5x_lite.data.config import DataConfig
@@ -48,7 +48,8 @@ def model(size: Size, *, mlp: MLPConfig, tie_logits: bool, dropout_rate: float,
 
 def pretraining(name: str, model_config: ModelConfig, *, batch_size: int, num_steps: int,
                 inputs_length: int = 512, targets_length: int = 114,
-                train: str = "c4_span_corruption", vocabulary: str = "") -> RunConfig:
+                train: str = "c4_span_corruption", vocabulary: str = "",
+                accumulation: int = 1) -> RunConfig:
     """Denoising of C4, T5's unless `train` says otherwise: Adafactor at 1/sqrt(max(step, 10^4))."""
     return RunConfig(
         name=name, model=model_config, precision="bf16",
@@ -56,6 +57,8 @@ def pretraining(name: str, model_config: ModelConfig, *, batch_size: int, num_st
                         inputs_length=inputs_length, targets_length=targets_length),
         optimizer=OptimizerConfig(name="adafactor", schedule=ScheduleConfig(
             factors="constant * rsqrt_decay", base_learning_rate=1.0, warmup_steps=10_000)),
-        train=TrainConfig(num_steps=num_steps, global_batch_size=batch_size, log_every=100),
+        train=TrainConfig(num_steps=num_steps, global_batch_size=batch_size,
+                          accumulation=accumulation, log_every=100),
+        mesh=mesh(model_config.embed_dim),
         eval=EvalConfig(every=5000, num_batches=50),
         checkpoint=CheckpointConfig(every=5000, keep_last=3))

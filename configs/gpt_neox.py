@@ -31,7 +31,7 @@ def run(size: str | None = "20b") -> RunConfig:
             output_factor=2 / (num_layers * embed_dim ** 0.5) / std))
     return _common.language_model(
         f"gpt_neox_{size}", model, length=2048, batch_size=1536, tokens=150_000 * 1536 * 2048,
-        learning_rate=0.97e-4, warmup_steps=1500,
+        learning_rate=0.97e-4, warmup_steps=1500, accumulation=4,
         optimizer=dataclasses.replace(_common.ADAMW, weight_decay=0.01))
 
 

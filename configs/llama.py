@@ -77,16 +77,18 @@ def run(size: str | None = "2_7b") -> RunConfig:
     """The pre-training run of one size."""
     s = _common.size_of(SIZES, size, "llama")
     optimizer = dataclasses.replace(_common.ADAMW, eps=1e-5)
+    # 64 rows of version 2 at a time, 32 of the others: docs/rehearsals.md has 8 and 64 H100.
     if s.version == "2":
         return _common.language_model(
             f"llama_{size}", model(s), length=4096, batch_size=1024, tokens=2e12,
-            learning_rate=s.learning_rate, warmup_steps=2000, optimizer=optimizer)
+            learning_rate=s.learning_rate, warmup_steps=2000, optimizer=optimizer,
+            accumulation=16)
     # 4M tokens are 512 rows; 252M tokens end after 60 such steps, 2.87T after 342,101 of 1,024.
     stages = BatchRampConfig(((512, 60), (1024, 342_101)))
     return _common.language_model(
         f"llama_{size}", model(s), length=8192, batch_size=2048, tokens=15.6e12,
         learning_rate=s.learning_rate, warmup_steps=8000, floor=0.01, optimizer=optimizer,
-        batch_ramp=stages)
+        batch_ramp=stages, accumulation=8)
 
 
 def get_config(size: str | None = "2_7b"):

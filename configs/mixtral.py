@@ -7,6 +7,7 @@ Hardware: 8 GPUs of 80 GiB to serve, a pod with mesh.expert to train.
 Command: python -m t5x_lite.train --config=configs/mixtral.py:8x7b --workdir=DIR
 """
 
+from configs import _common
 from t5x_lite.config import RunConfig, TrainConfig, to_config_dict
 from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError
@@ -51,7 +52,10 @@ def run(size: str | None = "8x7b") -> RunConfig:
                                       factors="constant * linear_warmup * cosine_to_floor",
                                       base_learning_rate=3e-4, warmup_steps=2000,
                                       total_steps=500_000)),
-        train=TrainConfig(num_steps=500_000, global_batch_size=1024, log_every=100))
+        # 128 rows at a time: docs/rehearsals.md has 32 H100.
+        train=TrainConfig(num_steps=500_000, global_batch_size=1024, accumulation=8,
+                          log_every=100),
+        mesh=_common.mesh(4096))
 
 
 def get_config(size: str | None = "8x7b"):

@@ -114,6 +114,48 @@ def _gib(**by_devices_per_chip: float) -> dict[int, int]:
     return {int(key[1:]): round(gib * GIB) for key, gib in by_devices_per_chip.items()}
 
 
+_A100 = Chip(
+    "a100-40g",
+    ("NVIDIA A100-SXM4-40GB", "A100-SXM4-40GB"),
+    {  # NVIDIA
+        "bf16": 312 * TERA,
+        "fp16": 312 * TERA,
+        "tf32": 156 * TERA,
+        "fp32": 19.5 * TERA,
+        "int8": 624 * TERA,
+    },
+    hbm_bytes=40 * 10**9,  # NVIDIA
+    usable_hbm_bytes=_gib(x1=39.42),  # driver
+    hbm_bytes_per_second=1555 * GIGA,  # NVIDIA
+    interconnect=Interconnect("nvlink", 12, 25 * GIGA),  # NVIDIA: 600 GB/s both ways
+    network_bytes_per_second=25 * GIGA,  # DGX A100: 8 x 200 Gbit/s for 8 GPUs
+    max_watts=400,  # NVIDIA: TDP
+    dollars_per_hour=21.96 / 8,  # p4d.24xlarge
+    price_source=_AWS,
+    **_GPU_8,
+)
+_H100 = Chip(
+    "h100",
+    ("NVIDIA H100 80GB HBM3",),
+    {  # NVIDIA, SXM5
+        "bf16": 989.4 * TERA,
+        "fp16": 989.4 * TERA,
+        "tf32": 494.7 * TERA,
+        "fp32": 66.9 * TERA,
+        "fp8": 1978.9 * TERA,
+        "int8": 1978.9 * TERA,
+    },
+    hbm_bytes=80 * 10**9,  # NVIDIA
+    usable_hbm_bytes=_gib(x1=79.11),  # driver
+    hbm_bytes_per_second=3350 * GIGA,  # NVIDIA
+    interconnect=Interconnect("nvlink", 18, 25 * GIGA),  # NVIDIA: 900 GB/s both ways
+    network_bytes_per_second=50 * GIGA,  # DGX H100: 8 x 400 Gbit/s for 8 GPUs
+    max_watts=700,  # NVIDIA: TDP
+    dollars_per_hour=55.04 / 8,  # p5.48xlarge
+    price_source=_AWS,
+    **_GPU_8,
+)
+
 CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
@@ -234,87 +276,25 @@ CHIPS: dict[str, Chip] = {
             dollars_per_hour=24.48 / 8,  # p3.16xlarge
             price_source=_AWS,
         ),
-        Chip(
-            "a100-40g",
-            ("NVIDIA A100-SXM4-40GB", "A100-SXM4-40GB"),
-            {  # NVIDIA
-                "bf16": 312 * TERA,
-                "fp16": 312 * TERA,
-                "tf32": 156 * TERA,
-                "fp32": 19.5 * TERA,
-                "int8": 624 * TERA,
-            },
-            hbm_bytes=40 * 10**9,  # NVIDIA
-            usable_hbm_bytes=_gib(x1=39.42),  # driver
-            hbm_bytes_per_second=1555 * GIGA,  # NVIDIA
-            interconnect=Interconnect("nvlink", 12, 25 * GIGA),  # NVIDIA: 600 GB/s both ways
-            network_bytes_per_second=25 * GIGA,  # DGX A100: 8 x 200 Gbit/s for 8 GPUs
-            max_watts=400,  # NVIDIA: TDP
-            dollars_per_hour=21.96 / 8,  # p4d.24xlarge
-            price_source=_AWS,
-            **_GPU_8,
-        ),
-        Chip(
-            "a100-80g",
-            ("NVIDIA A100-SXM4-80GB", "A100-SXM4-80GB"),
-            {  # NVIDIA
-                "bf16": 312 * TERA,
-                "fp16": 312 * TERA,
-                "tf32": 156 * TERA,
-                "fp32": 19.5 * TERA,
-                "int8": 624 * TERA,
-            },
+        _A100,
+        dataclasses.replace(
+            _A100,
+            name="a100-80g",
+            device_kinds=("NVIDIA A100-SXM4-80GB", "A100-SXM4-80GB"),
             hbm_bytes=80 * 10**9,  # NVIDIA
             usable_hbm_bytes=_gib(x1=79.26),  # driver
             hbm_bytes_per_second=2039 * GIGA,  # NVIDIA
-            interconnect=Interconnect("nvlink", 12, 25 * GIGA),  # NVIDIA: 600 GB/s both ways
-            network_bytes_per_second=25 * GIGA,  # DGX A100: 8 x 200 Gbit/s for 8 GPUs
-            max_watts=400,  # NVIDIA: TDP
             dollars_per_hour=27.45 / 8,  # p4de.24xlarge
-            price_source=_AWS,
-            **_GPU_8,
         ),
-        Chip(
-            "h100",
-            ("NVIDIA H100 80GB HBM3",),
-            {  # NVIDIA, SXM5
-                "bf16": 989.4 * TERA,
-                "fp16": 989.4 * TERA,
-                "tf32": 494.7 * TERA,
-                "fp32": 66.9 * TERA,
-                "fp8": 1978.9 * TERA,
-                "int8": 1978.9 * TERA,
-            },
-            hbm_bytes=80 * 10**9,  # NVIDIA
-            usable_hbm_bytes=_gib(x1=79.11),  # driver
-            hbm_bytes_per_second=3350 * GIGA,  # NVIDIA
-            interconnect=Interconnect("nvlink", 18, 25 * GIGA),  # NVIDIA: 900 GB/s both ways
-            network_bytes_per_second=50 * GIGA,  # DGX H100: 8 x 400 Gbit/s for 8 GPUs
-            max_watts=700,  # NVIDIA: TDP
-            dollars_per_hour=55.04 / 8,  # p5.48xlarge
-            price_source=_AWS,
-            **_GPU_8,
-        ),
-        Chip(
-            "h200",
-            ("NVIDIA H200",),
-            {  # NVIDIA, SXM5
-                "bf16": 989.4 * TERA,
-                "fp16": 989.4 * TERA,
-                "tf32": 494.7 * TERA,
-                "fp32": 66.9 * TERA,
-                "fp8": 1978.9 * TERA,
-                "int8": 1978.9 * TERA,
-            },
+        _H100,
+        dataclasses.replace(
+            _H100,
+            name="h200",
+            device_kinds=("NVIDIA H200",),
             hbm_bytes=141 * 10**9,  # NVIDIA
             usable_hbm_bytes=_gib(x1=141.00),  # driver
             hbm_bytes_per_second=4800 * GIGA,  # NVIDIA
-            interconnect=Interconnect("nvlink", 18, 25 * GIGA),  # NVIDIA: 900 GB/s both ways
-            network_bytes_per_second=50 * GIGA,  # DGX H200: 8 x 400 Gbit/s for 8 GPUs
-            max_watts=700,  # NVIDIA: TDP
             dollars_per_hour=63.30 / 8,  # p5en.48xlarge
-            price_source=_AWS,
-            **_GPU_8,
         ),
         Chip(
             "b200",

@@ -67,13 +67,6 @@ class PowerMeter:
         return now, [int(path.read_text()) / 1e6 for path, _ in self._domains]
 
 
-def measured_power(seconds: float = 0.2) -> PowerReading | None:
-    """One reading over `seconds`, or None where the machine reports no power."""
-    meter = PowerMeter()
-    time.sleep(seconds)
-    return meter.read()
-
-
 def _rapl_domains(root: pathlib.Path) -> list[tuple[pathlib.Path, float]]:
     """(energy counter, joules at which it wraps) of every package and its DRAM that is readable.
 
