@@ -58,17 +58,23 @@ def check(value: Any, where: str = "", hint: Any = None) -> None:
         where: the dotted name of value.
         hint: the annotation that value's own bounds stand in.
     """
-    if dataclasses.is_dataclass(value):
-        for name, field_hint in hints_of(type(value)).items():
-            check(getattr(value, name), f"{where}.{name}" if where else name, field_hint)
-    elif isinstance(value, (tuple, list)):
-        for i, item in enumerate(value):
-            check(item, f"{where}[{i}]", hint)
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            check(item, f"{where}.{key}", hint)
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
         bounds_of(hint).check(where, value)
+    for part, name, part_hint in _parts(value, where, hint):
+        check(part, name, part_hint)
+
+
+def _parts(value: Any, where: str, hint: Any) -> list[tuple[Any, str, Any]]:
+    """(part, its dotted name, its annotation) of what holds parts."""
+    if dataclasses.is_dataclass(value):
+        before = f"{where}." if where else ""
+        return [(getattr(value, name), before + name, own)
+                for name, own in hints_of(type(value)).items()]
+    if isinstance(value, (tuple, list)):
+        return [(item, f"{where}[{i}]", hint) for i, item in enumerate(value)]
+    if isinstance(value, Mapping):
+        return [(item, f"{where}.{key}", hint) for key, item in value.items()]
+    return []
 
 
 def bounds_of(hint: Any) -> Bounds:

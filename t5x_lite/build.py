@@ -19,9 +19,10 @@ from t5x_lite.cost import flops, hardware
 from t5x_lite.data import rows as data_rows
 from t5x_lite.errors import UserError, multiple_of
 from t5x_lite.layers import fp8, moe
-from t5x_lite.models import language_model, peft
+from t5x_lite.models import language_model
 from t5x_lite.models.language_model import Model
 from t5x_lite.models.params import ParamInfo
+from t5x_lite.models.peft import Tuning
 from t5x_lite.parallel import pipeline, sharding
 from t5x_lite.parallel.sharding import Rules
 from t5x_lite.training import objectives, precision, state, steps
@@ -38,8 +39,10 @@ class Program:
     policy: precision.Policy
     model: Model
     optimizer: Optimizer
+    tuning: Tuning                       # what trains of the model, and how the whole is made of it
     abstract_state: state.State          # ShapeDtypeStructs with shardings
     batch_sharding: NamedSharding        # of every [B, L] input
+    differentiated: steps.Differentiated   # what train_step takes the gradient of
     train_step: Callable                 # (state, batch) -> (state, sums), not yet jitted
     eval_step: Callable                  # (params, batch, token_bytes) -> sums
     # What evaluation and decoding read: the whole model's parameters, nested ShapeDtypeStructs.
@@ -111,7 +114,7 @@ class Program:
 
     def init_state(self) -> state.State:
         """Fresh parameters and optimizer state, drawn shard by shard."""
-        init = jax.jit(lambda: state.init(self.model, self.optimizer, self.config.peft, self._key),
+        init = jax.jit(lambda: state.init(self.model, self.optimizer, self.tuning, self._key),
                        out_shardings=state.shardings(self.abstract_state))
         return init()
 
@@ -126,7 +129,7 @@ class Program:
         trained: state["params"], where it is not to be what models/peft.py starts with.
         """
         start = jax.jit(lambda params, trained: state.start(
-            params, self.model, self.optimizer, self.config.peft,
+            params, self.optimizer, self.tuning,
             jax.random.fold_in(self._key, 1), trained),
             donate_argnums=0, out_shardings=state.shardings(self.abstract_state))
         with self.activate():
@@ -194,34 +197,25 @@ def build(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Pro
         _check_mixtures(config)
     model = Model(config.model, jnp.dtype(policy.compute_dtype), jnp.dtype(policy.param_dtype))
     table = model.table
-    trainable = peft.trainable_table(table, config.peft)
-    state.check_divisible({**table, **trainable}, mesh, rules)
-    optimizer = make_optimizer(config.optimizer, trainable, policy, config.loss_scale,
+    tuning = Tuning(table, config.peft)
+    state.check_divisible({**table, **tuning.trainable}, mesh, rules)
+    optimizer = make_optimizer(config.optimizer, tuning.trainable, policy, config.loss_scale,
                                seed=config.train.seed)
     if config.sharding.offload_optimizer:
         optimizer.check_offload()
+    differentiated = steps.Differentiated(
+        model, config.objective, tuning, optimizer.frozen, config.train.accumulation,
+        config.sharding.zero)
     return Program(
         config=config, mesh=mesh, rules=rules, policy=policy, model=model, optimizer=optimizer,
-        abstract_state=state.abstract(model, optimizer, mesh, rules, config.peft,
+        abstract_state=state.abstract(model, optimizer, mesh, rules, tuning,
                                       config.sharding.zero, config.sharding.offload_optimizer),
         abstract_params=state.abstract_params(model, mesh, rules, config.sharding.zero),
-        merge_changed=_merge_changed(table, config.peft),
+        tuning=tuning, merge_changed=jax.jit(tuning.merged),
         batch_sharding=sharding.named_sharding(mesh, rules, ("act_batch", "act_length")),
-        train_step=steps.make_train_step(model, config.objective, optimizer,
-                                         accumulation=config.train.accumulation,
-                                         seed=config.train.seed, zero=config.sharding.zero,
-                                         tuning=config.peft),
+        differentiated=differentiated,
+        train_step=steps.make_train_step(differentiated, optimizer, config.train.seed),
         eval_step=steps.make_eval_step(model, config.objective))
-
-
-def _merge_changed(table: Mapping[str, ParamInfo], tuning: peft.PeftConfig) -> Callable:
-    """(trainable, frozen) -> {path: effective parameter}, of those that are not stored as such."""
-    paths = peft.changed(table, tuning)
-
-    def merge(trainable, frozen):
-        params = peft.combine(tree.flatten(trainable), tree.flatten(frozen), table, tuning)
-        return {path: params[path] for path in paths}
-    return jax.jit(merge)
 
 
 def _check_fp8(policy: precision.Policy, mesh: Mesh) -> None:

@@ -46,7 +46,7 @@ from t5x_lite.formats import hf, hf_lora, mesh_tf, t5x
 from t5x_lite.formats.mapping import ForeignModel, Tensors, num_bytes
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.language_model import Model
-from t5x_lite.models.peft import trainable_table
+from t5x_lite.models.peft import Tuning
 from t5x_lite.training import objectives
 from t5x_lite.training.objectives import ObjectiveConfig
 
@@ -235,7 +235,7 @@ def _write_peft(folder: pathlib.Path, source: str, options: Options) -> None:
     """The adapter that a workdir trained."""
     record = manager.read_record(source, _step(options))
     run = saved(record.config)
-    table = trainable_table(Model(run.model).table, run.peft)
+    table = Tuning(Model(run.model).table, run.peft).trainable
     wanted = {p: jax.ShapeDtypeStruct(i.shape, i.dtype) for p, i in table.items()}
     trained, _ = manager.restore_params(source, tree.unflatten(wanted), record.step)
     hf_lora.write(folder, run.model, run.peft,

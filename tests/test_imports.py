@@ -23,7 +23,7 @@ FLOORS = (
     ("training", "formats", "cost"),
     ("config", "config_reference"),
     ("build",),
-    ("init_from", "report", "cli", "evaluation", "planning", "scaling", "corpus",
+    ("init_from", "same_vocabulary", "report", "cli", "evaluation", "planning", "scaling", "corpus",
      "reporting"),
     ("train", "eval", "infer", "plan", "convert", "experiment", "interactive", "inspect_task",
      "audit", "console"),

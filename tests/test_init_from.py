@@ -11,9 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from t5x_lite import build, eval as eval_main, init_from, interactive, train, tree
+from t5x_lite import build, eval as eval_main, init_from, interactive, same_vocabulary, train, tree
 from t5x_lite.config import RunConfig, from_mapping, to_json
 from t5x_lite.errors import UserError
+from t5x_lite.formats import assignment
 from t5x_lite.layers.config import MoEConfig
 from t5x_lite.models.config import SegmentConfig
 from t5x_lite.models.language_model import Model
@@ -32,19 +33,19 @@ MLP = "decoder/segment_0/block_0/mlp/wo/kernel"
 # --- the map --------------------------------------------------------------------------------------
 
 def test_without_a_map_both_sides_must_agree():
-    plan = init_from.assign(TABLE, SHAPES, (), "x")
-    assert plan == init_from.Assignment({p: p for p in TABLE}, (), ())
+    plan = assignment.assign(TABLE, SHAPES, (), "x")
+    assert plan == assignment.Assignment({p: p for p in TABLE}, (), ())
     found = {p: s for p, s in SHAPES.items() if p != MLP} | {"decoder/odd": (3,),
                                                              "encoder/final_norm/scale": (17,)}
     with pytest.raises(UserError) as error:
-        init_from.assign(TABLE, found, (), "x")
+        assignment.assign(TABLE, found, (), "x")
     text = str(error.value)
     assert f"missing   {MLP}" in text and "extra     decoder/odd" in text
     assert "mismatch  encoder/final_norm/scale: expected (16,), found (17,)" in text
 
 
 def test_first_match_decides_and_the_rest_of_the_source_is_skipped():
-    plan = init_from.assign(TABLE, SHAPES, (
+    plan = assignment.assign(TABLE, SHAPES, (
         ("logits/kernel", ""), (r"decoder/(.*self_attention/.*)", r"encoder/\1"),
         ("decoder/.*", "")), "x")
     assert plan.loaded["encoder/final_norm/scale"] == "encoder/final_norm/scale"
@@ -61,7 +62,7 @@ def test_first_match_decides_and_the_rest_of_the_source_is_skipped():
 ])
 def test_rules_that_cannot_be_are_named(init_map, message):
     with pytest.raises(UserError, match=message):
-        init_from.assign(TABLE, SHAPES, init_map, "x")
+        assignment.assign(TABLE, SHAPES, init_map, "x")
 
 
 # --- loading --------------------------------------------------------------------------------------
@@ -186,7 +187,7 @@ def test_another_vocabulary_is_refused_by_name(tmp_path, capsys, monkeypatch):
     with pytest.raises(UserError, match="byt5 has 259 ids and hf:.* 64 rows"):
         load(small)
     own = types.SimpleNamespace(vocab_size=164, required_size=64)   # sentinels added beyond it
-    monkeypatch.setattr(init_from.data_tasks, "vocabulary_of", lambda config: own)
+    monkeypatch.setattr(same_vocabulary.data_tasks, "vocabulary_of", lambda config: own)
     load(small)
 
 

@@ -177,7 +177,7 @@ def test_eval_and_interactive_load_it_merged(base, whole):
     program = build_lib.build(config)
     trainable = stored(workdir, 4, config)
     frozen = stored(base[1], 2, base[0])
-    expected = peft.combine(trainable, frozen, program.table, LORA)
+    expected = peft.Tuning(program.table, LORA).combine(trainable, frozen)
     for path, x in tree.flatten(session.params).items():
         np.testing.assert_allclose(x, expected[path], rtol=1e-6, atol=1e-7, err_msg=path)
     losses = session.train([("alpha", "beta")], 2)
@@ -221,8 +221,8 @@ def test_prompts_and_adapters_start_fresh_over_a_source_without_them(base):
 @pytest.mark.parametrize("field, value, message", [
     ("peft.method", "prompt", "this model has no prompt; set model.prompt_length"),
     ("peft.method", "adapter", "this model has no adapters; set model.encoder.adapter_dim"),
-    ("model.prompt_length", -1, "model.prompt_length=-1: must be 0"),
-    ("model.encoder.adapter_dim", -1, "model.encoder.adapter_dim=-1: must be 0")])
+    ("model.prompt_length", -1, "model.prompt_length=-1: must be at least 0"),
+    ("model.encoder.adapter_dim", -1, "model.encoder.adapter_dim=-1: must be at least 0")])
 def test_what_a_model_lacks_is_named(base, field, value, message):
     with pytest.raises(UserError, match=message):
         build_lib.build(configs.replace(base[0], field, value))

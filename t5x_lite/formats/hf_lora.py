@@ -24,7 +24,7 @@ from t5x_lite.formats import hf, safetensors
 from t5x_lite.formats.mapping import Placed, Slot, Tensors, place
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.language_model import Model
-from t5x_lite.models.peft import PeftConfig, trainable_table
+from t5x_lite.models.peft import PeftConfig, Tuning
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _TASKS = {"encoder_decoder": "SEQ_2_SEQ_LM", "decoder_only": "CAUSAL_LM"}
@@ -117,7 +117,7 @@ def read(folder: pathlib.Path, config: ModelConfig, model_type: str
     targets = sorted({p.rpartition("/")[0] for p in trained})
     tuning = PeftConfig("lora", targets=tuple(f"{re.escape(p)}/kernel" for p in targets), rank=rank,
                         alpha=float(given["lora_alpha"]), rank_stabilized=stable)
-    assert trained.keys() == trainable_table(Model(config).table, tuning).keys()
+    assert trained.keys() == Tuning(Model(config).table, tuning).trainable.keys()
     return tuning, trained
 
 

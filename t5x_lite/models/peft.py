@@ -1,12 +1,13 @@
 """Parameter-efficient fine-tuning: which numbers train, and how they make the weights.
 
-`split` divides a model's parameters into a trainable and a frozen dict; `combine` makes the
-effective parameters of them, which the unchanged model then uses. The loss is differentiated
-through `combine` with respect to the trainable part alone, so only that part has gradients,
-optimizer state and checkpoints:
+A `Tuning` is of one model's table and one config. Its `split` divides the model's parameters into a
+trainable and a frozen dict; `combine` makes the effective parameters of them, which the unchanged
+model then uses. The loss is differentiated through `combine` with respect to the trainable part
+alone, so only that part has gradients, optimizer state and checkpoints:
 
-    trainable, frozen = split(params, table, config, key)
-    grads = jax.grad(lambda t: loss(combine(t, frozen, table, config)))(trainable)
+    tuning = Tuning(table, config)
+    trainable, frozen = tuning.split(params, key)
+    grads = jax.grad(lambda t: loss(tuning.combine(t, frozen)))(trainable)
 
 Methods:
 
@@ -38,6 +39,7 @@ Shape letters: I and O a kernel's input and output dims, R rank, P prompt length
 """
 
 import dataclasses
+import functools
 import math
 import re
 import zlib
@@ -46,6 +48,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from t5x_lite import tree
 from t5x_lite.bounds import Count, Positive
 from t5x_lite.errors import UserError, at_least, nearest, one_of
 from t5x_lite.models.params import ParamInfo
@@ -107,80 +110,127 @@ class PeftConfig:
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
 
-def trainable_table(table: Table, config: PeftConfig) -> dict[str, ParamInfo]:
-    """The table of what trains: for sharding, initialisation, optimizers and reports."""
-    rows = {}
-    for path, role in _roles(table, config).items():
-        info = table[path]
-        if role == "full":
-            rows[path] = info
-            continue
-        *lead, into, out = zip(info.shape, info.logical_axes, info.units, strict=True)
-        rank = (config.rank, None, config.rank)
-        if role == "lora":
-            # kaiming_uniform_(a=sqrt(5)), as the reference and Hugging Face's PEFT start
-            parts = {"lora_a": ((into, rank), into[0], f"uniform({1 / math.sqrt(into[0]):.4g})"),
-                     "lora_b": ((rank, out), config.rank, "constant(0)")}
-        else:
-            parts = {"ia3": ((into,) if role == "ia3_input" else (out,), 0, "constant(1)")}
-        for name, (dims, fan_in, init) in parts.items():
-            shape, axes, units = zip(*lead, *dims, strict=True)
-            # float32 even where the base is bf16: small updates to small numbers
-            row = ParamInfo(_beside(path, name), shape, jnp.dtype(jnp.float32), axes, units,
-                            fan_in, init)
-            rows[row.path] = row
-    return dict(sorted(rows.items()))
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What of a model trains and how the whole is made of it: a model's table and a PeftConfig.
 
-
-def split(params: Mapping[str, jax.Array], table: Table, config: PeftConfig,
-          key: jax.Array) -> tuple[Flat, Flat]:
-    """Base parameters -> (trainable, frozen), fresh A, B and l among the trainable.
-
-    What is drawn depends on the key and each parameter's path only. Under a mesh, call it
-    inside jit with out_shardings from `trainable_table`.
-
-    Raises:
-        UserError: a regex that matches no parameter, or a lora or ia3 target that is no matrix.
+    Raises UserError, from every property and method, for a regex that matches no parameter, or a
+    lora or ia3 target that is no matrix.
     """
-    rows = trainable_table(table, config)
-    trainable = {p: params[p] if p in table else _fresh(info, key) for p, info in rows.items()}
-    return trainable, {p: x for p, x in params.items() if p not in rows}
+
+    table: Table
+    config: PeftConfig
+
+    @functools.cached_property
+    def roles(self) -> dict[str, str]:
+        """{base path: full | lora | ia3_output | ia3_input} of what the regexes select."""
+        roles: dict[str, str] = {}
+        for field, role, patterns in _selections(self.config):
+            for pattern in patterns:
+                for path in self._matches(field, pattern):
+                    if roles.setdefault(path, role) != role:
+                        raise UserError(
+                            f"peft.{field}: {pattern!r} matches {path}, which another of peft's "
+                            "regexes trains in another way; make one narrower.")
+        for path, role in roles.items():
+            if role != "full":
+                _check_matrix(self.table[path], self.config)
+        return roles
+
+    def _matches(self, field: str, pattern: str) -> list[str]:
+        paths = [p for p in self.table if re.fullmatch(pattern, p)]
+        if not paths:
+            raise UserError(_no_match(self.table, self.config, field, pattern))
+        return paths
+
+    @functools.cached_property
+    def trainable(self) -> dict[str, ParamInfo]:
+        """The table of what trains: for sharding, initialisation, optimizers and reports."""
+        rows = [self.table[path] for path, role in self.roles.items() if role == "full"]
+        for path, role in self.roles.items():
+            rows += _added_rows(self.table[path], role, self.config)
+        return {row.path: row for row in sorted(rows, key=lambda row: row.path)}
+
+    @functools.cached_property
+    def changed(self) -> frozenset[str]:
+        """Paths whose effective parameter is computed: all others are stored as they are used."""
+        roles = {p: role for p, role in self.roles.items() if role != "full"}
+        biases = (_beside(p, "bias") for p, role in roles.items() if role == "ia3_output")
+        return frozenset(roles) | {b for b in biases if b in self.table}
+
+    def split(self, params: Mapping[str, jax.Array], key: jax.Array) -> tuple[Flat, Flat]:
+        """Base parameters -> (trainable, frozen), fresh A, B and l among the trainable.
+
+        What is drawn depends on the key and each parameter's path only. Under a mesh, call it
+        inside jit with out_shardings from `trainable`.
+        """
+        trainable = {p: params[p] if p in self.table else _fresh(info, key)
+                     for p, info in self.trainable.items()}
+        return trainable, {p: x for p, x in params.items() if p not in self.trainable}
+
+    def combine(self, trainable: Mapping[str, jax.Array], frozen: Mapping[str, jax.Array]) -> Flat:
+        """(trainable, frozen) -> the effective parameters, one for each path of the table.
+
+        Pure, and differentiable with respect to `trainable` (arrays, or under ZeRO-2
+        sharding.WholeWeight). Sums and products are made in float32 and rounded to each
+        parameter's own dtype.
+        """
+        params = {p: trainable[p] if p in trainable else frozen[p] for p in self.table}
+        for path, role in self.roles.items():
+            if role == "lora":
+                # Placed like the weight, which below ZeRO-3 is not split over fsdp.
+                update = jnp.einsum(
+                    "...IR,...RO->...IO", trainable[_beside(path, "lora_a")][...],
+                    trainable[_beside(path, "lora_b")][...], preferred_element_type=jnp.float32,
+                    out_sharding=_spec_of(params[path]))
+                params[path] = _rounded(
+                    params[path], lambda w, u=update: w + self.config.lora_scale * u)
+            elif role == "ia3_output":
+                scale = trainable[_beside(path, "ia3")][...]
+                params[path] = _rounded(params[path], lambda w, s=scale: w * s[..., None, :])
+                bias = _beside(path, "bias")
+                if bias in params:  # l scales the layer's output, of which the bias is a part
+                    params[bias] = _rounded(params[bias][...], lambda b, s=scale: b * s)
+            elif role == "ia3_input":
+                scale = trainable[_beside(path, "ia3")][...]
+                params[path] = _rounded(params[path], lambda w, s=scale: w * s[..., None])
+        return params
+
+    def merged(self, trainable: Mapping, frozen: Mapping) -> Flat:
+        """Of nested (trainable, frozen), the effective parameters at `changed`."""
+        params = self.combine(tree.flatten(trainable), tree.flatten(frozen))
+        return {path: params[path] for path in self.changed}
 
 
-def combine(trainable: Mapping[str, jax.Array], frozen: Mapping[str, jax.Array], table: Table,
-            config: PeftConfig) -> Flat:
-    """(trainable, frozen) -> the effective parameters, one for each path of the table.
-
-    Pure, and differentiable with respect to `trainable` (arrays, or under ZeRO-2
-    sharding.WholeWeight). Sums and products are made in float32 and rounded to each parameter's
-    own dtype.
-    """
-    params = {p: trainable[p] if p in trainable else frozen[p] for p in table}
-    for path, role in _roles(table, config).items():
-        if role == "lora":
-            # Placed like the weight, which below ZeRO-3 is not split over fsdp.
-            update = jnp.einsum(
-                "...IR,...RO->...IO", trainable[_beside(path, "lora_a")][...],
-                trainable[_beside(path, "lora_b")][...], preferred_element_type=jnp.float32,
-                out_sharding=_spec_of(params[path]))
-            params[path] = _rounded(params[path], lambda w, u=update: w + config.lora_scale * u)
-        elif role == "ia3_output":
-            scale = trainable[_beside(path, "ia3")][...]
-            params[path] = _rounded(params[path], lambda w, s=scale: w * s[..., None, :])
-            bias = _beside(path, "bias")
-            if bias in params:  # l scales the layer's output, of which the bias is a part
-                params[bias] = _rounded(params[bias][...], lambda b, s=scale: b * s)
-        elif role == "ia3_input":
-            scale = trainable[_beside(path, "ia3")][...]
-            params[path] = _rounded(params[path], lambda w, s=scale: w * s[..., None])
-    return params
+def _selections(config: PeftConfig) -> list[tuple[str, str, tuple[str, ...]]]:
+    """(field of PeftConfig, role, regexes) of everything that a config selects."""
+    method = config.method
+    first = {"lora": "lora", "ia3": "ia3_output"}.get(method, "full")
+    fields = [("also", "full", config.also), ("targets", first, config.targets or _TARGETS[method])]
+    if method == "ia3":
+        fields.append(("input_targets", "ia3_input", config.input_targets or _INPUT_TARGETS))
+    return fields
 
 
-def changed(table: Table, config: PeftConfig) -> frozenset[str]:
-    """Paths whose effective parameter is computed: all others are stored as they are used."""
-    roles = {p: role for p, role in _roles(table, config).items() if role != "full"}
-    biases = (_beside(p, "bias") for p, role in roles.items() if role == "ia3_output")
-    return frozenset(roles) | {b for b in biases if b in table}
+def _added_rows(info: ParamInfo, role: str, config: PeftConfig) -> list[ParamInfo]:
+    """The rows of the arrays that stand beside a kernel in this role, float32 even where the base
+    is bfloat16: small updates to small numbers."""
+    if role == "full":
+        return []
+    *lead, into, out = zip(info.shape, info.logical_axes, info.units, strict=True)
+    rank = (config.rank, None, config.rank)
+    if role == "lora":
+        # kaiming_uniform_(a=sqrt(5)), as the reference and Hugging Face's PEFT start
+        parts = {"lora_a": ((into, rank), into[0], f"uniform({1 / math.sqrt(into[0]):.4g})"),
+                 "lora_b": ((rank, out), config.rank, "constant(0)")}
+    else:
+        parts = {"ia3": ((into,) if role == "ia3_input" else (out,), 0, "constant(1)")}
+    rows = []
+    for name, (dims, fan_in, init) in parts.items():
+        shape, axes, units = zip(*lead, *dims, strict=True)
+        rows.append(ParamInfo(_beside(info.path, name), shape, jnp.dtype(jnp.float32), axes, units,
+                              fan_in, init))
+    return rows
 
 
 def added(table: Table) -> frozenset[str]:
@@ -201,28 +251,6 @@ def vocabulary_prompt(embedding_VD: jax.Array, length: int, key: jax.Array,
         raise UserError(f"a prompt of {length} tokens cannot start from {rows} distinct ones; "
                         f"shorten it to {rows} at most.")
     return embedding_VD[jax.random.permutation(key, rows)[:length]]
-
-
-def _roles(table: Table, config: PeftConfig) -> dict[str, str]:
-    """{base path: full | lora | ia3_output | ia3_input} of what the regexes select."""
-    method = config.method
-    first = {"lora": "lora", "ia3": "ia3_output"}.get(method, "full")
-    fields = [("also", "full", config.also), ("targets", first, config.targets or _TARGETS[method])]
-    if method == "ia3":
-        fields.append(("input_targets", "ia3_input", config.input_targets or _INPUT_TARGETS))
-    roles = {}
-    for field, role, patterns in fields:
-        for pattern in patterns:
-            paths = [p for p in table if re.fullmatch(pattern, p)]
-            if not paths:
-                raise UserError(_no_match(table, config, field, pattern))
-            for path in paths:
-                if roles.setdefault(path, role) != role:
-                    raise UserError(f"peft.{field}: {pattern!r} matches {path}, which another of "
-                                    "peft's regexes trains in another way; make one narrower.")
-                if role != "full":
-                    _check_matrix(table[path], config)
-    return roles
 
 
 def _no_match(table: Table, config: PeftConfig, field: str, pattern: str) -> str:

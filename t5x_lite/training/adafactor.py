@@ -15,6 +15,7 @@ that scanned and unrolled models train alike.)
 All trees here are flat dicts {path: array}.
 """
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ class AdafactorState(NamedTuple):
     m: dict[str, jax.Array]         # momentum of the finished update
 
 
-def factored_dims(shape: tuple[int, ...], stacked: int, min_size: int) -> tuple[int, int] | None:
+def factored_dims(shape: tuple[int, ...], stacked: int, min_size: float) -> tuple[int, int] | None:
     """(row, col): the two largest dims of one layer, row the smaller; None if it stays whole.
 
     Args:
@@ -65,11 +66,13 @@ def scale_by_adafactor(
     momentum averages steps and not directions.
     """
 
+    smallest = min_dim_size_to_factor if factored else math.inf
+
     def dims_of(path: str, x: jax.Array) -> tuple[int, int] | None:
-        return factored_dims(x.shape, stacked[path], min_dim_size_to_factor) if factored else None
+        return factored_dims(x.shape, stacked[path], smallest)
 
     def init(params: dict[str, jax.Array]) -> AdafactorState:
-        v_row, v_col, v, m = {}, {}, {}, {}
+        v_row, v_col, v = {}, {}, {}
         for path, p in params.items():
             p = p.astype(jnp.float32)
             zeros = jnp.zeros_like(p)  # takes over the parameter's sharding, as do its means
@@ -77,42 +80,55 @@ def scale_by_adafactor(
                 v_row[path], v_col[path] = zeros.mean(dims[1]), zeros.mean(dims[0])
             else:
                 v[path] = zeros
-            if momentum:
-                m[path] = zeros.astype(momentum_dtype)
-        return AdafactorState(jnp.zeros((), jnp.int32), v_row, v_col, v, m)
+        m = {path: jnp.zeros_like(p, momentum_dtype) for path, p in params.items()}
+        return AdafactorState(jnp.zeros((), jnp.int32), v_row, v_col, v, m if momentum else {})
 
     def update(grads, state, params=None, *, learning_rate):
         decay = 1.0 - (state.count - step_offset + 1).astype(jnp.float32) ** -decay_rate
-        blend = lambda old, new: decay * place_like(old, new) + (1.0 - decay) * new
         v_row, v_col, v, m, steps = {}, {}, {}, {}, {}
         for path, g in grads.items():
-            layer_dims = tuple(range(stacked[path], g.ndim))
             g2 = g * g + epsilon1
             if dims := dims_of(path, g):
-                row, col = dims
-                v_row[path] = blend(state.v_row[path], g2.mean(col))
-                v_col[path] = blend(state.v_col[path], g2.mean(row))
-                row_in_v_row = row - (col < row)
-                mean = v_row[path].mean(row_in_v_row, keepdims=True)
-                u = (g * jnp.expand_dims((v_row[path] / mean) ** -0.5, col)
-                     * jnp.expand_dims(v_col[path] ** -0.5, row))
+                v_row[path], v_col[path], u = _factored(
+                    g, g2, state.v_row[path], state.v_col[path], decay, dims)
             else:
-                v[path] = blend(state.v[path], g2)
+                v[path] = _blend(decay, state.v[path], g2)
                 u = g * v[path] ** -0.5
-            if clipping_threshold:
-                u = u / jnp.maximum(1.0, _rms(u, layer_dims) / clipping_threshold)
+            layer_dims = tuple(range(stacked[path], g.ndim))
+            u = _clipped(u, layer_dims, clipping_threshold)
             scale = learning_rate[path]
             if multiply_by_parameter_scale:
                 scale = scale * jnp.maximum(_rms(params[path], layer_dims), epsilon2)
-            step = scale * u
+            steps[path] = scale * u
             if momentum:
-                step = momentum * state.m[path] + (1.0 - momentum) * step
-                m[path] = step.astype(momentum_dtype)
-            steps[path] = step
+                steps[path] = momentum * state.m[path] + (1.0 - momentum) * steps[path]
+                m[path] = steps[path].astype(momentum_dtype)
         count = optax.safe_increment(state.count)
         return steps, AdafactorState(count, v_row, v_col, v, m)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _blend(decay: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+    return decay * place_like(old, new) + (1.0 - decay) * new
+
+
+def _factored(g: jax.Array, g2: jax.Array, v_row: jax.Array, v_col: jax.Array, decay: jax.Array,
+              dims: tuple[int, int]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(v_row, v_col, u): the means of g2 blended in, and g over the root of their outer product."""
+    row, col = dims
+    v_row = _blend(decay, v_row, g2.mean(col))
+    v_col = _blend(decay, v_col, g2.mean(row))
+    row_in_v_row = row - (col < row)
+    mean = v_row.mean(row_in_v_row, keepdims=True)
+    u = (g * jnp.expand_dims((v_row / mean) ** -0.5, col)
+         * jnp.expand_dims(v_col ** -0.5, row))
+    return v_row, v_col, u
+
+
+def _clipped(u: jax.Array, dims: tuple[int, ...], threshold: float) -> jax.Array:
+    """u with an RMS over these dims of at most the threshold; 0 for none."""
+    return u / jnp.maximum(1.0, _rms(u, dims) / threshold) if threshold else u
 
 
 def _rms(x: jax.Array, dims: tuple[int, ...]) -> jax.Array:

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from t5x_lite import tree
-from t5x_lite.models import peft
 from t5x_lite.models.params import ModelDefinition, ParamInfo
-from t5x_lite.models.peft import PeftConfig
+from t5x_lite.models.peft import Tuning
 from t5x_lite.parallel import sharding
 from t5x_lite.parallel.sharding import Rules
 from t5x_lite.training.optimizers import Optimizer
@@ -30,7 +29,7 @@ def check_divisible(table: Mapping[str, ParamInfo], mesh: Mesh, rules: Rules) ->
         rules.check(info.path, info.logical_axes, info.units, dict(mesh.shape))
 
 
-def start(params: Mapping, model: ModelDefinition, optimizer: Optimizer, tuning: PeftConfig,
+def start(params: Mapping, optimizer: Optimizer, tuning: Tuning,
           key: jax.Array, trained: Mapping | None = None) -> State:
     """The state of step 0 with these parameters of the whole model.
 
@@ -41,16 +40,16 @@ def start(params: Mapping, model: ModelDefinition, optimizer: Optimizer, tuning:
         key: draws what models/peft.py adds.
         trained: the trainable part, where it is not to be fresh.
     """
-    trainable, frozen = peft.split(tree.flatten(params), model.table, tuning, key)
+    trainable, frozen = tuning.split(tree.flatten(params), key)
     trainable = tree.unflatten(trainable) if trained is None else trained
     state = {"step": jnp.zeros((), jnp.int32), "params": trainable,
              "opt_state": optimizer.init(trainable)}
     return {**state, "frozen": tree.unflatten(frozen)} if frozen else state
 
 
-def init(model: ModelDefinition, optimizer: Optimizer, tuning: PeftConfig, key: jax.Array) -> State:
+def init(model: ModelDefinition, optimizer: Optimizer, tuning: Tuning, key: jax.Array) -> State:
     """A fresh state, drawn from the key; see `start`."""
-    return start(model.init(key), model, optimizer, tuning, jax.random.fold_in(key, 1))
+    return start(model.init(key), optimizer, tuning, jax.random.fold_in(key, 1))
 
 
 def logical_axes(model: ModelDefinition, optimizer: Optimizer) -> State:
@@ -62,7 +61,7 @@ def logical_axes(model: ModelDefinition, optimizer: Optimizer) -> State:
 
 
 def abstract(model: ModelDefinition, optimizer: Optimizer, mesh: Mesh, rules: Rules,
-             tuning: PeftConfig = PeftConfig(), zero: int = 3, offload: bool = False) -> State:
+             tuning: Tuning, zero: int = 3, offload: bool = False) -> State:
     """The state as ShapeDtypeStructs with their shardings.
 
     Args:

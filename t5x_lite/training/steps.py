@@ -1,10 +1,11 @@
 """The compiled functions of a run: train, evaluate, decode; pure in (state, batch).
 
 Dropout keys are folded from the seed, the step and the row of the global batch here, and from
-the stack and the layer in models/language_model.py, so that a resumed run draws what the uninterrupted one
-drew, and an accumulated or pipelined step what the whole batch would.
+the stack and the layer in models/language_model.py, so that a resumed run draws what the
+uninterrupted one drew, and an accumulated or pipelined step what the whole batch would.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import jax
@@ -15,10 +16,9 @@ from t5x_lite import tree
 from t5x_lite.decoding import decode as decoding
 from t5x_lite.decoding.decode import DecodeConfig, Decoded
 from t5x_lite.layers.linear import RowKey
-from t5x_lite.models import peft
 from t5x_lite.models.cache import take_rows
 from t5x_lite.models.params import ModelDefinition
-from t5x_lite.models.peft import PeftConfig
+from t5x_lite.models.peft import Tuning
 from t5x_lite.parallel import sharding
 from t5x_lite.training import objectives
 from t5x_lite.training.objectives import ObjectiveConfig, Sums
@@ -52,10 +52,47 @@ def _by_slice(batch: Batch, slices: int) -> Batch:
     return jax.tree.map(split, dict(batch))
 
 
-def gradients(model: ModelDefinition, objective: ObjectiveConfig, params: Mapping, batch: Batch,
-              key: jax.Array | None, *, parts: int = 1, frozen: frozenset[str] = frozenset(),
-              scale: jax.Array | float = 1.0, zero: int = 3, base: Mapping | None = None,
-              tuning: PeftConfig = PeftConfig()) -> tuple[dict, Sums]:
+@dataclasses.dataclass(frozen=True)
+class Differentiated:
+    """What a train step differentiates, fixed when the run is built."""
+
+    model: ModelDefinition
+    objective: ObjectiveConfig
+    tuning: Tuning                          # makes the model's parameters of those that train
+    frozen: frozenset[str] = frozenset()    # paths of parameters that need no gradient
+    parts: int = 1   # micro-batches; their float32 gradients add up to those of the whole batch
+    # ZeRO's stage. 1: gradients stay whole on every device of the fsdp axis; 2 and 3: each
+    # micro-batch's are reduced onto the devices that hold their optimizer state.
+    zero: int = 3
+
+    def slices(self) -> int:
+        """Into how many copies the mesh's slices ask for gradients of their own: see `gradients`."""
+        sizes = sharding.mesh_sizes()
+        many = self.parts > 1 or sizes.get("stage", 1) > 1
+        return sizes.get("slice", 1) if many else 1
+
+    def born_split(self) -> bool:
+        """Whether gradients of whole parameters are split where they arise (ZeRO-2)."""
+        return self.zero == 2 and bool(sharding.mesh_sizes())
+
+    def trained(self, params: Mapping) -> dict[str, jax.Array]:
+        """Flat: with respect to what the loss is differentiated."""
+        held = {p: x for p, x in tree.flatten(params).items() if p not in self.frozen}
+        if not self.born_split():
+            return held
+        infos = self.tuning.trainable
+        return {p: jnp.zeros(x.shape, x.dtype, out_sharding=sharding.spec(*infos[p].logical_axes))
+                for p, x in held.items()}
+
+    def module(self, trained: Mapping[str, jax.Array], flat: Mapping[str, jax.Array]):
+        """The model with the parameters that `trained` and all others make."""
+        if self.born_split():
+            trained = {p: sharding.WholeWeight(flat[p], x) for p, x in trained.items()}
+        return self.model.bind(tree.unflatten(self.tuning.combine({**flat, **trained}, {})))
+
+
+def gradients(of: Differentiated, params: Mapping, batch: Batch, key: jax.Array | None, *,
+              scale: jax.Array | float = 1.0, base: Mapping | None = None) -> tuple[dict, Sums]:
     """The gradient of `scale` times the loss of a global batch, and its metrics.
 
     With micro-batches, accumulated or pipelined, each slice (mesh.slice > 1) adds up gradients
@@ -66,40 +103,20 @@ def gradients(model: ModelDefinition, objective: ObjectiveConfig, params: Mappin
 
     Args:
         key: the step's dropout key, None for no dropout.
-        parts: micro-batches; their float32 gradients add up to those of the whole batch.
-        frozen: paths of parameters that need no gradient.
-        zero: ZeRO's stage. 1: gradients stay whole on every device of the fsdp axis; 2 and 3:
-            each micro-batch's are reduced onto the devices that hold their optimizer state.
-        base, tuning: what models/peft.py combines `params` with, and how; never differentiated.
+        base: what `of.tuning` combines `params` with; never differentiated.
     Returns:
-        Nested gradients of the other parameters, and {metric: (sum, count)}.
+        Nested gradients of the parameters that train, and {metric: (sum, count)}.
     """
-    sizes = sharding.mesh_sizes()
-    slices = sizes.get("slice", 1) if parts > 1 or sizes.get("stage", 1) > 1 else 1
-    trained = {p: x for p, x in tree.flatten(params).items() if p not in frozen}
+    slices, trained = of.slices(), of.trained(params)
     flat = tree.flatten(params) | tree.flatten(base or {})
-    born_split = zero == 2 and bool(sharding.mesh_sizes())
-    if born_split:
-        infos = peft.trainable_table(model.table, tuning)
-        trained = {p: jnp.zeros(x.shape, x.dtype, out_sharding=sharding.spec(
-            *infos[p].logical_axes)) for p, x in trained.items()}
-    divisors = objectives.totals(objective, batch)
-
-    def copy(x):
-        return jax.lax.broadcast(x, (slices,), out_sharding=PartitionSpec(
-            "slice", *jax.typeof(x).sharding.spec))
-
+    divisors = objectives.totals(of.objective, batch)
     if slices > 1:   # each slice's own: what is shared would have its gradients summed at once
-        flat, trained = jax.tree.map(copy, (flat, trained))
+        flat, trained = jax.tree.map(lambda x: _copies(x, slices), (flat, trained))
 
     def part_loss(trained, flat, part):
-        if born_split:
-            trained = {p: sharding.WholeWeight(flat[p], x) for p, x in trained.items()}
-        module = model.bind(tree.unflatten(
-            peft.combine({**flat, **trained}, {}, model.table, tuning)))
         part_key = None if key is None else RowKey(key, part[_ROWS])
-        value, sums = objectives.loss(module, part, part_key, objective, divisors,
-                                      parts * slices)
+        value, sums = objectives.loss(of.module(trained, flat), part, part_key, of.objective,
+                                      divisors, of.parts * slices)
         return value * scale, sums
 
     def slices_loss(trained, flat, part):
@@ -111,43 +128,46 @@ def gradients(model: ModelDefinition, objective: ObjectiveConfig, params: Mappin
         loss = part_loss if slices == 1 else slices_loss
         return jax.grad(loss, has_aux=True)(trained, flat, part)
 
-    def over_slices(totals):
-        return totals if slices == 1 else jax.tree.map(sharding.sum_of_copies, totals)
-
     rows = sharding.shard(jnp.arange(next(iter(batch.values())).shape[0]), "act_batch")
     batch = {**batch, _ROWS: rows}
-    if parts == 1:
-        grads, sums = over_slices(part_gradients(batch))
-        return tree.unflatten(grads), sums
+    totals = part_gradients(batch) if of.parts == 1 else _accumulated(
+        part_gradients, split_batch(batch, of.parts))
+    if slices > 1:
+        totals = jax.tree.map(sharding.sum_of_copies, totals)
+    grads, sums = totals
+    return tree.unflatten(grads), sums
 
+
+def _copies(x: jax.Array, slices: int) -> jax.Array:
+    """x for every slice: [slices, …], split over the axis of slices."""
+    return jax.lax.broadcast(x, (slices,), out_sharding=PartitionSpec(
+        "slice", *jax.typeof(x).sharding.spec))
+
+
+def _accumulated(part_gradients: Callable, split: Batch) -> tuple[dict, Sums]:
+    """The float32 sums of part_gradients over micro-batches [parts, …], one after another."""
     def accumulate(total, part):
         grads, sums = part_gradients(part)
         return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, (grads, sums)), None
 
-    split = split_batch(batch, parts)
     first = jax.eval_shape(part_gradients, jax.tree.map(lambda x: x[0], split))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32,
                                              out_sharding=_spec(x)), first)
     totals, _ = jax.lax.scan(accumulate, zeros, split)
-    grads, sums = over_slices(totals)
-    return tree.unflatten(grads), sums
+    return totals
 
 
-def _spec(x: jax.ShapeDtypeStruct):
+def _spec(x: jax.ShapeDtypeStruct) -> PartitionSpec | None:
     return None if x.sharding is None or not sharding.mesh_sizes() else x.sharding.spec
 
 
-def make_train_step(model: ModelDefinition, objective: ObjectiveConfig, optimizer: Optimizer, *,
-                    accumulation: int, seed: int, zero: int = 3,
-                    tuning: PeftConfig = PeftConfig()
+def make_train_step(of: Differentiated, optimizer: Optimizer, seed: int
                     ) -> Callable[[State, Batch], tuple[State, Sums]]:
     """(state, batch) -> (state after one update, {metric: (sum, count)})."""
     def train_step(state, batch):
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
-        grads, sums = gradients(
-            model, objective, state["params"], batch, key, parts=accumulation,
-            frozen=optimizer.frozen, scale=optimizer.loss_scale(state["opt_state"]), zero=zero,
-            base=state.get("frozen"), tuning=tuning)
+        grads, sums = gradients(of, state["params"], batch, key, base=state.get("frozen"),
+                                scale=optimizer.loss_scale(state["opt_state"]))
         params, opt_state, info = optimizer.update(
             grads, state["opt_state"], state["params"], state["step"])
         one = jnp.float32(1.0)

@@ -127,7 +127,7 @@ def test_micro_batches_add_up():
     batch["decoder_loss_weights"] = batch["decoder_loss_weights"].at[3].set(0)
     program = build_lib.build(run, jax.devices()[:1])
     whole, parts = (jax.jit(lambda p, n=n: steps.gradients(
-        program.model, run.objective, p, batch, None, parts=n)[0])(tiny.params(run))
+        dataclasses.replace(program.differentiated, parts=n), p, batch, None)[0])(tiny.params(run))
         for n in (1, 2))
     tiny.assert_close(parts, jax.tree.map(np.asarray, whole))
 
@@ -227,4 +227,4 @@ def test_t_few_trains_the_papers_numbers():
     """0.02 % of T0-3B, which Liu et al. 2022 give as 540K."""
     run = t_few.run("3b")
     table = Model(run.model).table
-    assert sum(i.size for i in peft.trainable_table(table, run.peft).values()) == 540_672
+    assert sum(i.size for i in peft.Tuning(table, run.peft).trainable.values()) == 540_672

@@ -13,10 +13,9 @@ from t5x_lite.config import RunConfig
 from t5x_lite.errors import UserError
 from t5x_lite.formats import hf_lora, safetensors
 from t5x_lite.layers.config import AttentionConfig, MLPConfig, NormConfig, PositionConfig
-from t5x_lite.models import peft
 from t5x_lite.models.config import BlockConfig, ModelConfig, SegmentConfig, StackConfig
 from t5x_lite.models.language_model import Model
-from t5x_lite.models.peft import PeftConfig, trainable_table
+from t5x_lite.models.peft import PeftConfig, Tuning
 from tests import tiny
 from tests.formats import folders
 
@@ -37,11 +36,11 @@ CASES = {"t5": (T5, PeftConfig("lora", rank=2, alpha=6.0)),
 def draw(config, tuning, seed=0):
     rng = np.random.default_rng(seed)
     return {p: rng.normal(size=i.shape).astype(np.float32) * 0.3
-            for p, i in trainable_table(Model(config).table, tuning).items()}
+            for p, i in Tuning(Model(config).table, tuning).trainable.items()}
 
 
 def merged(config, tuning, trained, base):
-    return peft.combine(trained, base, Model(config).table, tuning)
+    return Tuning(Model(config).table, tuning).combine(trained, base)
 
 
 @pytest.mark.parametrize("name", CASES)

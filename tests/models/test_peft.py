@@ -13,7 +13,7 @@ from t5x_lite.errors import UserError
 from t5x_lite.models import peft
 from t5x_lite.models.language_model import Model
 from t5x_lite.models.params import ParamInfo
-from t5x_lite.models.peft import PeftConfig, combine, split, trainable_table
+from t5x_lite.models.peft import PeftConfig, Tuning
 from t5x_lite.parallel import sharding
 from tests import tiny
 
@@ -55,8 +55,8 @@ CONFIGS = [
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.method}-{len(c.targets)}")
 def test_step_0_is_the_base_model_bit_for_bit(config):
-    trainable, frozen = split(PARAMS, TABLE, config, KEY)
-    found = jax.jit(lambda t, f: combine(t, f, TABLE, config))(trainable, frozen)
+    trainable, frozen = Tuning(TABLE, config).split(PARAMS, KEY)
+    found = jax.jit(lambda t, f: Tuning(TABLE, config).combine(t, f))(trainable, frozen)
     assert found.keys() == PARAMS.keys() and not trainable.keys() & frozen.keys()
     for path in PARAMS:
         np.testing.assert_array_equal(found[path], PARAMS[path])
@@ -64,8 +64,8 @@ def test_step_0_is_the_base_model_bit_for_bit(config):
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.method}-{len(c.targets)}")
 def test_the_table_describes_what_trains(config):
-    trainable, _ = split(PARAMS, TABLE, config, KEY)
-    rows = trainable_table(TABLE, config)
+    trainable, _ = Tuning(TABLE, config).split(PARAMS, KEY)
+    rows = Tuning(TABLE, config).trainable
     assert rows.keys() == trainable.keys()
     for path, row in rows.items():
         assert row.path == path and trainable[path].shape == row.shape == row.units
@@ -73,7 +73,7 @@ def test_the_table_describes_what_trains(config):
 
 
 def test_what_trains():
-    paths = lambda config: sorted(split(PARAMS, TABLE, config, KEY)[0])
+    paths = lambda config: sorted(Tuning(TABLE, config).split(PARAMS, KEY)[0])
     assert paths(PeftConfig()) == sorted(TABLE)
     assert paths(PeftConfig("bitfit")) == [f"{KEYS}/bias"]
     assert paths(PeftConfig("lora", rank=2)) == [
@@ -83,12 +83,12 @@ def test_what_trains():
 
 
 def test_shapes_and_axes_beside_a_stacked_kernel():
-    rows = trainable_table(TABLE, PeftConfig("lora", targets=(".*/wo/kernel",), rank=2))
+    rows = Tuning(TABLE, PeftConfig("lora", targets=(".*/wo/kernel",), rank=2)).trainable
     assert rows[f"{WO}/lora_a"].shape == (3, 4, 10, 2)
     assert rows[f"{WO}/lora_a"].logical_axes == ("layers", "expert", "mlp", None)
     assert rows[f"{WO}/lora_b"].shape == (3, 4, 2, 8)
     assert rows[f"{WO}/lora_b"].logical_axes == ("layers", "expert", None, "embed")
-    rows = trainable_table(TABLE, PeftConfig("ia3"))
+    rows = Tuning(TABLE, PeftConfig("ia3")).trainable
     assert rows[f"{WO}/ia3"].shape == (3, 4, 10)
     assert rows[f"{WO}/ia3"].logical_axes == ("layers", "expert", "mlp")
     assert rows[f"{KEYS}/ia3"].logical_axes == ("layers", "heads")
@@ -98,9 +98,9 @@ def test_shapes_and_axes_beside_a_stacked_kernel():
 def test_lora_by_hand(stabilized, scale):
     config = PeftConfig("lora", targets=(".*/wo/kernel",), rank=2, alpha=4,
                         rank_stabilized=stabilized)
-    trainable, frozen = split(PARAMS, TABLE, config, KEY)
-    trainable = draw(trainable_table(TABLE, config), seed=1)
-    found = combine(trainable, frozen, TABLE, config)
+    trainable, frozen = Tuning(TABLE, config).split(PARAMS, KEY)
+    trainable = draw(Tuning(TABLE, config).trainable, seed=1)
+    found = Tuning(TABLE, config).combine(trainable, frozen)
     for layer in range(3):
         for expert in range(4):
             expected = PARAMS[f"{WO}/kernel"][layer, expert] + scale * (
@@ -113,9 +113,9 @@ def test_lora_by_hand(stabilized, scale):
 
 def test_ia3_scales_activations():
     config = PeftConfig("ia3")
-    _, frozen = split(PARAMS, TABLE, config, KEY)
-    trainable = draw(trainable_table(TABLE, config), seed=1)
-    found = combine(trainable, frozen, TABLE, config)
+    _, frozen = Tuning(TABLE, config).split(PARAMS, KEY)
+    trainable = draw(Tuning(TABLE, config).trainable, seed=1)
+    found = Tuning(TABLE, config).combine(trainable, frozen)
     x, h = np.random.default_rng(2).normal(size=(2, 5, 10)).astype(np.float32)
     x = x[:, :8]
     # keys and values: the outputs, bias included
@@ -131,13 +131,13 @@ def test_ia3_scales_activations():
 
 def test_gradients_reach_the_trainable_part_only():
     config = PeftConfig("lora", rank=2, also=(".*/scale",))
-    trainable, frozen = split(PARAMS, TABLE, config, KEY)
+    trainable, frozen = Tuning(TABLE, config).split(PARAMS, KEY)
     trainable = {p: x + 0.1 for p, x in trainable.items()}
-    loss = lambda t, f: sum(jnp.sum(x ** 3) for x in combine(t, f, TABLE, config).values())
+    loss = lambda t, f: sum(jnp.sum(x ** 3) for x in Tuning(TABLE, config).combine(t, f).values())
     grads = jax.grad(loss)(trainable, frozen)
     assert grads.keys() == trainable.keys()
     # d/dA of f(W + s A B) is s f'(W_eff) B^T
-    effective = combine(trainable, frozen, TABLE, config)[f"{QUERY}/kernel"]
+    effective = Tuning(TABLE, config).combine(trainable, frozen)[f"{QUERY}/kernel"]
     expected = config.lora_scale * jnp.einsum(
         "lio,lro->lir", 3 * effective ** 2, trainable[f"{QUERY}/lora_b"])
     np.testing.assert_allclose(grads[f"{QUERY}/lora_a"], expected, rtol=1e-4)
@@ -146,7 +146,7 @@ def test_gradients_reach_the_trainable_part_only():
 def test_fresh_lora_is_drawn_by_path():
     both = PeftConfig("lora", rank=2)
     one = PeftConfig("lora", rank=2, targets=(".*/value/kernel",))
-    a, b = split(PARAMS, TABLE, both, KEY)[0], split(PARAMS, TABLE, one, KEY)[0]
+    a, b = Tuning(TABLE, both).split(PARAMS, KEY)[0], Tuning(TABLE, one).split(PARAMS, KEY)[0]
     np.testing.assert_array_equal(a[f"{VALUE}/lora_a"], b[f"{VALUE}/lora_a"])
     assert (a[f"{VALUE}/lora_a"] != a[f"{QUERY}/lora_a"]).any()
     drawn = np.abs(a[f"{VALUE}/lora_a"])
@@ -158,9 +158,9 @@ def test_a_bf16_base_keeps_its_dtype_and_trains_in_float32():
     table = {p: dataclasses.replace(i, dtype=jnp.dtype(jnp.bfloat16)) for p, i in TABLE.items()}
     params = draw(table)
     config = PeftConfig("lora", rank=2)
-    trainable, frozen = split(params, table, config, KEY)
+    trainable, frozen = Tuning(table, config).split(params, KEY)
     assert {x.dtype for x in trainable.values()} == {jnp.dtype(jnp.float32)}
-    found = combine(trainable, frozen, table, config)
+    found = Tuning(table, config).combine(trainable, frozen)
     for path in table:
         assert found[path].dtype == jnp.bfloat16
         np.testing.assert_array_equal(found[path], params[path])
@@ -169,9 +169,9 @@ def test_a_bf16_base_keeps_its_dtype_and_trains_in_float32():
 @pytest.mark.parametrize("config", [CONFIGS[2], CONFIGS[5]], ids=["ia3", "lora"])
 def test_a_mesh_gives_the_parameters_of_one_device(config):
     table = TABLE
-    frozen = split(PARAMS, table, config, KEY)[1]
-    trainable = draw(trainable_table(table, config), seed=1)
-    expected = combine(trainable, frozen, table, config)
+    frozen = Tuning(table, config).split(PARAMS, KEY)[1]
+    trainable = draw(Tuning(table, config).trainable, seed=1)
+    expected = Tuning(table, config).combine(trainable, frozen)
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
     assert set(mesh.axis_types) == {AxisType.Explicit}
     rules = sharding.Rules()
@@ -179,8 +179,8 @@ def test_a_mesh_gives_the_parameters_of_one_device(config):
         place = lambda flat, rows: {
             p: jax.device_put(x, sharding.named_sharding(mesh, rules, rows[p].logical_axes))
             for p, x in flat.items()}
-        args = place(trainable, trainable_table(table, config)), place(frozen, table)
-        found = jax.jit(lambda t, f: combine(t, f, table, config))(*args)
+        args = place(trainable, Tuning(table, config).trainable), place(frozen, table)
+        found = jax.jit(lambda t, f: Tuning(table, config).combine(t, f))(*args)
         for path in table:
             spec = rules.spec(table[path].logical_axes, dict(mesh.shape))
             assert found[path].sharding.is_equivalent_to(NamedSharding(mesh, spec),
@@ -212,13 +212,13 @@ def test_vocabulary_prompt_copies_common_rows():
 ])
 def test_bad_configs_are_named(fields, message):
     with pytest.raises(UserError, match=message):
-        split(PARAMS, TABLE, PeftConfig(**fields), KEY)
+        Tuning(TABLE, PeftConfig(**fields)).split(PARAMS, KEY)
 
 
 def test_bitfit_of_a_model_without_biases():
     table = {p: i for p, i in TABLE.items() if not p.endswith("bias")}
     with pytest.raises(UserError, match="this model has no biases; peft.method='regex'"):
-        split(draw(table), table, PeftConfig("bitfit"), KEY)
+        Tuning(table, PeftConfig("bitfit")).split(draw(table), KEY)
 
 
 @pytest.mark.parametrize("method, count", [
@@ -228,6 +228,6 @@ def test_defaults_on_a_model(method, count):
     run = tiny.seq2seq()
     model = Model(run.model)
     params, config = tree.flatten(tiny.params(run)), PeftConfig(method, rank=2)
-    trainable, frozen = split(params, model.table, config, KEY)
+    trainable, frozen = Tuning(model.table, config).split(params, KEY)
     assert sum(x.size for x in trainable.values()) == count
-    model.bind(tree.unflatten(combine(trainable, frozen, model.table, config)))
+    model.bind(tree.unflatten(Tuning(model.table, config).combine(trainable, frozen)))

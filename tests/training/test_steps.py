@@ -32,8 +32,7 @@ def one_step(config, batch, devices):
     placed = {k: jax.device_put(v, program.batch_sharding) for k, v in batch.items()}
     def both(start, placed):   # one compilation: XLA finds what the two share
         key = jax.random.fold_in(jax.random.key(config.train.seed), start["step"])
-        grads, _ = steps.gradients(program.model, config.objective, start["params"], placed,
-                                   key, parts=config.train.accumulation)
+        grads, _ = steps.gradients(program.differentiated, start["params"], placed, key)
         return grads, *program.train_step(start, placed)
 
     with program.activate():
@@ -92,9 +91,9 @@ def test_frozen_parameters_get_no_gradient():
     program = build_lib.build(config, jax.devices()[:1])
     frozen = frozenset(p for p in program.table if p.startswith("encoder/"))
     with program.activate():
-        grads, _ = jax.jit(lambda p, b: steps.gradients(
-            program.model, config.objective, p, b, None, frozen=frozen))(
-                tiny.params(config), tiny.batch())
+        of = dataclasses.replace(program.differentiated, frozen=frozen)
+        grads, _ = jax.jit(lambda p, b: steps.gradients(of, p, b, None))(
+            tiny.params(config), tiny.batch())
     assert set(tree.flatten(grads)) == set(program.table) - frozen
 
 
