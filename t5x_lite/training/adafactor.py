@@ -72,7 +72,7 @@ def scale_by_adafactor(
         return factored_dims(x.shape, stacked[path], smallest)
 
     def init(params: dict[str, jax.Array]) -> AdafactorState:
-        v_row, v_col, v = {}, {}, {}
+        v_row, v_col, v, m = {}, {}, {}, {}
         for path, p in params.items():
             p = p.astype(jnp.float32)
             zeros = jnp.zeros_like(p)  # takes over the parameter's sharding, as do its means
@@ -80,8 +80,9 @@ def scale_by_adafactor(
                 v_row[path], v_col[path] = zeros.mean(dims[1]), zeros.mean(dims[0])
             else:
                 v[path] = zeros
-        m = {path: jnp.zeros_like(p, momentum_dtype) for path, p in params.items()}
-        return AdafactorState(jnp.zeros((), jnp.int32), v_row, v_col, v, m if momentum else {})
+            if momentum:
+                m[path] = zeros.astype(momentum_dtype)
+        return AdafactorState(jnp.zeros((), jnp.int32), v_row, v_col, v, m)
 
     def update(grads, state, params=None, *, learning_rate):
         decay = 1.0 - (state.count - step_offset + 1).astype(jnp.float32) ** -decay_rate
