@@ -9,7 +9,7 @@ import pytest
 
 from t5x_lite import build, convert, init_from, tree
 from t5x_lite.checkpoints import manager
-from t5x_lite.config import RunConfig
+from t5x_lite.config import RunConfig, from_mapping
 from t5x_lite.errors import UserError
 from t5x_lite.formats import hf_lora, safetensors
 from t5x_lite.layers.config import AttentionConfig, MLPConfig, NormConfig, PositionConfig
@@ -129,7 +129,7 @@ def test_the_command_and_the_peft_library(tmp_path, name):
 
     for folder in (workdir, tmp_path / "again"):
         saved = dataclasses.replace(
-            program.config, **{f: getattr(convert.from_mapping(
+            program.config, **{f: getattr(from_mapping(
                 RunConfig, manager.read_record(folder).config), f)
                 for f in ("peft", "init_from")})
         params, _ = init_from.restore(build.build(saved, [*program.mesh.devices.flat]), folder)
