@@ -92,7 +92,7 @@ class Program:
         return sum(self.step_flops(1).values())
 
     def step_flops(self, rows: int, least: bool = False) -> dict[str, float]:
-        """Those of so many rows by part, see cost.flops.step_flops."""
+        """Model FLOPs of a step over so many rows by part, see cost.flops.step_flops."""
         return flops.step_flops(self.config.model, self.table,
                                 self.trainable.keys() - self.optimizer.frozen, rows,
                                 *self.lengths, least=least)

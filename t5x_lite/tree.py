@@ -25,7 +25,7 @@ def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict:
-    """The inverse of flatten."""
+    """{"a/b": x} -> {"a": {"b": x}}, what `flatten` takes apart."""
     tree: dict = {}
     for path, leaf in flat.items():
         *parents, last = path.split("/")

@@ -295,7 +295,7 @@ def _split(num_chunks: int, hidden_BLD: jax.Array, *others: jax.Array) -> tuple[
 
 
 def _join(x_NBC: jax.Array, like_BL: jax.Array) -> jax.Array:
-    """The inverse of _split for an array that was (or is laid out like) like_BL."""
+    """(N, B, C, …) -> (B, L, …): the chunks of `_split` put together, laid out as like_BL is."""
     shards = _length_shards(like_BL)
     batch, length = like_BL.shape[:2]
     num_chunks, _, _, *rest = x_NBC.shape
