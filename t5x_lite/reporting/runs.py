@@ -14,7 +14,7 @@ from typing import Any
 from t5x_lite.errors import UserError
 
 # The x axes of every curve: name -> (field of a line of metrics.jsonl, unit).
-AXES = {"step": ("step", ""), "tokens": ("tokens_seen", "tokens"), "FLOPs": ("flops", "FLOP"),
+AXES = {"step": ("step", ""), "tokens": ("tokens_seen", ""), "FLOPs": ("flops", "FLOP"),
         "hours": ("hours", "h")}
 _SEED = re.compile(r"seed_(\d+)")
 # Fields of a config in which runs of one arm differ: their seeds, and where they lie.
