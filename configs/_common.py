@@ -18,8 +18,7 @@ from t5x_lite.layers.config import (
 )
 from t5x_lite.models.config import BlockConfig, ModelConfig, SegmentConfig, StackConfig
 from t5x_lite.parallel.sharding import DEFAULT_RULES, MeshConfig
-from t5x_lite.training import batch_ramp as schedules
-from t5x_lite.training.batch_ramp import BatchRampConfig
+from t5x_lite.training.batch_ramp import BatchRampConfig, batch_unit, linear_ramp, steps_for
 from t5x_lite.training.methods import OptimizerConfig
 from t5x_lite.training.objectives import ObjectiveConfig
 from t5x_lite.training.schedules import ScheduleConfig
@@ -83,7 +82,7 @@ def gpt2_init(num_layers: int, std: float = 0.02) -> InitConfig:
 
 def ramp(start: int, increment: int, full: int, tokens: float, length: int) -> BatchRampConfig:
     """Batches that grow in equal steps over a number of tokens."""
-    return schedules.linear_ramp(start, increment, full, round(tokens / length))
+    return linear_ramp(start, increment, full, round(tokens / length))
 
 
 def language_model(name: str, model: ModelConfig, *, length: int, batch_size: int, tokens: float,
@@ -106,15 +105,15 @@ def language_model(name: str, model: ModelConfig, *, length: int, batch_size: in
     batch_ramp = batch_ramp or BatchRampConfig()
 
     def steps(count: float) -> int:
-        return schedules.steps_for(batch_ramp, batch_size, math.ceil(count / length))
+        return steps_for(batch_ramp, batch_size, math.ceil(count / length))
 
     num_steps = steps(tokens)
     schedule = ScheduleConfig(
         factors=factors or "constant * linear_warmup * cosine_to_floor",
         base_learning_rate=learning_rate, floor_fraction=floor,
         warmup_steps=warmup_steps or steps(warmup_tokens),
-        total_steps=steps(decay_tokens) if decay_tokens else num_steps)
-    unit = schedules.batch_unit(batch_ramp, batch_size)
+        total_steps=steps(decay_tokens) if decay_tokens else 0)   # 0: train.num_steps
+    unit = batch_unit(batch_ramp, batch_size)
     return RunConfig(
         name=name, model=model, precision="bf16",
         objective=ObjectiveConfig(name="lm", z_loss=z_loss),

@@ -55,7 +55,7 @@ def run(size: str | None = "base") -> RunConfig:
         data=DataConfig(train="c4_bert", validation="c4_bert", inputs_length=512, num_shards=64),
         optimizer=OptimizerConfig(name="adamw", weight_decay=0.01, eps=1e-6, schedule=ScheduleConfig(
             factors="constant * linear_warmup * linear_to_floor", base_learning_rate=1e-4,
-            warmup_steps=10_000, total_steps=1_000_000, floor_fraction=0.0)),
+            warmup_steps=10_000, floor_fraction=0.0)),
         train=TrainConfig(num_steps=1_000_000, global_batch_size=256, log_every=100),
         eval=EvalConfig(every=5000, num_batches=50),
         checkpoint=CheckpointConfig(every=5000, keep_last=3))

@@ -50,8 +50,7 @@ def run(size: str | None = "8x7b") -> RunConfig:
         optimizer=OptimizerConfig(name="adamw", clip_norm=1.0, weight_decay=0.1, beta2=0.95,
                                   schedule=ScheduleConfig(
                                       factors="constant * linear_warmup * cosine_to_floor",
-                                      base_learning_rate=3e-4, warmup_steps=2000,
-                                      total_steps=500_000)),
+                                      base_learning_rate=3e-4, warmup_steps=2000)),
         # 128 rows at a time: docs/rehearsals.md has 32 H100.
         train=TrainConfig(num_steps=500_000, global_batch_size=1024, accumulation=8,
                           log_every=100),

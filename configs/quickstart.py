@@ -49,7 +49,7 @@ def run(arg: str | None = None) -> RunConfig:
         optimizer=OptimizerConfig(
             name="adafactor",
             schedule=ScheduleConfig(factors="constant * linear_warmup * linear_to_floor",
-                                    base_learning_rate=0.03, warmup_steps=40, total_steps=_STEPS,
+                                    base_learning_rate=0.03, warmup_steps=40,
                                     floor_fraction=0.02)),
         train=TrainConfig(num_steps=_STEPS, global_batch_size=32, log_every=20),
         eval=EvalConfig(every=200, num_batches=16, samples=3),

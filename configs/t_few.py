@@ -36,7 +36,7 @@ def run(size: str | None = "3b") -> RunConfig:
                         inputs_length=512, targets_length=256, num_shards=8),
         optimizer=OptimizerConfig(name="adafactor", schedule=ScheduleConfig(
             factors="constant * linear_warmup * linear_to_floor", base_learning_rate=3e-3,
-            warmup_steps=60, total_steps=_STEPS, floor_fraction=0.0)),
+            warmup_steps=60, floor_fraction=0.0)),
         train=TrainConfig(num_steps=_STEPS, global_batch_size=8),
         eval=EvalConfig(every=_STEPS),
         checkpoint=CheckpointConfig(every=200, keep_last=2))

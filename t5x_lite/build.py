@@ -26,7 +26,7 @@ from t5x_lite.models.peft import Tuning
 from t5x_lite.parallel import pipeline, sharding
 from t5x_lite.parallel.sharding import Rules
 from t5x_lite.training import objectives, precision, state, steps
-from t5x_lite.training.optimizers import Optimizer, make_optimizer
+from t5x_lite.training.optimizers import Optimizer, make_optimizer, until
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +199,8 @@ def build(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Pro
     table = model.table
     tuning = Tuning(table, config.peft)
     state.check_divisible({**table, **tuning.trainable}, mesh, rules)
-    optimizer = make_optimizer(config.optimizer, tuning.trainable, policy, config.loss_scale,
+    optimizer = make_optimizer(until(config.optimizer, config.train.num_steps),
+                               tuning.trainable, policy, config.loss_scale,
                                seed=config.train.seed)
     if config.sharding.offload_optimizer:
         optimizer.check_offload()

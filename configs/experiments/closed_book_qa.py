@@ -102,7 +102,7 @@ def _model(vocabulary: str) -> ModelConfig:
 def _stage(name: str, data: DataConfig, seed: int, steps: int, batch: int, rate: float,
            evaluation: EvalConfig) -> RunConfig:
     schedule = ScheduleConfig("constant * linear_warmup * linear_to_floor", rate,
-                              warmup_steps=steps // 20, total_steps=steps, floor_fraction=0.05)
+                              warmup_steps=steps // 20, floor_fraction=0.05)
     return RunConfig(
         name=name, model=_model(data.vocabulary), data=dataclasses.replace(data, num_shards=4),
         optimizer=OptimizerConfig("adafactor", schedule),

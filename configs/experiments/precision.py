@@ -34,7 +34,7 @@ def get_runs() -> tuple[Run, ...]:
                     ("train.seed", seed), ("train.num_steps", _STEPS),
                     ("train.global_batch_size", 16), ("data.inputs_length", 64),
                     ("data.targets_length", 24), ("optimizer.name", "adamw"),
-                    ("optimizer.clip_norm", 1.0), ("optimizer.schedule.total_steps", _STEPS),
+                    ("optimizer.clip_norm", 1.0),
                     ("optimizer.schedule.base_learning_rate", 2e-3),
                     ("optimizer.schedule.warmup_steps", 30), ("loss_scale.growth_interval", 50),
                     ("eval.every", 100), ("eval.num_batches", 16), ("eval.samples", 0),

@@ -37,7 +37,7 @@ def _model() -> ModelConfig:
 def get_runs() -> tuple[Run, ...]:
     """One arm, three seeds."""
     schedule = ScheduleConfig("constant * linear_warmup * linear_to_floor", 1e-3,
-                              warmup_steps=200, total_steps=_STEPS, floor_fraction=0.05)
+                              warmup_steps=200, floor_fraction=0.05)
     return tuple(Run("t5", seed, RunConfig(
         name="scan", model=_model(),
         data=DataConfig(train="scan_simple", validation="scan_simple", vocabulary="scan",

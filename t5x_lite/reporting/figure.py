@@ -29,7 +29,7 @@ def curves(paths: Sequence[str | pathlib.Path], metric: str = "eval/all/loss", a
 
 
 def _drawn(runs: Sequence[Run], metric: str, axis: str, logx: bool, logy: bool):
-    from matplotlib.figure import Figure   # not pyplot: a notebook's own figures stay as they are
+    from matplotlib.figure import Figure  # not pyplot: a notebook's own figures stay as they are
     figure = Figure(figsize=(7.5, 4), layout="constrained")
     axes = figure.subplots()
     field, unit = AXES[axis]

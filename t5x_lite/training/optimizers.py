@@ -326,6 +326,15 @@ def _decay_of(config: OptimizerConfig, info: ParamInfo, group: int) -> float | N
     return config.weight_decay if is_matrix else 0.0
 
 
+def until(config: OptimizerConfig, num_steps: int) -> OptimizerConfig:
+    """The config with schedules, its own and its groups', that end at num_steps where they do not
+    say when."""
+    groups = tuple(group if group.schedule is None else dataclasses.replace(
+        group, schedule=schedules.until(group.schedule, num_steps)) for group in config.groups)
+    return dataclasses.replace(config, groups=groups,
+                               schedule=schedules.until(config.schedule, num_steps))
+
+
 def _check(config: OptimizerConfig) -> None:
     one_of("optimizer.name", config.name, METHODS)
     one_of("optimizer.momentum_dtype", config.momentum_dtype, ("float32", "bfloat16"))

@@ -29,7 +29,8 @@ class ScheduleConfig:
     decay_factor: float = 0.5         # decay_every: multiplier; linear_decay: slope a step
     steps_per_decay: int = 20_000     # decay_every
     steps_per_cycle: int = 100_000    # cosine_decay: starts again after each cycle
-    total_steps: int = 0              # *_to_floor, stable_then_decay: where the floor is reached
+    total_steps: int = 0              # *_to_floor, stable_then_decay: where the floor is reached;
+                                      # 0: at train.num_steps
     decay_steps: int = 0              # stable_then_decay: length of the final linear decay
     floor_fraction: Share = 0.1       # *_to_floor, stable_then_decay: share of the base rate kept
     step_offset: int = 0              # steps before the schedule starts (fine-tuning)
@@ -86,6 +87,11 @@ def schedule(config: ScheduleConfig) -> Callable[[jax.Array], jax.Array]:
         return jnp.asarray(jnp.maximum(rate, config.min_learning_rate), jnp.float32)
 
     return learning_rate
+
+
+def until(config: ScheduleConfig, num_steps: int) -> ScheduleConfig:
+    """The schedule, which ends with the run's last step where it does not say when."""
+    return config if config.total_steps else dataclasses.replace(config, total_steps=num_steps)
 
 
 def _check_factor(config: ScheduleConfig, name: str) -> None:

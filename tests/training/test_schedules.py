@@ -1,5 +1,6 @@
 """Schedules against T5X and by hand; batch ramps by hand."""
 
+import dataclasses
 import json
 
 import jax
@@ -104,3 +105,19 @@ def test_batch_ramp_errors():
         BatchRampConfig(((0, 5),))
     with pytest.raises(UserError, match="divide the difference 60"):
         batch_ramp.linear_ramp(4, 7, 64, 1000)
+
+
+def test_a_schedule_that_does_not_say_when_ends_with_the_run():
+    config = ScheduleConfig(factors="constant * linear_to_floor", base_learning_rate=1.0,
+                            warmup_steps=0, floor_fraction=0.0)
+    assert float(schedules.schedule(schedules.until(config, 10))(5)) == 0.5
+    told = dataclasses.replace(config, total_steps=20)
+    assert schedules.until(told, 10) == told
+
+
+def test_a_run_of_more_steps_has_a_longer_schedule():
+    from t5x_lite.training import optimizers
+    config = optimizers.OptimizerConfig(groups=(optimizers.GroupConfig(
+        pattern=".*", schedule=ScheduleConfig(factors="constant * linear_to_floor")),))
+    ended = optimizers.until(config, 30)
+    assert (ended.schedule.total_steps, ended.groups[0].schedule.total_steps) == (30, 30)
