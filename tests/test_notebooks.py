@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import sys
 
 import pytest
 
@@ -44,7 +45,9 @@ def test_it_runs(file, tmp_path):
     for cell in book.cells:
         if "parameters" in cell.metadata.get("tags", ()):
             cell.source += "".join(f"\n{k} = {v!r}" for k, v in SMALL[file.stem].items())
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "",
+                   "JAX_PLATFORMS": "cpu"}
     client = NotebookClient(book, timeout=900, resources={"metadata": {"path": str(tmp_path)}})
     client.execute(env=environment)
     shown = [output for cell in book.cells if cell.cell_type == "code" for output in cell.outputs]
