@@ -3,6 +3,7 @@
 #   make quickstart   trains and shows configs/quickstart.py; ARGS="--config.train.num_steps=100"
 #   make test         runs the tests; ARGS="tests/test_checkpoint.py -k damage", WORKERS=4
 #   make test-all     runs the slow ones as well
+#   make test-faults  kills, damages and hangs runs on purpose (part of test-all)
 #   make check        style, types, directions of imports and the quick tests, in two minutes
 #   make docs         builds docs/ into docs/_build/html; a warning is an error
 #   make clean        removes .venv and build leftovers, never runs/
@@ -38,7 +39,7 @@ QUICK := tests/test_imports.py tests/test_config.py tests/test_tree.py tests/cos
     tests/layers/test_masks.py tests/parallel/test_sharding.py tests/training/test_schedules.py \
     tests/training/test_metrics.py tests/test_docs.py
 
-.PHONY: quickstart test test-all check docs clean
+.PHONY: quickstart test test-all test-faults check docs clean
 
 quickstart: $(VENV)/cpu.stamp
 	@$(CPU_ENVIRONMENT) $(VENV_PYTHON) -m t5x_lite.train \
@@ -49,6 +50,9 @@ test: $(VENV)/test.stamp
 
 test-all: $(VENV)/test.stamp
 	@$(VENV_PYTHON) -m pytest -q -n $(WORKERS) --dist=loadfile -m '' $(ARGS)
+
+test-faults: $(VENV)/test.stamp
+	@$(VENV_PYTHON) -m pytest -q -rP -n $(WORKERS) --dist=load -m '' tests/faults $(ARGS)
 
 # Without TensorFlow, torch or a compilation: what a commit is checked by.
 check: $(VENV)/check.stamp

@@ -215,7 +215,8 @@ def build(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Pro
         tuning=tuning, merge_changed=jax.jit(tuning.merged),
         batch_sharding=sharding.named_sharding(mesh, rules, ("act_batch", "act_length")),
         differentiated=differentiated,
-        train_step=steps.make_train_step(differentiated, optimizer, config.train.seed),
+        train_step=steps.make_train_step(differentiated, optimizer, config.train.seed,
+                                         skip_bad=config.train.bad_steps == "skip"),
         eval_step=steps.make_eval_step(model, config.objective))
 
 

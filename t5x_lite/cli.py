@@ -1,10 +1,12 @@
 """What the mains share: flags, quiet third parties, processes, and errors on one screen."""
 
 import importlib.util
+import json
 import logging
 import os
 import pathlib
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,9 +16,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 os.environ.setdefault("GLOG_minloglevel", "2")
-# libtpu, there for `plan`, complains at length where there is no TPU.
-if not any(map(os.path.exists, ("/dev/accel0", "/dev/vfio/0", "/proc/driver/nvidia"))):
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from t5x_lite import quiet as quiet_lib
 
@@ -25,9 +24,13 @@ with quiet_lib.stderr():   # JAX's CUDA plugin says already here that there is n
 from absl import app, flags, logging as absl_logging
 from ml_collections import config_flags
 
-from t5x_lite.config import RunConfig, from_mapping, load
+from t5x_lite.checkpoints import format as checkpoint_format, manager
+from t5x_lite.config import RunConfig, from_mapping, load, override
 from t5x_lite.errors import UserError, nearest
 from t5x_lite.parallel import processes
+
+EXIT_USER_ERROR = 2
+EXIT_PEER = 76   # another process of the run has ended, or could not be reached
 
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "host:port of process 0, for more than one process.")
@@ -65,7 +68,7 @@ def saved_or_given(value: str | None, overrides: Sequence[str], holder: flags.Fl
             raise UserError("--workdir holds its config: change fields of it with --override=a.b=c "
                             "instead of --config.")
         folder = workdir(value)
-        return load(folder / "config.json", overrides), folder
+        return saved_config(folder, overrides), folder
     config = run_config(holder)
     if not config.init_from:
         raise UserError("--config without --workdir takes its parameters from init_from: set "
@@ -73,12 +76,30 @@ def saved_or_given(value: str | None, overrides: Sequence[str], holder: flags.Fl
     return config, None
 
 
-def run(main: Callable[[], None], alone: bool = False) -> None:
-    """Parses the flags and calls main; a UserError becomes a message and exit status 2.
+def saved_config(folder: pathlib.Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of a workdir: its config.json, or that of its newest checkpoint where the file
+    is torn. Raises UserError as config.load does."""
+    path = folder / "config.json"
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        record = manager.read_record(folder)
+        print(f"warning: {path} is damaged ({error}): using the config in the checkpoint of step "
+              f"{record.step}", file=sys.stderr)
+        return override(from_mapping(RunConfig, record.config), overrides)
+    except OSError:   # what load says of it
+        pass
+    return load(path, overrides)
 
-    alone: stay a process of its own, whatever the environment says of others.
+
+def run(main: Callable[[], None], alone: bool = False) -> None:
+    """Parses the flags and calls main; a UserError becomes a message and exit status 2, Ctrl-C a
+    line and 130 (train saves first, see running/signals.py).
+
+    alone: stay a process of its own on the CPU, whatever the environment says of others.
     """
     quiet()
+    checkpoint_format.quiet_orbax()
     app.run(lambda argv: _guarded(lambda: _start(main, argv, alone)), flags_parser=_parse)
 
 
@@ -103,6 +124,8 @@ def _start(main: Callable[[], None], argv: list[str], alone: bool) -> None:
     if alone:
         if given:
             raise UserError(f"--{given[0].name}: this command is one process; leave it out.")
+        if not os.environ.get("JAX_PLATFORMS"):
+            jax.config.update("jax_platforms", "cpu")
         main()
         return
     if given and len(given) < 3:
@@ -112,10 +135,34 @@ def _start(main: Callable[[], None], argv: list[str], alone: bool) -> None:
     else:
         found = processes.find(os.environ, processes.has_tpu(os.environ))
     if found is not None:
-        found.initialize()
-    with quiet_lib.stderr():   # ... and as JAX looks for devices
-        jax.local_devices()
+        _run_among(found, main)
+        return
+    if processes.has_tpu_library() and not processes.has_tpu(os.environ):
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")   # it is there for `plan` alone
+    _find_devices()
     main()
+
+
+def _find_devices() -> None:
+    with quiet_lib.stderr():   # JAX's CUDA plugin says here, too, that there is no GPU
+        jax.local_devices()
+
+
+def _run_among(others: processes.Processes, main: Callable[[], None]) -> None:
+    """Joins the other processes of the run and calls main; the death of one of them ends in a
+    line of ours and EXIT_PEER."""
+    with processes.last_words():
+        try:
+            others.initialize()
+            _find_devices()
+            main()
+        except Exception as error:
+            if isinstance(error, UserError) or not processes.is_peers_fault(error):
+                raise
+            print(f"{checkpoint_format.brief(error)}\nerror: {processes.PEER_GONE}",
+                  file=sys.stderr, flush=True)
+            processes.said_last_words()
+            os._exit(EXIT_PEER)
 
 
 def _guarded(fn: Callable[[], None]) -> None:
@@ -123,14 +170,33 @@ def _guarded(fn: Callable[[], None]) -> None:
         fn()
     except UserError as error:
         _exit(error)
+    except KeyboardInterrupt:
+        print("error: stopped by SIGINT", file=sys.stderr, flush=True)
+        _leave(130)
 
 
 def _exit(error: Exception) -> None:
     print(f"error: {error}", file=sys.stderr, flush=True)
+    _leave(EXIT_USER_ERROR)
+
+
+def _leave(status: int) -> None:
     # A process that leaves its peers waiting in a collective must not wait for them itself.
     if jax.distributed.is_initialized() and jax.process_count() > 1:
-        os._exit(2)
-    sys.exit(2)
+        processes.said_last_words()
+        os._exit(status)
+    sys.exit(status)
+
+
+def process_start() -> float:
+    """When this process began, as time.monotonic counts; now, where the system does not say."""
+    try:
+        with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
+            ticks = int(file.read().rpartition(")")[2].split()[19])
+        return min(time.monotonic(), ticks / os.sysconf("SC_CLK_TCK") + time.monotonic()
+                   - time.clock_gettime(time.CLOCK_BOOTTIME))
+    except (OSError, ValueError, IndexError, AttributeError):
+        return time.monotonic()
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -23,14 +23,17 @@ from t5x_lite.bounds import Bounds, Count, Seed
 from t5x_lite.checkpoints.manager import CheckpointConfig
 from t5x_lite.data.config import DataConfig
 from t5x_lite.decoding.decode import DecodeConfig
-from t5x_lite.errors import UserError, nearest, refuse
+from t5x_lite.errors import UserError, at_least, nearest, one_of, refuse
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.peft import PeftConfig
 from t5x_lite.parallel.sharding import DEFAULT_RULES, MeshConfig
+from t5x_lite.running.clock import WatchdogConfig
 from t5x_lite.training.batch_ramp import BatchRampConfig
 from t5x_lite.training.methods import OptimizerConfig
 from t5x_lite.training.objectives import ObjectiveConfig
 from t5x_lite.training.precision import LossScaleConfig
+
+BAD_STEPS = ("stop", "skip")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,19 @@ class TrainConfig:
     accumulation: Count = 1           # micro-batches an optimizer step is split into
     seed: Seed = 0                   # of parameters, dropout and, unless data.seed is given, data
     log_every: Count = 10             # steps between lines of metrics.jsonl
+    # A step whose loss or update is not finite, or whose loss is above spike_bound: stop before
+    # anything of it is saved, or skip it (parameters and optimizer stay as they were).
+    bad_steps: str = "stop"         # one of BAD_STEPS
+    max_bad_steps: Count = 10         # bad steps in a row after which skipping ends the run
+    # Robust standard deviations above the median of the last losses from which a loss is bad
+    # (running/health.py); 0: none is. OLMo's skip-step has 6.
+    spike_bound: float = 0.0
+    watchdog: WatchdogConfig = WatchdogConfig()   # seconds after which a run counts as stuck
+
+    def __post_init__(self):
+        one_of("train.bad_steps", self.bad_steps, BAD_STEPS)
+        at_least("train.max_bad_steps", self.max_bad_steps, 1)
+        at_least("train.spike_bound", self.spike_bound, 0, "0 means that no loss is a spike.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,21 +23,22 @@ from t5x_lite.errors import UserError
 from t5x_lite.evaluation.evaluator import Evaluator
 
 
-def steps_to_evaluate(workdir: pathlib.Path, step: str) -> list[int]:
-    """The committed steps that "all", "last" or a number names, rising."""
+def steps_to_evaluate(workdir: pathlib.Path, step: str) -> list[int | str]:
+    """The committed steps that "all" or a number names, rising; "last" stays a word, because it
+    falls back to the step before where the newest cannot be read."""
     steps = manager.all_steps(workdir)
     if not steps:
         raise UserError(f"--workdir={workdir} holds no checkpoint.")
     if step == "all":
         return steps
     if step == "last":
-        return steps[-1:]
+        return [step]
     if not step.isdigit() or int(step) not in steps:
         raise UserError(f"--step={step}: must be all, last or one of {steps}.")
     return [int(step)]
 
 
-def run(config: RunConfig, workdir: pathlib.Path | None, steps: Sequence[int]
+def run(config: RunConfig, workdir: pathlib.Path | None, steps: Sequence[int | str]
         ) -> dict[int, dict[str, dict[str, float]]]:
     """{step: {task: metrics}} of checkpoints of a workdir; None: of init_from, as each step."""
     program = build(config)
@@ -48,10 +49,10 @@ def run(config: RunConfig, workdir: pathlib.Path | None, steps: Sequence[int]
             raise UserError("nothing to evaluate on: set data.validation to a task, or "
                             "data.validation_files to text files.")
         for step in steps:
-            params, _ = init_from.restore(program, workdir, step)
-            results[step] = evaluator.evaluate(params)
-            for task, values in results[step].items():
-                log.say(report.evaluation_line(step, task, values))
+            params, found = init_from.restore(program, workdir, step)
+            results[found] = evaluator.evaluate(params)
+            for task, values in results[found].items():
+                log.say(report.evaluation_line(found, task, values))
     return results
 
 

@@ -288,7 +288,8 @@ def run(predictor: Predictor, params, items: Iterable[Item], output: Output, mod
     for batch in _batches(fresh, predictor.batch_size):
         if mode == "score":
             pairs = [(item.inputs, target) for item in batch for target in item.targets]
-            scores = iter(predictor.score(params, *zip(*pairs, strict=True)))
+            lines = [item.line for item in batch for _ in item.targets]
+            scores = iter(predictor.score(params, *zip(*pairs, strict=True), row_ids=lines))
             found = [{"scores": list(itertools.islice(scores, len(item.targets)))}
                      for item in batch]
         else:

@@ -37,14 +37,43 @@ def header(program: Program) -> str:
         ("parameters", f"{program.num_params:,} "
                        f"({program.num_non_embedding_params:,} non-embedding)"),
         *trains,
-        ("devices", f"{program.mesh.size} x {device.device_kind}, mesh {mesh}, "
+        ("devices", f"{program.mesh.size} x {_kind(device)}, mesh {mesh}, "
                     f"{jax.process_count()} process{'es' if jax.process_count() > 1 else ''}"),
         ("step", f"{rows} sequences x {program.lengths} = "
                  f"{rows * program.tokens_per_sequence:,} tokens, "
                  f"{si(rows * program.flops_per_sequence, 'FLOP')}"),
         ("steps", f"{config.train.num_steps:,}"),
+        *[("warning", text) for text in [unused_accelerator(device.platform)] if text],
     ]
     return "\n".join(f"{name:<11} {text}" for name, text in lines)
+
+
+def _kind(device: jax.Device) -> str:
+    """"cpu", or "NVIDIA H100 (gpu)": what a device is, and JAX's platform that runs it."""
+    kind, platform = device.device_kind, device.platform
+    return kind if kind == platform else f"{kind} ({platform})"
+
+
+# What an accelerator leaves on a Linux machine, and the extra of setup.py that uses it.
+_TRACES = (("an NVIDIA GPU", ("/proc/driver/nvidia", "/dev/nvidia0", "/dev/dxg"), "cuda"),
+           ("an AMD GPU", ("/dev/kfd",), ""),
+           ("a TPU", ("/dev/accel0", "/dev/vfio/0"), "tpu"))
+
+
+def unused_accelerator(platform: str, exists: Callable[[str], bool] = os.path.exists) -> str:
+    """A sentence where a run on the CPU could use an accelerator that the machine seems to have.
+
+    platform: of the run's devices, as jax.Device says. "" where there is nothing to say.
+    """
+    if platform != "cpu":
+        return ""
+    for name, files, extra in _TRACES:
+        if any(map(exists, files)):
+            chosen = os.environ.get("JAX_PLATFORMS")
+            why = f"JAX_PLATFORMS={chosen} is set" if chosen else (
+                f"install JAX for it{f' (pip install t5x_lite[{extra}])' if extra else ''}")
+            return f"this machine seems to have {name}, but the run is on the CPU: {why}"
+    return ""
 
 
 def _terminal_width() -> int:
@@ -55,11 +84,12 @@ def _terminal_width() -> int:
 class Progress:
     """A live line on a terminal, else a plain line every log_every steps."""
 
-    def __init__(self, start: int, total: int, tokens_seen: Callable[[int], int]):
+    def __init__(self, start: int, total: int, tokens_seen: Callable[[], int]):
+        """tokens_seen: how many the run has seen up to now."""
         self._bar = None
         self._tokens_seen = tokens_seen
         self._total = total
-        self._first, self._began = start, time.perf_counter()
+        self.restart_clock(start)
         if is_main() and _terminal_width():
             self._bar = tqdm(
                 total=total, initial=start, dynamic_ncols=True, mininterval=0.2,
@@ -68,7 +98,7 @@ class Progress:
     def update(self, step: int, loss: float, log: bool) -> None:
         """Shows that `step` steps are done."""
         seconds = time.perf_counter() - self._began
-        tokens = self._tokens_seen(step) - self._tokens_seen(self._first)
+        tokens = self._tokens_seen() - self._tokens_before
         rate = tokens / max(seconds, 1e-9)
         shown = f"loss {loss:.3f}, {si(rate, 'tokens/s') if rate else 'compiled'}"
         if self._bar is not None:
@@ -81,6 +111,7 @@ class Progress:
     def restart_clock(self, step: int) -> None:
         """Leaves what has passed (compilation, evaluation) out of the rates."""
         self._first, self._began = step, time.perf_counter()
+        self._tokens_before = self._tokens_seen()
 
     def close(self) -> None:
         """Ends the live line."""

@@ -4,20 +4,23 @@ The whole story of a run stands in `run`. Started again with the same command, i
 from the newest checkpoint of the workdir and ends as if it had never stopped.
 
     WORKDIR/config.json        the resolved config
+            configs/STEP.json  the one that held from that step on, where it changed on a resume
             parameters.txt     every parameter with shape, logical axes and sharding
             metrics.jsonl      one line every train.log_every steps and every evaluation
             tensorboard/       the same for TensorBoard
             checkpoints/       see checkpoints/manager.py
+            run.lock           one writer a workdir, see checkpoints/lock.py
+
+What happens to a run from outside stands in running/: signals, steps that are not finite, a hang.
 """
 
 import dataclasses
 import functools
-import math
+import json
 import pathlib
-import signal
-import threading
-from collections.abc import Mapping, Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read on import
 
@@ -25,12 +28,12 @@ from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read o
 
 import jax
 from absl import flags
-from jax.experimental import multihost_utils
 
-from t5x_lite import init_from, log, report
+from t5x_lite import files, init_from, log, report
 from t5x_lite.build import Program, build, param_report
-from t5x_lite.checkpoints.manager import Checkpointer, restore_or_init
-from t5x_lite.config import RunConfig, to_json
+from t5x_lite.checkpoints.format import Record
+from t5x_lite.checkpoints.manager import Checkpointer, Start, read_record, restore_or_init
+from t5x_lite.config import RunConfig, from_mapping, to_json
 from t5x_lite.cost import hardware, usage
 from t5x_lite.data import (
     batches as data_batches,
@@ -40,7 +43,14 @@ from t5x_lite.data import (
 from t5x_lite.errors import UserError
 from t5x_lite.evaluation.evaluator import Evaluator
 from t5x_lite.models.blocks import LOAD_ENTROPY
+from t5x_lite.parallel import processes
+from t5x_lite.running import changes
+from t5x_lite.running.clock import LOST, Clock, Watchdog
+from t5x_lite.running.counts import Counts
+from t5x_lite.running.health import Fault, Health, Step
+from t5x_lite.running.signals import Stop
 from t5x_lite.training import batch_ramp, metrics
+from t5x_lite.training.steps import FINITE
 
 # Load entropy of a mixture, as a share of a uniform load's, below which a run warns: 8 experts
 # of which two share everything have a third.
@@ -48,193 +58,316 @@ COLLAPSED = 0.5
 
 
 @dataclasses.dataclass
-class _Stop:
-    """Whether a SIGTERM asks the run to save and leave."""
+class _Session:
+    """What one life of a run works with."""
 
-    asked: bool = False
-    previous: Any = None
-
-    def __enter__(self) -> "_Stop":
-        # With several processes JAX's coordination service owns SIGTERM, so that all of them
-        # stop at the same step; a lone process must catch it itself.
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self.previous = signal.signal(signal.SIGTERM, self._ask)
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.previous is not None:
-            signal.signal(signal.SIGTERM, self.previous)
-
-    def _ask(self, *_) -> None:
-        self.asked = True
-
-    def now(self, step: int) -> bool:
-        """Whether to stop after `step`; the same answer in every process."""
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self.asked
+    program: Program
+    workdir: pathlib.Path
+    clock: Clock
+    stop: Stop
+    checkpointer: Checkpointer
+    train_data: data_batches.TrainIterator
 
 
-def run(config: RunConfig, workdir: str | pathlib.Path) -> dict[str, dict[str, float]]:
+@dataclasses.dataclass
+class _Where:
+    """Where a run stands, for the watchdog."""
+
+    step: int = 0
+    rows: int = 0
+
+    def __call__(self) -> str:
+        return f"the run is at step {self.step}, {self.rows:,} rows of its data taken"
+
+
+def run(config: RunConfig, workdir: str | pathlib.Path, clock: Clock | None = None
+        ) -> dict[str, dict[str, float]]:
     """Trains until train.num_steps and returns the last held-out metrics.
 
+    Args:
+        clock: counts from the start of the process; None: from here.
     Raises:
-        UserError: a config that cannot be, a workdir of another model, data that is missing
-            or empty, a loss that is not finite.
+        UserError: a config that cannot be, a workdir of another model or in use, processes that
+            disagree, data that are missing or empty, a step that is not finite.
+        SystemExit: a signal asked for the end, and the run is saved.
     """
-    workdir = pathlib.Path(workdir)
-    program = build(config)
-    train_data = data_batches.TrainIterator(
-        config.data, objective=config.objective.rows,
-        global_batch_size=config.train.global_batch_size,
-        sharding=program.batch_sharding, seed=config.train.seed)
-    data_vocabulary.check_vocabulary(data_tasks.vocabulary_of(config.data), config.model.vocab_size,
-                          data_tasks.uses_sentinels(config.data, config.objective.rows))
-    with Checkpointer(workdir, config.checkpoint) as checkpointer:
-        start = functools.partial(init_from.start, program) if config.init_from else None
-        state, iterator_states, _ = restore_or_init(
-            checkpointer, program.abstract_state, program.init_state, start,
+    workdir, clock, where = pathlib.Path(workdir), clock or Clock(), _Where()
+    processes.check_agree({"--workdir": str(workdir), "config": json.loads(to_json(config))})
+    with (Stop() as stop,
+          Watchdog(config.train.watchdog, clock, workdir, where=where,
+                   process=jax.process_index()) as watchdog):
+        program = build(config)
+        with Checkpointer(workdir, config.checkpoint) as checkpointer:
+            watchdog.saving_since = checkpointer.saving_since
+            train_data = data_batches.TrainIterator(
+                config.data, objective=config.objective.rows,
+                global_batch_size=config.train.global_batch_size,
+                sharding=program.batch_sharding, seed=config.train.seed)
+            data_vocabulary.check_vocabulary(
+                data_tasks.vocabulary_of(config.data), config.model.vocab_size,
+                data_tasks.uses_sentinels(config.data, config.objective.rows))
+            session = _Session(program, workdir, clock, stop, checkpointer, train_data)
+            start = _start(session)
+            _introduce(session, start.record)
+            with program.activate():
+                return _loop(session, start, where)
+
+
+def _start(session: _Session) -> Start:
+    """The state that the run begins with, and its data at their place."""
+    program, checkpointer = session.program, session.checkpointer
+    init_from_fn = functools.partial(init_from.start, program)
+    try:
+        start = restore_or_init(
+            checkpointer, program.abstract_state, program.init_state,
+            init_from_fn if program.config.init_from else None,
             functools.partial(init_from.frozen, program))
-        if iterator_states is not None:
-            train_data.restore(iterator_states)
-        log.say(report.header(program))
-        if log.is_main():
-            rows = batch_ramp.sequences_before(config.train.batch_ramp,
-                                              config.train.global_batch_size,
-                                              config.train.num_steps)
-            for line in data_tasks.describe_training(config.data, config.objective.rows, rows):
-                log.say(f"data        {line}")
-        _write_description(program, workdir)
-        with program.activate(), _Stop() as stop:
-            return _loop(program, workdir, checkpointer, train_data, state, stop)
+        if start.iterator_states is not None:
+            session.train_data.restore(start.iterator_states)
+    except UserError as error:
+        steps = checkpointer.all_steps()
+        changed = _changed(read_record(checkpointer.directory, steps[-1]), program.config) \
+            if steps else []
+        listed = "".join(f"\n  {line}" for line in changed)
+        raise UserError(f"{error}" + (f"\nChanged since that checkpoint:{listed}" if listed else "")
+                        ) from error
+    return start
 
 
-def _write_description(program: Program, workdir: pathlib.Path) -> None:
-    if log.is_main():
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(to_json(program.config) + "\n")
-        (workdir / "parameters.txt").write_text(param_report(program))
+def _introduce(session: _Session, record: Record | None) -> None:
+    """Says what is about to run and what changed, and writes what describes the run."""
+    program, workdir, config = session.program, session.workdir, session.program.config
+    if not log.is_main():
+        return
+    log.say(report.header(program))
+    rows = batch_ramp.sequences_before(config.train.batch_ramp, config.train.global_batch_size,
+                                       config.train.num_steps)
+    for line in data_tasks.describe_training(config.data, config.objective.rows, rows):
+        log.say(f"data        {line}")
+    changed = _changed(record, config) if record is not None else []
+    for line in changed:
+        log.say(f"changed     {line} (since step {record.step})")
+    history = workdir / "configs"
+    history.mkdir(parents=True, exist_ok=True)
+    if record is not None and not any(history.iterdir()):   # a workdir of before the history
+        files.write_whole(history / "0.json", json.dumps(record.config, indent=1) + "\n")
+    text = to_json(config) + "\n"
+    if record is None or changed:
+        files.write_whole(history / f"{record.step if record else 0}.json", text)
+    files.write_whole(workdir / "config.json", text)
+    files.write_whole(workdir / "parameters.txt", param_report(program))
 
 
-def _loop(program: Program, workdir: pathlib.Path, checkpointer: Checkpointer,
-          train_data: data_batches.TrainIterator, state: Mapping, stop: _Stop) -> dict[str, dict[str, float]]:
+def _changed(record: Record, config: RunConfig) -> list[str]:
+    """"field: old -> new" lines of what the config says otherwise than the checkpoint's."""
+    old = record.config
+    try:   # fields that the config did not have yet have their defaults
+        old = json.loads(to_json(from_mapping(RunConfig, old)))
+    except UserError as error:   # of another version of this program
+        log.say(f"the checkpoint's config is of another version: {error}")
+    return changes.describe(old, json.loads(to_json(config)))
+
+
+def _loop(session: _Session, start: Start, where: _Where) -> dict[str, dict[str, float]]:
     """Steps, evaluations and checkpoints from the state's step to the last."""
-    config = program.config
+    program, config, state = session.program, session.program.config, start.state
     first, last = int(state["step"]), config.train.num_steps
-    config_json = to_json(config)
     evaluator = Evaluator(program)
     train_step = program.jit_train_step()
     held_out: dict[str, dict[str, float]] = {}
-    with metrics.MetricsWriter(workdir, resume_step=first) as writer:
-        before = metrics.read_metrics(workdir / "metrics.jsonl") if log.is_main() else []
-        meter = _Log(program, writer, checkpointer, first, before)
+    stopping = False
+    with metrics.MetricsWriter(session.workdir, resume_step=first) as writer:
+        meter = _Meter(session, writer, first, start.record)
         for step in range(first + 1, last + 1):
-            rows = batch_ramp.batch_size_at(config.train.batch_ramp,
-                                           config.train.global_batch_size, step - 1)
-            state, sums = train_step(state, train_data.take(rows))
-            # The device works on this step while the one before it is read and shown.
-            meter.read_pending()
-            meter.pending = (step, sums)
-            stopping = step < last and stop.now(step)
-            evaluating = step % config.eval.every == 0 or step == last
+            where.step, where.rows = step, meter.counts.rows
+            state = _step(session, meter, train_step, state, step)
+            stopping = step < last and session.stop.now(step)
+            evaluating = not stopping and evaluator.has_data and (
+                step % config.eval.every == 0 or step == last)
             saving = step % config.checkpoint.every == 0 or step == last or stopping
             if evaluating or saving:
-                meter.read_pending()   # nothing is saved before its own loss was read as finite
+                meter.read_pending()   # nothing is saved before it is known to be finite
             # Evaluated before it is saved: a kill in between repeats the evaluation, where the
-            # other order would leave it out. A SIGTERM leaves no time for it.
-            if evaluating and evaluator.has_data and not stopping:
-                held_out = evaluator.evaluate(program.whole_params(state))
-                for task, values in held_out.items():
-                    log.say(report.evaluation_line(step, task, values))
-                    writer.write(meter.stamp(step), values, prefix=f"eval/{task}/")
-                meter.progress.restart_clock(step)
+            # other order would leave it out. A signal leaves no time for it.
+            if evaluating:
+                held_out = _evaluate(session, evaluator, meter, state, step)
             if saving:
-                checkpointer.save(step, state, train_data.state(), config_json)
+                with session.clock.during("save"):
+                    session.checkpointer.save(step, state, session.train_data.state(),
+                                              to_json(config), meter.memory())
             if stopping:
-                checkpointer.wait()
-                log.say(f"stopped by SIGTERM after step {step}, which is saved; the same "
-                           f"command goes on from there")
-                meter.close()
-                return held_out
+                break
+        with session.clock.during("save"):
+            session.checkpointer.wait()
         meter.close()
-    checkpointer.wait()
+    if stopping:
+        log.say(f"stopped by {session.stop.name or 'SIGTERM'} after step {step}, which is saved; "
+                f"the same command goes on from there")
+        raise SystemExit(0)
+    meter.refuse_a_run_without_updates()
     if config.eval.samples and evaluator.has_data:
         log.say(report.samples(evaluator.samples(program.whole_params(state),
-                                                    config.eval.samples)))
+                                                 config.eval.samples)))
     return held_out
 
 
-class _Log:
-    """Reads metrics one step late, refuses a loss that is not finite, writes and shows."""
+def _step(session: _Session, meter: "_Meter", train_step: Callable, state: Mapping, step: int
+          ) -> Mapping:
+    """Dispatches a step, and reads the one before it while the device works."""
+    train, clock = session.program.config.train, session.clock
+    rows = batch_ramp.batch_size_at(train.batch_ramp, train.global_batch_size, step - 1)
+    with clock.during("data"):
+        batch = session.train_data.take(rows)
+    bound = meter.health.bound(step)
+    # Without skipping the bound is no argument: the program is the one that plan rehearses.
+    guard = (jax.numpy.float32(bound),) if train.bad_steps == "skip" else ()
+    clock.enter("step" if session.stop.begun else "compile")
+    state, sums = train_step(state, batch, *guard)
+    session.stop.begun = True
+    clock.enter("step")
+    meter.read_pending()
+    meter.pending = _Pending(step, rows, bound, sums)
+    return state
 
-    def __init__(self, program: Program, writer: metrics.MetricsWriter,
-                 checkpointer: Checkpointer, first: int, before: Sequence[Mapping]):
-        """before: the lines of metrics.jsonl so far."""
-        self.pending: tuple[int, Mapping] | None = None
-        self._program = program
-        self._writer = writer
-        self._checkpointer = checkpointer
-        train = program.config.train
-        self._every = train.log_every
-        self._sums: dict = {}
-        self.progress = report.Progress(first, train.num_steps, self._tokens_seen)
+
+def _evaluate(session: _Session, evaluator: Evaluator, meter: "_Meter", state: Mapping, step: int
+              ) -> dict[str, dict[str, float]]:
+    """Held-out metrics of the state, shown and written."""
+    with session.clock.during("evaluation"):
+        held_out = evaluator.evaluate(session.program.whole_params(state))
+    for task, values in held_out.items():
+        log.say(report.evaluation_line(step, task, values))
+        meter.writer.write(meter.stamp(step), values, prefix=f"eval/{task}/")
+    meter.progress.restart_clock(step)
+    return held_out
+
+
+class _Pending(NamedTuple):
+    """A step that the device works on while the one before it is read."""
+
+    step: int
+    rows: int
+    bound: float   # what its loss may be
+    sums: Mapping
+
+
+class _Meter:
+    """Reads metrics one step late, judges each step, counts, writes and shows."""
+
+    def __init__(self, session: _Session, writer: metrics.MetricsWriter, first: int,
+                 record: Record | None):
+        """record: of the checkpoint that the run resumes from."""
+        self.pending: _Pending | None = None
+        self.writer = writer
+        self._session, self._program = session, session.program
+        program, train = session.program, session.program.config.train
+        memory = record.progress if record is not None else {}
+        spent = memory.get("spent") or _spent_until(record, program)
+        self.counts = Counts.resumed(spent, program.tokens_per_sequence,
+                                     program.flops_per_sequence)
+        self.health = Health(train, program.config.loss_scale.minimum, memory.get("health"))
+        self._sums: dict = {name: tuple(pair) for name, pair in memory.get("sums", {}).items()}
+        self._skipped_in_line = memory.get("skipped_in_line", 0)
+        self.progress = report.Progress(first, train.num_steps, lambda: self.counts.tokens)
+        lost = _lost_seconds(session.checkpointer, memory)
+        session.clock.add({**memory.get("seconds", {}), LOST: memory.get(
+            "seconds", {}).get(LOST, 0.0) + lost})
         devices = list(program.mesh.devices.flat)
-        used = next((line for line in reversed(before) if "chip_hours" in line), None)
         self._usage = usage.UsageMeter(
             devices[0].device_kind, num_chips=hardware.count_chips(devices),
-            dtype=program.policy.matmul_dtype, num_processes=jax.process_count(), before=used)
-        self._usage_step = first
+            dtype=program.policy.matmul_dtype, num_processes=jax.process_count(),
+            before=memory.get("usage") or _usage_until(session.workdir), lost_seconds=lost)
+        self._flops_then = self.counts.flops
         self._fresh = True
         self._warned: set[str] = set()
 
-    def _rows_seen(self, step: int) -> int:
-        train = self._program.config.train
-        return batch_ramp.sequences_before(train.batch_ramp, train.global_batch_size, step)
-
-    def _tokens_seen(self, step: int) -> int:
-        return self._rows_seen(step) * self._program.tokens_per_sequence
+    def memory(self) -> dict[str, Any]:
+        """What the next life of the run goes on from, as JSON values; stands in the checkpoint."""
+        return {"spent": self.counts.spent, "sums": self._sums, "health": self.health.memory(),
+                "skipped_in_line": self._skipped_in_line,
+                "usage": self._usage.so_far(), "seconds": self._session.clock.seconds(),
+                "saved_at": time.time()}
 
     def stamp(self, step: int) -> dict[str, float]:
         """What every line of metrics.jsonl carries."""
-        return {"step": step, "tokens_seen": self._tokens_seen(step),
-                "flops": self._rows_seen(step) * self._program.flops_per_sequence,
+        return {"step": step, "tokens_seen": self.counts.tokens, "flops": self.counts.flops,
                 "non_embedding_params": self._program.num_non_embedding_params}
 
-    def _used(self, step: int) -> dict[str, float | str]:
+    def _used(self) -> dict[str, float | str]:
         """Chip-hours, energy, carbon and MFU, as usage.UsageMeter gives them."""
-        rows = self._rows_seen(step) - self._rows_seen(self._usage_step)
-        self._usage_step = step
-        return self._usage.read(rows * self._program.flops_per_sequence)
+        flops, self._flops_then = self.counts.flops - self._flops_then, self.counts.flops
+        return self._usage.read(flops)
 
     def read_pending(self) -> None:
-        """Waits for the pending step's metrics and handles them."""
+        """Waits for the pending step's metrics and handles them.
+
+        Raises:
+            UserError: a bad step where the run must stop.
+        """
         if self.pending is None:
             return
-        step, sums = self.pending
-        self.pending = None
-        sums = jax.device_get(sums)
-        loss = float(sums["loss"][0]) / float(sums["loss"][1])
-        if not math.isfinite(loss):
-            self.progress.close()
-            self._checkpointer.wait()
-            good = self._checkpointer.latest()
-            kept = f"the last good checkpoint is of step {good}" if good is not None else \
-                "no checkpoint was saved yet"
-            raise UserError(
-                f"the loss of step {step} is {loss}; {kept}, and nothing was saved after it. "
-                f"Lower optimizer.schedule.base_learning_rate (or lengthen its warm-up), set "
-                f"optimizer.clip_norm=1.0, or use precision=float32, and run the same command.")
-        self._sums = metrics.add(self._sums, sums)
-        due = step % self._every == 0
+        (number, rows, bound, sums), self.pending = self.pending, None
+        sums = dict(jax.device_get(sums))
+        step = Step.read(number, sums, bound)
+        del sums[FINITE]
+        self.counts.add(rows)
+        fault = self.health.judge(step)
+        if fault is not None and fault.stops:
+            raise self._stopped_by(step, fault)
+        if fault is None:
+            self._session.checkpointer.verify(number - 1)
+            self._sums = metrics.add(self._sums, sums)
+        else:
+            log.say(f"warning: {fault.what}; the step is skipped ({self.health.skipped:,} of "
+                    f"{self.health.seen:,} so far)")
+            # Only that it was skipped: what a bad step says of the model is in no mean.
+            self._sums = metrics.add(self._sums, {"skipped": sums["skipped"]})
+        self._skipped_in_line += step.skipped
+        due = number % self._program.config.train.log_every == 0
         if due:
-            means = metrics.divide(self._sums)
-            self._writer.write({**self.stamp(step), **self._used(step)}, means, prefix="train/")
-            self._sums = {}
-            self._warn_of_collapse(step, means)
+            self._write_line(number)
         if self._fresh:   # the first step's time is compilation
-            self.progress.restart_clock(step)
+            self.progress.restart_clock(number)
             self._fresh = False
-        self.progress.update(step, loss, due)
+        self.progress.update(number, step.loss, due)
+
+    def _write_line(self, step: int) -> None:
+        means = metrics.divide(self._sums)
+        self.writer.write({**self.stamp(step), **self._used(), **self._session.clock.metrics()},
+                          means, prefix="train/")
+        self._warn_of_collapse(step, means)
+        every = self._program.config.train.log_every
+        if self._skipped_in_line >= every and "loss_scale" in means:
+            log.say(f"warning: all of the last {every} steps were skipped, because gradients "
+                    f"overflow float16 (loss scale {means['loss_scale']:g} and falling)")
+        self._sums, self._skipped_in_line = {}, 0
+
+    def _stopped_by(self, step: Step, fault: Fault) -> UserError:
+        """The error of a bad step, once what is on the disk is in order."""
+        self.progress.close()
+        checkpointer = self._session.checkpointer
+        checkpointer.wait()
+        aside = ""
+        if step.speaks_against_the_state_before:
+            # Skipped steps left the state as it was: all of their checkpoints hold the same.
+            found = checkpointer.suspect(step.number - self.health.in_a_row)
+            names = ", ".join(f"checkpoints/{n}.suspect" for n in found)
+            aside = f" What was saved of the parameters that gave this is now {names}." \
+                if found else ""
+        good = checkpointer.latest()
+        kept = f"the last good checkpoint is of step {good}, and nothing was saved after it" \
+            if good is not None else "there is no good checkpoint, and a new start is from " \
+            "the beginning"
+        return UserError(f"{fault.what}; {kept}.{aside} {_remedy(step)}")
+
+    def refuse_a_run_without_updates(self) -> None:
+        """Raises UserError where every step of the run was skipped."""
+        seen = self.health.seen
+        if seen and self.health.skipped == seen:
+            raise UserError(
+                f"all {seen:,} steps were skipped, and nothing was learned. With precision=fp16 "
+                "gradients overflowed at every loss scale tried: set loss_scale.initial and "
+                "loss_scale.minimum lower, train longer, or use precision=bf16 or float32.")
 
     def _warn_of_collapse(self, step: int, means: Mapping[str, float]) -> None:
         """Once for every layer whose experts have collapsed."""
@@ -246,15 +379,50 @@ class _Log:
             self._warned |= fresh.keys()
             listed = ", ".join(f"{layer} {mean:.2f}" for layer, mean in fresh.items())
             log.say(f"warning: at step {step} few experts get nearly all tokens (load entropy, "
-                       f"1 where even: {listed}); raise moe.balance_weight or moe.jitter, or lower "
-                       f"the learning rate")
+                    f"1 where even: {listed}); raise moe.balance_weight or moe.jitter, or lower "
+                    f"the learning rate")
 
     def close(self) -> None:
-        """Reads what is left and ends the progress line."""
+        """Reads what is left, ends the progress line and says what the run has used."""
         self.read_pending()
         self.progress.close()
         if not self._fresh:
-            log.say(f"used {usage.describe(self._used(self._usage_step))}")
+            log.say(f"used {usage.describe(self._used())}; {self._session.clock.line()}")
+            if self.health.skipped:
+                log.say(f"{self.health.skipped:,} of {self.health.seen:,} steps were skipped")
+
+
+def _remedy(step: Step) -> str:
+    if step.loss_scale is not None and step.skipped:
+        return "Lower loss_scale.minimum, or use precision=bf16 or float32."
+    return ("Lower optimizer.schedule.base_learning_rate (or lengthen its warm-up), set "
+            "optimizer.clip_norm=1.0, use precision=float32, or leave such steps out with "
+            "train.bad_steps=skip, and run the same command.")
+
+
+def _spent_until(record: Record | None, program: Program) -> list[list[float]]:
+    """The rows up to a checkpoint of before they were kept: by its own config."""
+    if record is None:
+        return []
+    train = record.config["train"]
+    ramp = from_mapping(batch_ramp.BatchRampConfig, train.get("batch_ramp", {}))
+    rows = batch_ramp.sequences_before(ramp, train["global_batch_size"], record.step)
+    return [[rows, program.tokens_per_sequence, program.flops_per_sequence]]
+
+
+def _usage_until(workdir: pathlib.Path) -> Mapping[str, float]:
+    """What a checkpoint of before that was kept had used, from the last line of metrics.jsonl."""
+    path = workdir / "metrics.jsonl"
+    lines = metrics.read_metrics(path) if log.is_main() and path.is_file() else []
+    return next((line for line in reversed(lines) if "chip_hours" in line), {})
+
+
+def _lost_seconds(checkpointer: Checkpointer, memory: Mapping[str, Any]) -> float:
+    """How long the life before this one trained for nothing: after its last checkpoint."""
+    before = checkpointer.before
+    if not before.get("alive"):
+        return 0.0
+    return max(0.0, before["alive"] - max(memory.get("saved_at", 0.0), before.get("start", 0.0)))
 
 
 if __name__ == "__main__":
@@ -262,6 +430,6 @@ if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes, and resumes from.")
 
     def main() -> None:
-        run(cli.run_config(_CONFIG), cli.workdir(_WORKDIR.value))
+        run(cli.run_config(_CONFIG), cli.workdir(_WORKDIR.value), Clock(cli.process_start()))
 
     cli.run(main)

@@ -6,7 +6,7 @@ maps, checkpoints, conversion tables and error messages alike.
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from t5x_lite.errors import nearest
@@ -90,3 +90,17 @@ def diff(expected: Mapping[str, Any], found: Mapping[str, Any],
 def shapes(tree: Mapping) -> dict[str, tuple[int, ...]]:
     """{path: shape} of every leaf."""
     return {p: tuple(x.shape) for p, x in flatten(tree).items()}
+
+
+def differences(old: Any, new: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted field, old value, new value) of JSON values, sections and equally long lists read
+    into."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name in [*old, *(n for n in new if n not in old)]:
+            inner = f"{where}.{name}" if where else str(name)
+            yield from differences(old.get(name), new.get(name), inner)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for i, (a, b) in enumerate(zip(old, new, strict=True)):
+            yield from differences(a, b, f"{where}[{i}]")
+    elif old != new and not (old != old and new != new):   # NaN equals NaN here
+        yield where, old, new

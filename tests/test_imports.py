@@ -16,11 +16,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # From the ground up. Every room stands here; a new one takes its place.
 FLOORS = (
-    ("errors", "bounds", "tree", "log", "quiet"),
+    ("errors", "bounds", "tree", "log", "files", "quiet"),
     ("parallel", "decoding", "data"),
     ("layers", "checkpoints"),
     ("models",),
-    ("training", "formats", "cost"),
+    ("training", "formats", "cost", "running"),
     ("config", "config_reference"),
     ("build",),
     ("init_from", "same_vocabulary", "report", "cli", "evaluation", "planning", "scaling", "corpus",

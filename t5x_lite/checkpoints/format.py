@@ -2,11 +2,13 @@
 
     1200/                           a committed step: orbax renames the whole folder into place
         state/                      the arrays, in a layout that any mesh can read
-        record/record.json          format version, step, config, {path: shape, dtype, digest}
+        record/record.json          format version, step, config, progress, {path: shape, dtype, digest}
         record/iterators-0-of-2.npz {virtual shard: iterator state}, one file a process
 
 The iterator states stand inside the commit, never beside it: a crash between two writes
-would otherwise pair the parameters of one step with the data position of another.
+would otherwise pair the parameters of one step with the data position of another. Each file of
+them carries the stamp of its record (step, config and digests of the arrays), so that one copied
+from another step is refused.
 
 Every array carries a digest of its bits, computed on the devices at save and again at
 restore. It does not depend on the mesh. This catches what orbax itself lets pass: missing
@@ -26,9 +28,8 @@ import json
 import logging
 import os
 import sys
-import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,14 +44,15 @@ from t5x_lite.errors import UserError
 from t5x_lite.parallel import offload
 
 FORMAT_VERSION = 1
+_STAMP = "stamp"     # beside the iterator states in their file
 FROZEN = "frozen"   # the part of the state that is recorded and not written
 
 def _from_orbax(text: str) -> bool:
     return f"{os.sep}orbax{os.sep}" in text
 
 
-def _quiet_orbax():
-    """Keeps orbax from burying our messages; what it raises still reaches us.
+def quiet_orbax():
+    """Keeps orbax from burying our messages; what it raises still reaches us. The mains call it.
 
     A save logs dozens of lines through absl. Where a file is damaged or the disk is full,
     the reads and writes begun beside the one that failed each complain for a page.
@@ -69,12 +71,6 @@ def _quiet_orbax():
     previous_hook, sys.unraisablehook = sys.unraisablehook, hook
     logging.getLogger("absl").addFilter(errors_in_a_line)
     logging.getLogger("asyncio").addFilter(lambda record: not _from_orbax(record.getMessage()))
-
-
-_quiet_orbax()
-
-# What orbax, tensorstore, json and zipfile raise on files that are missing, cut or scrambled.
-_DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
 
 class Unreadable(Exception):
@@ -101,6 +97,8 @@ class Record:
     config: dict[str, Any]  # the resolved config of the run
     arrays: dict[str, ArrayInfo]  # by slash path: "params/…", "opt_state/…", "step"
     format_version: int = FORMAT_VERSION
+    # What a run has counted up to here, as JSON values (see train.py); {} in older checkpoints.
+    progress: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Restored(NamedTuple):
@@ -126,7 +124,6 @@ def named_leaves(pytree: Any) -> dict[str, Any]:
     return named
 
 
-@jax.jit
 def _digest(x: jax.Array) -> jax.Array:
     """uint32 checksum of an array's bits: sum_i bits_i * w_i mod 2^32, w_i odd and unlike.
 
@@ -147,10 +144,37 @@ def _digest(x: jax.Array) -> jax.Array:
     return jnp.sum(bits * weight, dtype=jnp.uint32)
 
 
-def _digests(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    # One after the other: simulated CPU devices stand still for ever once more than 32 programs
-    # with collectives have been started and none has ended.
-    return {path: jax.block_until_ready(_digest(x)) for path, x in arrays.items()}
+def _has_finite_numbers(x: jax.Array) -> jax.Array:
+    """bool scalar: no NaN or infinity; True of integers."""
+    x = offload.to_device(x)
+    return jnp.isfinite(x).all() if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.bool(True)
+
+
+class _Digests(NamedTuple):
+    """What a checkpoint is verified by: {path: uint32} and {path: no NaN and no infinity}."""
+
+    bits: dict[str, jax.Array]
+    finite: dict[str, jax.Array]
+
+
+@jax.jit
+def _digest_all(arrays: Mapping[str, jax.Array]) -> _Digests:
+    # One program: simulated CPU devices stand still for ever once more than 32 programs with
+    # collectives have been started and none has ended; and waiting for one program an array took
+    # three quarters of a save's time.
+    return _Digests({path: _digest(x) for path, x in arrays.items()},
+                    {path: _has_finite_numbers(x) for path, x in arrays.items()})
+
+
+def _digests(arrays: Mapping[str, jax.Array]) -> _Digests:
+    """Dispatched, not waited for, but for arrays in the host's memory: those visit the device one
+    by one, which may have no room for all."""
+    on_host = [p for p, x in arrays.items() if offload.is_on_host(x)]
+    total = _digest_all({p: x for p, x in arrays.items() if p not in on_host})
+    for path in on_host:
+        one = jax.block_until_ready(_digest_all({path: arrays[path]}))
+        total = _Digests(total.bits | one.bits, total.finite | one.finite)
+    return total
 
 
 # --- writing -------------------------------------------------------------------------------
@@ -168,31 +192,48 @@ class RecordHandler(ocp.AsyncCheckpointHandler):
 
     async def _write(self, directory: epath.Path, args: "RecordSave"):
         process, count = jax.process_index(), jax.process_count()
+        digests = jax.device_get(args.digests)  # waits for the devices here, not in save()
+        arrays = {path: dataclasses.replace(info, digest=int(digests[path]))
+                  for path, info in args.record.arrays.items()}
+        record = dataclasses.replace(args.record, arrays=arrays)
         buffer = io.BytesIO()  # npz, because a zip file carries a checksum of each member
         states: dict[str, Any] = {str(shard): np.frombuffer(state, np.uint8)
                                   for shard, state in args.iterator_states.items()}
-        np.savez(buffer, **states)
+        np.savez(buffer, **{_STAMP: np.uint32(_stamp(record)), **states})
         (directory / f"iterators-{process}-of-{count}.npz").write_bytes(buffer.getvalue())
         if process == 0:
-            digests = jax.device_get(args.digests)  # waits for the devices here, not in save()
-            arrays = {path: dataclasses.replace(info, digest=int(digests[path]))
-                      for path, info in args.record.arrays.items()}
-            fields = dataclasses.asdict(dataclasses.replace(args.record, arrays=arrays))
+            fields = dataclasses.asdict(record)
             (directory / "record.json").write_text(
                 json.dumps({"crc32": _crc32(fields), **fields}, indent=1))
 
     def restore(self, directory: epath.Path, args: Any = None) -> dict[int, bytes]:
-        """The iterator states of every virtual shard, whichever process saved it."""
-        del args
-        files = sorted(directory.glob("iterators-*.npz"))
-        count = int(files[0].stem.split("-")[-1]) if files else 1
-        if len(files) != count:
-            raise FileNotFoundError(f"{len(files)} of {count} iterator files in {directory}")
-        states = {}
-        for file in files:
-            with np.load(io.BytesIO(file.read_bytes())) as archive:
-                states.update({int(shard): archive[shard].tobytes() for shard in archive})
-        return dict(sorted(states.items()))
+        raise NotImplementedError("read_step reads what async_save wrote")
+
+
+def _read_iterators(directory: epath.Path, record: Record) -> dict[int, bytes]:
+    """The iterator states of every virtual shard, whichever process saved it.
+
+    Raises ValueError or OSError where files are missing, or are another checkpoint's.
+    """
+    files = sorted(directory.glob("iterators-*.npz"))
+    count = int(files[0].stem.split("-")[-1]) if files else 1
+    if len(files) != count:
+        raise FileNotFoundError(f"{len(files)} of {count} iterator files in {directory}")
+    states = {}
+    for file in files:
+        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as archive:
+            # Checkpoints of before the stamp have none.
+            if _STAMP in archive and int(archive[_STAMP]) != _stamp(record):
+                raise ValueError(f"{file.name} belongs to another checkpoint")
+            states.update({int(shard): archive[shard].tobytes() for shard in archive
+                           if shard != _STAMP})
+    return dict(sorted(states.items()))
+
+
+def _stamp(record: Record) -> int:
+    """What ties the files of one checkpoint together; every process computes the same."""
+    digests = {path: info.digest for path, info in record.arrays.items()}
+    return zlib.crc32(json.dumps([record.step, record.config, digests], sort_keys=True).encode())
 
 
 @ocp.args.register_with_handler(RecordHandler, for_save=True)
@@ -201,7 +242,7 @@ class RecordSave(ocp.args.CheckpointArgs):
     """What RecordHandler writes; `digests` are arrays that may still be being computed."""
 
     record: Record
-    digests: dict[str, jax.Array]
+    digests: dict[str, jax.Array]   # by path
     iterator_states: Mapping[int, bytes]
 
 
@@ -211,22 +252,24 @@ class RecordRestore(ocp.args.CheckpointArgs):
     """Nothing to say: orbax wants a pair of argument classes for each handler."""
 
 
-def save_args(step: int, state: Any, iterator_states: Mapping[int, bytes],
-              config_json: str) -> ocp.args.Composite:
+def save_args(step: int, state: Any, iterator_states: Mapping[int, bytes], config_json: str,
+              progress: Mapping[str, Any] | None = None) -> ocp.args.Composite:
     """One checkpoint as orbax's CheckpointManager.save takes it.
 
     Args:
       state: pytree of jax.Arrays on the mesh.
       iterator_states: {virtual shard: state} of the shards that this process reads.
       config_json: the resolved config.
+      progress: JSON values, see Record.
     """
     arrays = named_leaves(state)
     written = {p: x for p, x in arrays.items() if not p.startswith(f"{FROZEN}/")}
     infos = {p: ArrayInfo(tuple(x.shape), str(x.dtype)) for p, x in arrays.items()}
     return ocp.args.Composite(
         state=ocp.args.PyTreeSave(tree.unflatten(written)),
-        record=RecordSave(Record(step, json.loads(config_json), infos), _digests(arrays),
-                          dict(iterator_states)))
+        record=RecordSave(
+            Record(step, json.loads(config_json), infos, progress=dict(progress or {})),
+            _digests(arrays).bits, dict(iterator_states)))
 
 
 # --- reading -------------------------------------------------------------------------------
@@ -239,20 +282,24 @@ def read_record(folder: epath.Path) -> Record:
     """
     fields, problem = _attempt(lambda: _parse_record((folder / "record/record.json").read_text()))
     _agree(problem)
-    if fields["format_version"] > FORMAT_VERSION:
+    if isinstance(fields, int):
         raise UserError(
-            f"{folder} has checkpoint format {fields['format_version']}; this t5x_lite reads "
+            f"{folder} has checkpoint format {fields}; this t5x_lite reads "
             f"formats up to {FORMAT_VERSION}. Use the t5x_lite that wrote it, or a newer one.")
+    return fields
+
+
+def _parse_record(text: str) -> Record | int:
+    """The record, or the number of a format from the future. Raises ValueError and the like."""
+    fields = json.loads(text)
+    if fields["format_version"] > FORMAT_VERSION:
+        return fields["format_version"]
+    if fields.pop("crc32") != _crc32(fields):
+        raise ValueError("record.json is not what was saved")
     arrays = {path: ArrayInfo(tuple(info["shape"]), info["dtype"], info["digest"])
               for path, info in fields["arrays"].items()}
-    return Record(fields["step"], fields["config"], arrays, fields["format_version"])
-
-
-def _parse_record(text: str) -> dict:
-    fields = json.loads(text)
-    if fields["format_version"] <= FORMAT_VERSION and fields.pop("crc32") != _crc32(fields):
-        raise ValueError("record.json is not what was saved")
-    return fields
+    return Record(fields["step"], fields["config"], arrays, fields["format_version"],
+                  fields.get("progress", {}))
 
 
 def _crc32(fields: Mapping) -> int:
@@ -268,10 +315,15 @@ def read_step(folder: epath.Path, abstract_state: Any,
     expected = named_leaves(abstract_state)
     record = read_record(folder)
     _check_same(folder, expected, record.arrays)
-    iterator_states, problem = _attempt(lambda: RecordHandler().restore(folder / "record"))
+    iterator_states, problem = _attempt(lambda: _read_iterators(folder / "record", record))
     _agree(problem)
-    arrays = _read_arrays(folder, record, {
+    arrays, finite = _read_arrays(folder, record, {
         p: x for p, x in expected.items() if not p.startswith(f"{FROZEN}/")})
+    # A scalar of an optimizer may be infinite by design.
+    wrong = [p for p, good in finite.items() if not good and arrays[p].ndim]
+    if wrong:
+        raise Unreadable(f"{_some(wrong)} hold numbers that are not finite, and nothing can go on "
+                         "from them")
     if len(arrays) < len(expected):
         assert frozen_fn is not None, "the state has frozen parameters, which a checkpoint has not"
         frozen = {FROZEN: frozen_fn()}
@@ -291,12 +343,11 @@ def check_frozen(where: os.PathLike | str, record: Record, frozen: Mapping) -> N
     _check_same(where, arrays, recorded, with_dtype=False)
     same_type = {p: x for p, x in arrays.items() if str(x.dtype) == recorded[p].dtype}
     wrong = [p.removeprefix(f"{FROZEN}/") for p, digest in jax.device_get(
-        _digests(same_type)).items() if int(digest) != recorded[p].digest]
+        _digests(same_type).bits).items() if int(digest) != recorded[p].digest]
     if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(
             f"{where} was trained over frozen parameters that init_from no longer gives: "
-            f"{', '.join(wrong[:3])}{more} differ. Set init_from to what the run started from (of "
+            f"{_some(wrong)} differ. Set init_from to what the run started from (of "
             "a workdir that trained on since then, the folder of the step: DIR/checkpoints/N), or "
             "start a new workdir.")
 
@@ -307,7 +358,7 @@ def read_params(folder: epath.Path, abstract_params: Any, partial: bool) -> tupl
     record = read_record(folder)
     found = {p: info for p, info in record.arrays.items() if p.startswith("params/")}
     _check_same(folder, expected, found, with_dtype=False, with_extra=not partial)
-    arrays = _read_arrays(folder, record, expected)
+    arrays, _ = _read_arrays(folder, record, expected)
     cast = jax.jit(lambda x, dtype: x.astype(dtype), static_argnums=1)
     leaves = [arrays[p] if arrays[p].dtype == x.dtype else cast(arrays[p], x.dtype)
               for p, x in expected.items()]
@@ -338,9 +389,10 @@ def _check_same(folder: epath.Path, expected: Mapping[str, Any], found: Mapping[
             "record/record.json). To start from these parameters, set init_from.")
 
 
-def _read_arrays(folder: epath.Path, record: Record,
-                 expected: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """The arrays at the paths of `expected`, placed by its shardings, in their stored dtype.
+def _read_arrays(folder: epath.Path, record: Record, expected: Mapping[str, Any]
+                 ) -> tuple[dict[str, jax.Array], dict[str, np.ndarray]]:
+    """The arrays at the paths of `expected`, placed by its shardings, in their stored dtype, and
+    {path: whether it holds finite numbers only}.
 
     They are verified bit for bit. Raises Unreadable.
     """
@@ -359,20 +411,32 @@ def _read_arrays(folder: epath.Path, record: Record,
     _agree(problem)
     arrays = named_leaves(restored)
     digests = jax.device_get(_digests(arrays))
-    wrong = [p for p, digest in digests.items() if int(digest) != record.arrays[p].digest]
+    wrong = [p for p, digest in digests.bits.items() if int(digest) != record.arrays[p].digest]
     if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise Unreadable(f"the bits of {', '.join(wrong[:3])}{more} are not those saved")
-    return arrays
+        raise Unreadable(f"the bits of {_some(wrong)} are not those saved")
+    return arrays, digests.finite
+
+
+def _some(paths: Sequence[str]) -> str:
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return f"{', '.join(paths[:3])}{more}"
 
 
 def _attempt(read: Callable[[], Any]) -> tuple[Any, str | None]:
-    """(read(), None), or (None, what is wrong) where the files are damaged."""
+    """(read(), None), or (None, what is wrong) where the files are damaged.
+
+    Scrambled metadata raises what the code behind it happens to trip over (AttributeError and
+    TypeError from orbax's JSON, among others), so every error of reading counts as damage, but for
+    memory that does not suffice. A mistake of ours in `read` is not hidden by that: no checkpoint
+    is then readable, and the run stops with its text.
+    """
     try:
         return read(), None
+    except MemoryError:
+        raise
     except Exception as error:  # orbax wraps whatever it met while reading in a bare Exception
-        cause = error.__cause__ if type(error) is Exception else error
-        if not isinstance(cause, _DAMAGE):
+        cause = error.__cause__ if type(error) is Exception and error.__cause__ else error
+        if "RESOURCE_EXHAUSTED" in str(cause) and isinstance(cause, jax.errors.JaxRuntimeError):
             raise
         return None, brief(cause)
 
@@ -386,7 +450,7 @@ def _agree(problem: str | None):
         raise Unreadable(problem or "another process could not read it")
 
 
-def brief(error: Exception) -> str:
+def brief(error: BaseException) -> str:
     """One line of an error: tensorstore's carry a page of specification."""
     text = str(error).split("[tensorstore_spec")[0].split("[source locations")[0]
     return f"{type(error).__name__}: {' '.join(text.split())[:400]}"

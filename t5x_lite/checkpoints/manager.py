@@ -4,8 +4,9 @@
         1200/                           a committed step, see format.py
         1300.orbax-checkpoint-tmp-…/    what an interrupted save leaves: removed by the next run
         1250.unreadable/                a committed step that could not be read: set aside, kept
+        1280.suspect/                   one whose parameters gave no finite loss: set aside, kept
 
-`Checkpointer` belongs to the one job that trains in a workdir. Anything else (eval, infer,
+`Checkpointer` belongs to the one job that trains in a workdir, and holds its lock (lock.py). Anything else (eval, infer,
 init_from) reads through the module's functions, which never write, rename or delete. In a
 job of several processes every process makes the same calls.
 """
@@ -13,10 +14,12 @@ job of several processes every process makes the same calls.
 import dataclasses
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
@@ -24,7 +27,8 @@ from jax.experimental import multihost_utils
 from t5x_lite.bounds import Count
 from t5x_lite.checkpoints import format as checkpoint_format
 from t5x_lite.checkpoints.format import Record, Restored, Unreadable
-from t5x_lite.errors import UserError, nearest
+from t5x_lite.checkpoints.lock import WorkdirLock
+from t5x_lite.errors import UserError, at_least, nearest
 
 _log = logging.getLogger(__name__)
 
@@ -40,12 +44,15 @@ class CheckpointConfig:
     keep_last: int = 3  # the newest ones that stay
     keep_every: int | None = None  # steps divisible by this stay for good
     async_save: bool = True  # write in the background while training goes on
+    # Seconds that a start waits for another job in the same workdir to end (see lock.py).
+    wait_for_workdir: float = 60.0
 
     def __post_init__(self):
-        for name, lowest in (("every", 1), ("keep_last", 1), ("keep_every", 1)):
+        for name, lowest in (("every", 1), ("keep_last", 1), ("keep_every", 1),
+                             ("wait_for_workdir", 0)):
             value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise UserError(f"checkpoint.{name}={value}: must be at least {lowest}")
+            if value is not None:
+                at_least(f"checkpoint.{name}", value, lowest)
 
 
 # --- finding checkpoints (reads only) ------------------------------------------------------
@@ -148,34 +155,84 @@ def _none_readable(path, failures: Mapping[int, Unreadable]) -> UserError:
                      "again in a new --workdir.")
 
 
+@dataclasses.dataclass
+class _Retention:
+    """Orbax's preservation policy: the last ones, every k-th, and the newest that is verified."""
+
+    config: CheckpointConfig
+    verified: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        """For each checkpoint, oldest first, whether it stays."""
+        del context
+        first_of_last = len(checkpoints) - self.config.keep_last
+        every = self.config.keep_every
+        return [i >= first_of_last or info.step == self.verified
+                or (every is not None and info.step % every == 0)
+                for i, info in enumerate(checkpoints)]
+
+
 class Checkpointer:
     """Saves to and resumes from one workdir; every process of the job makes one.
 
-    Making it logs and clears away what an interrupted save left behind.
+    Making it locks the workdir, and logs and clears away what an interrupted save left behind.
+
+    Attributes:
+        before: what is known of the job before in this workdir, if it ended without a word (see
+            WorkdirLock.before).
     """
 
     def __init__(self, workdir: os.PathLike | str, config: CheckpointConfig):
+        """Raises UserError: another job writes there, or the folder cannot be written to."""
         self.directory = _absolute(workdir) / "checkpoints"
         self._saving: int | None = None
+        self._saving_since = 0.0
+        self._lock: WorkdirLock | None = None
+        self._agree(lambda: self._take_lock(workdir, config.wait_for_workdir))
+        self.before: dict[str, Any] = self._lock.before if self._lock is not None else {}
         half_written = sorted(self.directory.glob("*.orbax-checkpoint-tmp*"))
         for path in half_written:
             _say(logging.WARNING, "%s is a half-written checkpoint of an interrupted run: "
                  "skipped and removed", path)
+        self._retention = _Retention(config)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep_last, keep_period=config.keep_every,
+            preservation_policy=self._retention,
             enable_async_checkpointing=config.async_save, cleanup_tmp_directories=False,
             async_options=ocp.AsyncOptions(timeout_secs=_COMMIT_TIMEOUT_SECONDS),
             save_root_metadata=False)
+        # Not by Orbax, whose thread may still be at it when another Checkpointer is made.
+        self._agree(lambda: [path.rmtree() for path in half_written])
         try:
-            # Not by Orbax, whose thread may still be at it when another Checkpointer is made.
-            if jax.process_index() == 0:
-                for path in half_written:
-                    path.rmtree()
-            multihost_utils.sync_global_devices("t5x_lite: half-written checkpoints removed")
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:
-            raise UserError(f"cannot make {self.directory}: {error}. Choose a --workdir that can "
-                            "be written to.") from error
+            self._release()
+            raise _cannot_write(self.directory, error) from error
+
+    def _take_lock(self, workdir: os.PathLike | str, wait: float) -> None:
+        if "://" not in os.fspath(workdir):   # buckets have no locks
+            self._lock = WorkdirLock(os.path.expanduser(workdir), wait,
+                                     lambda line: _say(logging.WARNING, "%s", line))
+
+    def _agree(self, change: Callable[[], Any]) -> None:
+        """Has process 0 change the workdir; where that fails, every process raises UserError."""
+        problem = None
+        if jax.process_index() == 0:
+            try:
+                change()
+            except OSError as error:
+                problem = _cannot_write(self.directory, error)
+            except UserError as error:
+                problem = error
+        failed = problem is not None
+        if jax.process_count() > 1:
+            failed = bool(multihost_utils.broadcast_one_to_all(np.array(failed)))
+        if failed:
+            self._release()
+            raise problem or UserError("process 0 cannot use the workdir; it says why.")
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -191,7 +248,24 @@ class Checkpointer:
         """The newest step committed to disk."""
         return max(self.all_steps(), default=None)
 
-    def save(self, step: int, state: Any, iterator_states: Mapping[int, bytes], config_json: str):
+    def saving_since(self) -> float | None:
+        """When the save in progress began, as time.monotonic counts; None: there is none."""
+        busy = self._saving is not None and self._manager.is_saving_in_progress()
+        return self._saving_since if busy else None
+
+    def verify(self, step: int) -> None:
+        """Says that the state of `step` was seen to be good (the step after it had a finite
+        loss): the newest such checkpoint is kept, whatever keep_last says."""
+        if step == self._saving or step in self._manager.all_steps():
+            self._retention.verified = step
+
+    @property
+    def verified(self) -> int | None:
+        """The newest checkpoint that `verify` was told of."""
+        return self._retention.verified
+
+    def save(self, step: int, state: Any, iterator_states: Mapping[int, bytes], config_json: str,
+             progress: Mapping[str, Any] | None = None):
         """Starts one commit of everything; every process calls it with the same step.
 
         Returns once the state may be donated to the next step. Call it only after the loss
@@ -203,6 +277,7 @@ class Checkpointer:
           state: pytree of jax.Arrays on the mesh.
           iterator_states: {virtual shard: state} of the shards that this process reads.
           config_json: the resolved config.
+          progress: JSON values, see format.Record.
 
         Raises:
           UserError: this save, or the one before it, could not be written.
@@ -210,10 +285,11 @@ class Checkpointer:
         self.wait()
         if step in self._manager.all_steps():
             return
-        self._saving = step
+        self._saving, self._saving_since = step, time.monotonic()
         try:
             self._manager.save(step, force=True, args=checkpoint_format.save_args(
-                step, state, iterator_states, config_json))
+                step, state, iterator_states, config_json,
+                {**(progress or {}), "verified": self.verified}))
         except OSError as error:
             raise self._not_written(error) from error
 
@@ -274,36 +350,62 @@ class Checkpointer:
                 _say(logging.WARNING, "checkpoint %s is unreadable (%s): using the one before",
                      folder, error)
                 continue
-            self._set_aside(list(failures))
+            self._set_aside(list(failures), "unreadable")
+            # Of a checkpoint that is older than the marks: what stands before it was gone on from.
+            before = max((s for s in self.all_steps() if s < step), default=None)
+            self._retention.verified = restored.record.progress.get("verified", before)
             return restored
         if failures:
             raise _none_readable(self.directory, failures)
         return None
 
-    def _set_aside(self, steps: Sequence[int]):
+    def suspect(self, first: int) -> list[int]:
+        """Sets the checkpoints of `first` and of later steps aside as STEP.suspect, because the
+        parameters in them gave no finite loss: a run that went on from them would meet the same
+        again. Returns their steps.
+        """
+        self.wait()
+        steps = [step for step in self.all_steps() if step >= first]
+        self._set_aside(steps, "suspect")
+        return steps
+
+    def _set_aside(self, steps: Sequence[int], why: str):
         if not steps:
             return
         if jax.process_index() == 0:
             for step in steps:
-                names = (f"{step}.unreadable{suffix}" for suffix in ("", *range(2, 1000)))
+                names = (f"{step}.{why}{suffix}" for suffix in ("", *range(2, 1000)))
                 free = next(n for n in names if not (self.directory / n).exists())
                 (self.directory / str(step)).rename(self.directory / free)
-        multihost_utils.sync_global_devices("t5x_lite: unreadable checkpoints set aside")
+        multihost_utils.sync_global_devices("t5x_lite: checkpoints set aside")
         self._manager.reload()
 
     def close(self):
-        """Waits for the save in progress and frees orbax's threads."""
+        """Waits for the save in progress, frees orbax's threads and unlocks the workdir."""
         try:
             self.wait()
         finally:
             self._manager.close()
+            self._release()
+
+
+def _cannot_write(directory: os.PathLike | str, error: OSError) -> UserError:
+    return UserError(f"cannot make {directory}: {error}. Choose a --workdir that can be written "
+                     "to.")
+
+
+class Start(NamedTuple):
+    """Where a run starts."""
+
+    state: Any
+    iterator_states: dict[int, bytes] | None   # None: the data start at their beginning
+    record: Record | None                      # of the checkpoint that the run resumes from
 
 
 def restore_or_init(checkpointer: Checkpointer, abstract_state: Any, init_fn: Callable[[], Any],
                     init_from_fn: Callable[[], Any] | None = None,
-                    frozen_fn: Callable[[], Mapping] | None = None,
-                    ) -> tuple[Any, dict[int, bytes] | None, str]:
-    """Where a run starts. The first of these that there is:
+                    frozen_fn: Callable[[], Mapping] | None = None) -> Start:
+    """Where a run starts. The first of these that there is, which is also logged:
 
     1. the newest readable checkpoint in the run's own workdir: the run goes on. A preempted
        fine-tuning must not start over from the pre-trained model;
@@ -313,26 +415,20 @@ def restore_or_init(checkpointer: Checkpointer, abstract_state: Any, init_fn: Ca
     Args:
       frozen_fn: state["frozen"] of the first case, where the abstract state has it.
 
-    Returns:
-      (state, iterator states or None where the data starts at its beginning, and a line that
-      says where the state comes from, which is also logged).
-
     Raises:
       UserError: see Checkpointer.restore_latest. Never falls from 1 to 2 or 3 because the
         workdir's checkpoints are damaged.
     """
     restored = checkpointer.restore_latest(abstract_state, frozen_fn)
     if restored is not None:
-        source = f"resumed from step {restored.record.step} of {checkpointer.directory}"
-        state, iterator_states = restored.state, restored.iterator_states
-    elif init_from_fn is not None:
-        source = "started from init_from"
-        state, iterator_states = init_from_fn(), None
-    else:
-        source = "started from scratch"
-        state, iterator_states = init_fn(), None
-    _say(logging.INFO, "%s", source)
-    return state, iterator_states, source
+        _say(logging.INFO, "resumed from step %s of %s", restored.record.step,
+             checkpointer.directory)
+        return Start(restored.state, restored.iterator_states, restored.record)
+    if init_from_fn is not None:
+        _say(logging.INFO, "started from init_from")
+        return Start(init_from_fn(), None, None)
+    _say(logging.INFO, "started from scratch")
+    return Start(init_fn(), None, None)
 
 
 def _say(level: int, message: str, *args):

@@ -19,7 +19,8 @@ class UsageMeter:
     """Adds up what a run uses; read it wherever metrics are written."""
 
     def __init__(self, device_kind: str, *, num_chips: int, dtype: str, num_processes: int = 1,
-                 before: Mapping[str, float] | None = None, meter: PowerMeter | None = None,
+                 before: Mapping[str, float] | None = None, lost_seconds: float = 0.0,
+                 meter: PowerMeter | None = None,
                  clock: Callable[[], float] = time.monotonic):
         """
         Args:
@@ -28,6 +29,7 @@ class UsageMeter:
             dtype: of matrix multiplications, such as "bfloat16".
             num_processes: machines; each is taken to draw what this one measures.
             before: the last figures of the run that goes on here, which are added to.
+            lost_seconds: that it ran after those figures, for nothing.
         """
         before = before or {}
         try:
@@ -39,7 +41,15 @@ class UsageMeter:
         self._meter = PowerMeter() if meter is None else meter
         self._then = clock()
         self._seconds = before.get("chip_hours", 0.0) * energy.SECONDS_PER_HOUR / num_chips
+        self._seconds += lost_seconds
         self._joules = before.get("energy_kwh", 0.0) * JOULES_PER_KWH / energy.PUE_GOOGLE_2020
+        self._joules += (self._chip.watts or 0.0) * num_chips * lost_seconds
+
+    def so_far(self) -> dict[str, float]:
+        """The sums up to the last read: what `before` takes in the run's next life."""
+        hours = self._chips * self._seconds / energy.SECONDS_PER_HOUR
+        return {"chip_hours": hours,
+                "energy_kwh": self._joules * energy.PUE_GOOGLE_2020 / JOULES_PER_KWH}
 
     def read(self, flops: float) -> dict[str, float | str]:
         """The figures of one line of metrics.jsonl.

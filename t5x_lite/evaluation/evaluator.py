@@ -100,6 +100,7 @@ class Evaluator:
         results = {task: self._finish(task, total) for task, total in totals.items()}
         for name, (task, examples) in self._examples.items():
             own = predictor.task_metrics(self._predictor, params, task, examples)
+            self._predictor.say_rows(name)
             results[name].update({report.METRIC + n: v for n, v in own.items()})
         return results
 

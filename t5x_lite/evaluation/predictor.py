@@ -18,6 +18,7 @@ Shape letters: B rows of a batch, N sequences an input, L positions.
 
 import collections
 import dataclasses
+import math
 import numbers
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -31,6 +32,12 @@ from t5x_lite.decoding.decode import DecodeConfig
 from t5x_lite.errors import UserError
 from t5x_lite.parallel import sharding
 from t5x_lite.training import losses, steps
+
+# What may be wrong with a row, and what to do.
+_NO_NUMBER = ("a score that is not a number: the model overflows its number format, so use "
+              "precision=bf16 or float32, or its parameters hold NaN")
+_EMPTY = ("an empty text: the model ends at once, or its tokens spell none; check the vocabulary, "
+          "the task's prefix and how long it was trained")
 
 Text = str | Sequence[int]   # a text, or its tokens without padding
 
@@ -78,6 +85,7 @@ class Predictor:
         self._decode_step = jax.jit(steps.make_decode_step(program.model, decode))
         self._score_step = jax.jit(make_score_step(program.model))
         self._counts = collections.Counter()   # since the last say_misfits
+        self._rows: dict[str, list[int]] = {}   # … and the rows that something is wrong with
 
     def predict(self, params, inputs: Sequence[Text], row_ids: Sequence[int] | None = None
                 ) -> list[Prediction]:
@@ -95,18 +103,34 @@ class Predictor:
             for i in range(len(rows)):
                 tokens = tuple(tuple(map(int, ids[:n]))
                                for ids, n in zip(tokens_BNL[i], lengths_BN[i], strict=True))
-                found.append(Prediction(tuple(map(self._text, tokens)),
-                                        tuple(map(float, scores_BN[i])), tokens))
+                prediction = Prediction(tuple(map(self._text, tokens)),
+                                        tuple(map(float, scores_BN[i])), tokens)
+                self._look_at(int(ids[rows[i]]), prediction.scores[0], prediction.texts[0])
+                found.append(prediction)
         return found
 
-    def score(self, params, inputs: Sequence[Text], targets: Sequence[Text]) -> list[float]:
-        """log p(target | inputs) of each pair, in nats, EOS included but for a causal LM."""
+    def score(self, params, inputs: Sequence[Text], targets: Sequence[Text],
+              row_ids: Sequence[int] | None = None) -> list[float]:
+        """log p(target | inputs) of each pair, in nats, EOS included but for a causal LM.
+
+        row_ids: who each row is, for say_misfits; default: its place in `inputs`.
+        """
         found = []
+        row_ids = range(len(inputs)) if row_ids is None else row_ids
         for rows in self._batches(len(inputs)):
             batch = self.training_rows([inputs[i] for i in rows], [targets[i] for i in rows])
             scores = self._score_step(params, {n: self._place(x) for n, x in batch.items()})
             found += [float(s) for s in data_batches.whole(scores)[:len(rows)]]
+        for row, score in zip(row_ids, found, strict=True):
+            self._look_at(row, score)
         return found
+
+    def _look_at(self, row: int, score: float, text: str | None = None) -> None:
+        """Remembers a row whose score is no number, or whose text is empty."""
+        if not math.isfinite(score):
+            self._rows.setdefault(_NO_NUMBER, []).append(row)
+        elif text is not None and not text.strip():
+            self._rows.setdefault(_EMPTY, []).append(row)
 
     def training_rows(self, inputs: Sequence[Text], targets: Sequence[Text]
                       ) -> dict[str, np.ndarray]:
@@ -195,7 +219,8 @@ class Predictor:
             self._pair(*pair)
 
     def say_misfits(self, name: str = "") -> None:
-        """Says how many inputs and targets were cut, or empty, since the last time.
+        """Says how many inputs and targets were cut, or empty, since the last time, and what
+        say_rows says.
 
         name: of what they belong to.
         """
@@ -211,6 +236,15 @@ class Predictor:
                 log.say(f"{before}{found[f'cut {side}']:,} {of} longer than {limit} and are cut")
             if found[f"empty {side}"]:
                 log.say(f"{before}{found[f'empty {side}']:,} {of} empty")
+        self.say_rows(name)
+
+    def say_rows(self, name: str = "") -> None:
+        """Says which rows have a score that is no number, or an empty text, since the last time."""
+        rows, self._rows = self._rows, {}
+        for what, which in rows.items():
+            shown = ", ".join(map(str, which[:10])) + (", …" if len(which) > 10 else "")
+            of = f"{name}: " if name else ""
+            log.say(f"warning: {of}{len(which):,} rows have {what} (rows {shown})")
 
     def _ids(self, text: Text) -> list[int]:
         ids = self._vocabulary.encode(text) if isinstance(text, str) else list(map(int, text))

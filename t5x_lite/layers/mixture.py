@@ -270,6 +270,9 @@ def _aux(choice, logits_GTE, mask_GT, run: Run) -> dict:
             picked = choice.expert_index[..., :1 if config.balance_choices == "first" else None]
             total["load_balancing_loss"] = routing.load_balancing_loss(
                 p_GTE, picked, counted, over_all)
+    if not run.train:   # rows that only fill evaluation's last batch count in no mean
+        used = jnp.sum(jnp.any(counted, axis=1), dtype=jnp.float32)
+        total = {name: (value, used) for name, (value, _) in total.items()}
     total |= routing.router_metrics(choice, p_GTE, counted)
     total = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), total)
     total, load_E = jax.tree.map(

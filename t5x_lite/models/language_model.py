@@ -180,13 +180,18 @@ def _as_keys(x: jax.Array | None) -> jax.Array | None:
     return None if x is None else sharding.shard(x, "act_batch", "act_keys")
 
 
-def _real(batch: Batch, side: str, start: int = 0) -> jax.Array:
+def _real(batch: Batch, side: str, start: int = 0, *, training: bool = True) -> jax.Array:
     """bool [B, L], False where padding. A decoder's first input, at `start`, is a real token of
-    id 0."""
+    id 0, but in the rows without targets that fill evaluation's last batch."""
     if f"{side}_segment_ids" in batch:
         return batch[f"{side}_segment_ids"] != 0
     tokens = batch[f"{side}_input_tokens"]
-    return (tokens != 0) | (jnp.arange(tokens.shape[1]) == start if side == "decoder" else False)
+    if side == "encoder":
+        return tokens != 0
+    first = jnp.arange(tokens.shape[1]) == start
+    if not training and "decoder_loss_weights" in batch:
+        first = first & jnp.any(batch["decoder_loss_weights"] > 0, axis=1, keepdims=True)
+    return (tokens != 0) | first
 
 
 def _row_key(key: RowKey | jax.Array | None, batch: Batch) -> RowKey | None:
@@ -222,8 +227,9 @@ class EncoderDecoder(LanguageModel):
         cross = Masking(masking.q_positions, source.k_positions, queries, source.k_segments)
         tokens = batch["decoder_input_tokens"]
         x, _, aux = self.decoder(self.embed(tokens), masking, positions, tokens=tokens,
-                                 real=_real(batch, "decoder"), encoded=encoded,
-                                 cross_masking=cross, key=None if key is None else key.fold_in(1))
+                                 real=_real(batch, "decoder", training=key is not None),
+                                 encoded=encoded, cross_masking=cross,
+                                 key=None if key is None else key.fold_in(1))
         return x, add_aux(encoder_aux, aux)
 
     def init_cache(self, batch: Batch, length: int) -> dict:
@@ -245,7 +251,8 @@ class DecoderOnly(LanguageModel):
         masking, positions = _row_masking(batch, "decoder", True)
         x, _, aux = self.decoder(self.embed_row(batch, "decoder"), masking, positions,
                                  tokens=batch["decoder_input_tokens"], key=key,
-                                 real=_real(batch, "decoder", self.config.prompt_length))
+                                 real=_real(batch, "decoder", self.config.prompt_length,
+                                            training=key is not None))
         return self.without_prompt(x), aux
 
     def init_cache(self, batch: Batch, length: int) -> dict:

@@ -12,13 +12,32 @@ A single process, be it on a machine of its own, in a Slurm allocation without s
 notebook's pod, needs none of this and starts none.
 """
 
+import contextlib
 import dataclasses
+import importlib.util
+import json
+import os
 import pathlib
-from collections.abc import Mapping
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from t5x_lite.errors import UserError
+from t5x_lite.tree import differences
+
+_AGAIN = ("Start all processes again with the same command: the run goes on from its last "
+          "checkpoint.")
+PEER_GONE = ("another process of this run has ended or cannot be reached; its own last lines say why "
+             f"(process 0 must run at the coordinator's address). {_AGAIN}")
+_KILLED = ("error: this process was ended without a word of its own: JAX ends a process when another "
+           "of the run has ended or cannot be reached, and a system one that takes too much memory. "
+           f"{_AGAIN}\n")
 
 _GENERIC = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -139,3 +158,108 @@ def has_tpu(environ: Mapping[str, str], devices: str = "/sys/bus/pci/devices") -
         if vendor.read_text().strip() == "0x1ae0" and not kind.startswith(("0x01", "0x02")):
             return True
     return False
+
+
+def has_tpu_library() -> bool:
+    """Whether libtpu is installed, which `plan` needs on machines without a TPU."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
+# --- processes that disagree ----------------------------------------------------------------
+
+def check_agree(facts: Mapping[str, Any]) -> None:
+    """Raises UserError, in every process, where processes were started with other facts.
+
+    Two learning rates would train two models whose gradients are averaged, two intervals of saving
+    would wait for each other for ever.
+
+    Args:
+        facts: {name: JSON value}; the versions of this program and of JAX are added.
+    """
+    if jax.process_count() == 1:
+        return
+    facts = {**facts, "version of t5x_lite": _code_digest(), "version of jax": jax.__version__}
+    text = json.dumps(facts, sort_keys=True).encode()
+    digests = multihost_utils.process_allgather(np.uint32(zlib.crc32(text))).ravel()
+    if len(set(digests.tolist())) == 1:
+        return
+    lines = disagreements([json.loads(other) for other in _gather_texts(text)])
+    raise UserError("the processes of this run were started differently:\n  "
+                    + "\n  ".join(lines) + "\nStart all of them with the same command.")
+
+
+def disagreements(facts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each field in which a process differs from process 0, a dozen at most."""
+    lines = []
+    for process, other in enumerate(facts[1:], 1):
+        for field, ours, theirs in differences(facts[0], other):
+            name = field.removeprefix("config.")
+            lines.append(f"{name}: {ours!r} in process 0, {theirs!r} in process {process}")
+    more = [f"… and {len(lines) - 12} more"] if len(lines) > 12 else []
+    return lines[:12] + more
+
+
+def _gather_texts(text: bytes) -> list[bytes]:
+    """The texts of all processes, by process."""
+    lengths = multihost_utils.process_allgather(np.int32(len(text))).ravel()
+    padded = np.zeros(int(lengths.max()), np.uint8)
+    padded[:len(text)] = np.frombuffer(text, np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
+
+
+def _code_digest() -> str:
+    """A checksum of this program's source files."""
+    digest = 0
+    root = pathlib.Path(__file__).parents[1]
+    for file in sorted(root.rglob("*.py")):
+        digest = zlib.crc32(file.read_bytes(), zlib.crc32(str(file.relative_to(root)).encode(),
+                                                          digest))
+    return f"{digest:08x}"
+
+
+# --- a peer that dies -----------------------------------------------------------------------
+
+# JAX's coordination service ends a process from C++ (abort) when another one is gone. The watcher is
+# a process of its own, which outlives that and has the last word.
+_WATCHER = """
+import os, sys
+told = os.read(0, 1)
+if not told:
+    os.write(2, sys.argv[1].encode())
+"""
+_pipe: int | None = None   # to the watcher, while there is one
+
+
+@contextlib.contextmanager
+def last_words() -> Iterator[None]:
+    """Prints a line on standard error that says what to do if this process is killed, from C++ or
+    from outside, within the block."""
+    global _pipe
+    reading, _pipe = os.pipe()
+    # A session of its own: the terminal's Ctrl-C is not meant for it.
+    watcher = subprocess.Popen([sys.executable, "-S", "-c", _WATCHER, _KILLED],
+                               stdin=reading, stdout=subprocess.DEVNULL, start_new_session=True)
+    os.close(reading)
+    try:
+        yield
+    finally:
+        said_last_words()
+        watcher.wait()
+
+
+def said_last_words() -> None:
+    """Keeps the watcher of `last_words` silent: this process says itself why it ends."""
+    global _pipe
+    if _pipe is not None:
+        os.write(_pipe, b".")
+        os.close(_pipe)
+        _pipe = None
+
+
+def is_peers_fault(error: BaseException) -> bool:
+    """Whether an error of JAX says that another process is gone or cannot be reached."""
+    text = str(error).lower()
+    signs = ("gloo", "connection closed by peer", "connection reset", "coordination service",
+             "deadline_exceeded", "unavailable", "heartbeat", "barrier timed out", "nccl")
+    return isinstance(error, jax.errors.JaxRuntimeError) and any(sign in text for sign in signs)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from t5x_lite import files, log
 from t5x_lite.errors import UserError
 
 Sums = Mapping[str, tuple[Any, Any]]
@@ -44,7 +45,10 @@ def bits_per_byte(nats: float, num_bytes: float) -> float:
 
 
 def read_metrics(path: os.PathLike | str) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl, in order.
+    """The lines of a metrics.jsonl that can be read, in order.
+
+    A power loss may leave NUL bytes or half a line, an editor other bytes: such lines are left
+    out. Logs never stop a run.
 
     Raises:
         UserError: no such file.
@@ -52,36 +56,54 @@ def read_metrics(path: os.PathLike | str) -> list[dict[str, float]]:
     path = pathlib.Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist: is that the workdir of a run?")
-    return [json.loads(line) for line in _whole_lines(path)]
+    return [json.loads(line) for line in _good_lines(path)[0]]
 
 
-def _whole_lines(path: pathlib.Path) -> list[str]:
-    """Lines that were written to their end; a kill may leave a part of the last one."""
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+def _good_lines(path: pathlib.Path) -> tuple[list[bytes], int]:
+    """(lines that hold a JSON object with a step, how many others there are)."""
+    lines = path.read_bytes().split(b"\n")
+    good = [line for line in lines[:-1] if _step_of(line) is not None]
+    torn = lines[-1] != b""   # a kill may leave a part of the last line
+    return good, len(lines) - 1 - len(good) + torn
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step that a line of metrics.jsonl speaks of; None where it is damaged."""
+    try:
+        fields = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    step = fields.get("step") if isinstance(fields, dict) else None
+    return step if type(step) is int else None
 
 
 class MetricsWriter:
     """WORKDIR/metrics.jsonl and WORKDIR/tensorboard, written by process 0 only.
 
     A run that resumes from `resume_step` goes over the steps after it again: their lines are
-    dropped, so that every step stands once, whatever was killed in between.
+    dropped, so that every step stands once, whatever was killed in between. Lines that cannot be
+    read or written are named once and left out; the run goes on.
     """
 
     def __init__(self, workdir: os.PathLike | str, resume_step: int = 0):
         self._file = self._board = None
+        self._torn = self._complained = False
         if jax.process_index() != 0:
             return
         workdir = pathlib.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / "metrics.jsonl"
-        if path.exists():
-            kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= resume_step]
-            new = path.with_suffix(".jsonl.new")
-            new.write_text("".join(kept))
-            os.replace(new, path)
+        try:
+            if path.exists():
+                _drop_after(path, resume_step)
+            self._file = open(path, "ab", buffering=0)
+        except OSError as error:
+            self._complain(error)
         from tensorboardX import SummaryWriter  # imports torch where that is installed
-        self._file = open(path, "a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+        try:
+            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+        except OSError as error:
+            self._complain(error)
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -95,18 +117,48 @@ class MetricsWriter:
 
         Values that are not finite become null, which JSON can hold.
         """
-        if self._file is None:
-            return
         named = {prefix + name: float(v) for name, v in values.items()}
         shown = {name: v if math.isfinite(v) else None for name, v in named.items()}
-        self._file.write(json.dumps({**stamp, **shown}) + "\n")
-        self._file.flush()
-        for name, value in named.items():
-            self._board.add_scalar(name, value, int(stamp["step"]))
-        self._board.flush()
+        if self._file is not None:
+            self._append((json.dumps({**stamp, **shown}) + "\n").encode())
+        if self._board is not None:
+            self._show(int(stamp["step"]), named)
+
+    def _append(self, line: bytes) -> None:
+        # The end of a line that a full disk cut short makes one damaged line of it, not two.
+        try:
+            written = self._file.write(b"\n" + line if self._torn else line)
+            self._torn = written < len(line)
+        except OSError as error:
+            self._torn = True
+            self._complain(error)
+
+    def _show(self, step: int, named: Mapping[str, float]) -> None:
+        try:
+            for name, value in named.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
+        except OSError as error:
+            self._complain(error)
+
+    def _complain(self, error: OSError) -> None:
+        if not self._complained:
+            log.say(f"warning: metrics cannot be written ({error}); the run goes on without")
+        self._complained = True
 
     def close(self) -> None:
         """Flushes and closes the files."""
-        if self._file is not None:
-            self._file.close()
-            self._board.close()
+        for file in filter(None, (self._file, self._board)):
+            try:
+                file.close()
+            except OSError as error:
+                self._complain(error)
+
+
+def _drop_after(path: pathlib.Path, resume_step: int) -> None:
+    """Leaves in a metrics.jsonl what can be read and belongs to a step up to this one."""
+    good, damaged = _good_lines(path)
+    if damaged > 1 or (damaged and path.read_bytes().endswith(b"\n")):   # else a kill's torn end
+        log.say(f"warning: {damaged} damaged lines of {path} are left out")
+    kept = [line for line in good if _step_of(line) <= resume_step]
+    files.write_whole(path, "".join(line.decode() + "\n" for line in kept))

@@ -7,6 +7,7 @@ uninterrupted one drew, and an accumulated or pipelined step what the whole batc
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +20,15 @@ from t5x_lite.layers.linear import RowKey
 from t5x_lite.models.cache import take_rows
 from t5x_lite.models.params import ModelDefinition
 from t5x_lite.models.peft import Tuning
-from t5x_lite.parallel import sharding
-from t5x_lite.training import objectives
+from t5x_lite.parallel import offload, sharding
+from t5x_lite.training import objectives, precision
 from t5x_lite.training.objectives import ObjectiveConfig, Sums
 from t5x_lite.training.optimizers import Optimizer
 from t5x_lite.training.state import State
 
 Batch = Mapping[str, jax.Array]
 _ROWS = "rows"   # beside a batch's features: where each row stands in the global batch
+FINITE = "finite"   # the metric that says whether the updated state is; see make_train_step
 _FEATURE_AXES = ("act_batch", "act_length")   # of every feature; of _ROWS the first
 
 
@@ -161,20 +163,61 @@ def _spec(x: jax.ShapeDtypeStruct) -> PartitionSpec | None:
     return None if x.sharding is None or not sharding.mesh_sizes() else x.sharding.spec
 
 
-def make_train_step(of: Differentiated, optimizer: Optimizer, seed: int
-                    ) -> Callable[[State, Batch], tuple[State, Sums]]:
-    """(state, batch) -> (state after one update, {metric: (sum, count)})."""
-    def train_step(state, batch):
+def make_train_step(of: Differentiated, optimizer: Optimizer, seed: int, *,
+                    skip_bad: bool = False) -> Callable[..., tuple[State, Sums]]:
+    """(state, batch, loss_bound=inf) -> (state after one update, {metric: (sum, count)}).
+
+    The metric FINITE is 1 where the parameters and moments after the update hold no NaN and no
+    infinity (gradients that overflow under loss scaling are skipped by the optimizer and count as
+    finite). The loss speaks of the parameters before it.
+
+    Args:
+        skip_bad: leave parameters and optimizer as they were where the update is not finite, the
+            loss is not, or it is above loss_bound; the metric "skipped" is then 1.
+    """
+    def train_step(state, batch, loss_bound=jnp.inf):
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
         grads, sums = gradients(of, state["params"], batch, key, base=state.get("frozen"),
                                 scale=optimizer.loss_scale(state["opt_state"]))
         params, opt_state, info = optimizer.update(
             grads, state["opt_state"], state["params"], state["step"])
+        finite = _all_finite((params, opt_state))
+        if skip_bad:
+            nats, tokens = sums["loss"]
+            loss = nats / tokens
+            good = finite & jnp.isfinite(loss) & (loss <= loss_bound)
+            params, opt_state = _choose(good, (params, opt_state),
+                                        (state["params"], state["opt_state"]))
+            info = {**info, "skipped": jnp.maximum(info.get("skipped", 0.0), 1.0 - good)}
+        info = {**info, FINITE: finite}
         one = jnp.float32(1.0)
         sums = {**sums, **{name: (jnp.float32(x), one) for name, x in info.items()}}
         return {**state, "step": state["step"] + 1, "params": params,
                 "opt_state": opt_state}, sums
     return train_step
+
+
+def _all_finite(updated: Any) -> jax.Array:
+    """bool scalar: no NaN or infinity in any float array of the tree that the device keeps.
+
+    Scalars of an optimizer may be infinite by design (the best loss so far). Moments in the
+    host's memory are not read for this: they are finite where the parameters made of them are.
+    """
+    checked = [x for x in jax.tree.leaves(updated)
+               if jnp.issubdtype(x.dtype, jnp.inexact) and x.ndim and not offload.is_on_host(x)]
+    # Behind the barrier nothing of the update is computed another way for being looked at.
+    return precision.all_finite(jax.lax.optimization_barrier(checked))
+
+
+def _choose(good: jax.Array, new: Any, old: Any) -> Any:
+    """`new` where `good`, else `old`, leaf by leaf, where each is kept."""
+    def pick(new, old):
+        kept_on_host = offload.is_on_host(old)
+        if not kept_on_host:
+            return jnp.where(good, new, old)
+        return offload.at_once(lambda new, old: jnp.where(good, offload.to_device(new), old),
+                               new, old)
+    return jax.tree.map(pick, new, old)
 
 
 def make_eval_step(model: ModelDefinition, objective: ObjectiveConfig

@@ -72,6 +72,7 @@ def check(restored: checkpoint_format.Restored, step: int):
 def main(workdir: str, process: int, processes: int, port: int, steps: int, devices: int):
     """Resumes, checks what it resumed from, and saves `steps` more steps, one checkpoint each."""
     del devices
+    checkpoint_format.quiet_orbax()
     if processes > 1:
         jax.distributed.initialize(f"localhost:{port}", processes, process)
     mesh = make_mesh()

@@ -108,3 +108,33 @@ def test_reading_what_is_not_there(tmp_path):
 def test_importing_does_not_import_tensorflow():
     code = "import sys, t5x_lite.training.metrics; assert 'tensorflow' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("damage", [
+    b"\0\0\0\0\n", b"\n", b"\xff\xfe{}\n", b'{"loss": 1.0}\n', b'{"step": "4"}\n', b"[1, 2]\n",
+    b"null\n", b'{"step": 4, "loss"\n', b"[" * 100_000 + b"\n", b'{"step": ' + b"9" * 6000 + b"}\n",
+])
+@pytest.mark.parametrize("at_the_end", [True, False])
+def test_a_damaged_line_never_stops_a_resume(tmp_path, capsys, damage, at_the_end):
+    path = tmp_path / "metrics.jsonl"
+    lines = [b'{"step": %d, "loss": 1.0}\n' % step for step in range(1, 5)]
+    lines.insert(4 if at_the_end else 2, damage)
+    path.write_bytes(b"".join(lines))
+    assert [line["step"] for line in metrics.read_metrics(path)] == [1, 2, 3, 4]
+    with metrics.MetricsWriter(tmp_path, resume_step=3) as writer:
+        writer.write(stamp(4), {})
+    assert [line["step"] for line in metrics.read_metrics(path)] == [1, 2, 3, 4]
+    assert "1 damaged lines of" in capsys.readouterr().out
+
+
+def test_a_full_disk_costs_a_warning_and_no_run(tmp_path, capsys):
+    with metrics.MetricsWriter(tmp_path) as writer:
+        writer.write(stamp(1), {})
+        good, writer._file = writer._file, open("/dev/full", "wb", buffering=0)
+        writer.write(stamp(2), {})
+        writer.write(stamp(3), {})
+        writer._file.close()
+        writer._file = good
+        writer.write(stamp(4), {})
+    assert [line["step"] for line in metrics.read_metrics(tmp_path / "metrics.jsonl")] == [1, 4]
+    assert capsys.readouterr().out.count("metrics cannot be written") == 1

@@ -1,0 +1,1 @@
+"""What stands around the steps of a run: its clock, signals, the health of steps, its counts."""

@@ -1,0 +1,123 @@
+"""A resumed run is the uninterrupted one, line by line; what changed is said."""
+
+import dataclasses
+import os
+import shutil
+
+import pytest
+
+from t5x_lite import cli, config as configs, eval as eval_main, train
+from t5x_lite.checkpoints import manager
+from t5x_lite.errors import UserError
+from t5x_lite.parallel.sharding import MeshConfig
+from t5x_lite.training import metrics
+from t5x_lite.training.batch_ramp import BatchRampConfig
+from tests import tiny_config
+from tests.faults import mini
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    text = tiny_config.write_text(tmp_path_factory.mktemp("text") / "words.txt")
+    run = dataclasses.replace(mini.run(text), mesh=MeshConfig(data=8))
+    run = configs.replace(run, "eval.every", 5)
+    return configs.replace(run, "checkpoint.keep_last", 3)
+
+
+def replaced(config, fields):
+    for path, value in fields.items():
+        config = configs.replace(config, path, value)
+    return config
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_after(monkeypatch, step):
+    """Training ends without a word once `step` is dispatched, as by SIGKILL."""
+    original = train._step
+
+    def dying(session, meter, train_step, state, number):
+        if number > step:
+            session.checkpointer.wait()
+            raise Killed
+        return original(session, meter, train_step, state, number)
+
+    monkeypatch.setattr(train, "_step", dying)
+
+
+@pytest.mark.parametrize(("log_every", "save_every", "kills"), [(4, 3, (5, 7)), (5, 2, (3, 9))])
+def test_metrics_are_those_of_the_uninterrupted_run_byte_for_byte(
+        config, tmp_path, monkeypatch, log_every, save_every, kills):
+    run = replaced(config, {"train.num_steps": 10, "train.log_every": log_every,
+                            "checkpoint.every": save_every})
+    train.run(run, tmp_path / "whole")
+    for step in kills:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            killed_after(patch, step)
+            train.run(run, tmp_path / "cut")
+    train.run(run, tmp_path / "cut")
+    assert mini.without_timings(tmp_path / "cut") == mini.without_timings(tmp_path / "whole")
+
+
+def test_the_past_keeps_its_counts_when_the_batch_changes(config, tmp_path, capsys):
+    run = replaced(config, {"train.num_steps": 4})
+    train.run(run, tmp_path)
+    ramp = BatchRampConfig(((8, 5),))   # one step of 8, then 16
+    train.run(replaced(run, {"train.num_steps": 7, "train.global_batch_size": 16,
+                             "train.batch_ramp": ramp}), tmp_path)
+    lines = [x for x in metrics.read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in x]
+    assert [x["tokens_seen"] // 24 for x in lines] == [8, 16, 24, 32, 40, 56, 72]
+    assert lines[-1]["flops"] / lines[3]["flops"] == pytest.approx(72 / 32)
+    out = capsys.readouterr().out
+    assert "changed     train.global_batch_size: 8 -> 16 (since step 4)" in out
+    assert "train.num_steps: 4 -> 7" in out and "seed" not in out
+
+
+def test_a_checkpoint_of_before_the_counts_is_counted_by_its_own_config(config, tmp_path,
+                                                                       monkeypatch):
+    run = replaced(config, {"train.num_steps": 4})
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Meter, "memory", lambda self: {})
+        train.run(run, tmp_path)
+    shutil.rmtree(tmp_path / "configs")
+    train.run(replaced(run, {"train.num_steps": 5, "train.global_batch_size": 16}), tmp_path)
+    last = metrics.read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert last["tokens_seen"] == (4 * 8 + 16) * 24
+    assert {p.name for p in (tmp_path / "configs").iterdir()} == {"0.json", "4.json"}
+
+
+def test_what_cannot_change_is_refused_by_name(config, tmp_path):
+    run = replaced(config, {"train.num_steps": 2})
+    train.run(run, tmp_path)
+    for path, value in (("model.embed_dim", 16), ("data.targets_length", 16), ("data.seed", 4)):
+        with pytest.raises(UserError) as error:
+            train.run(configs.replace(run, path, value), tmp_path)
+        assert f"{path}: " in str(error.value) and f"-> {value}" in str(error.value)
+    assert manager.all_steps(tmp_path) == [2]
+
+
+def test_eval_falls_back_as_train_does_and_survives_a_torn_config(config, tmp_path, capsys):
+    run = replaced(config, {"train.num_steps": 4})
+    train.run(run, tmp_path)
+    for file in (tmp_path / "checkpoints/4/state/ocdbt.process_0/d").iterdir():
+        os.truncate(file, 0)
+    os.truncate(tmp_path / "config.json", 200)
+    loaded = cli.saved_config(tmp_path)
+    assert loaded == run and "config.json is damaged" in capsys.readouterr().err
+    found = eval_main.run(loaded, tmp_path, eval_main.steps_to_evaluate(tmp_path, "last"))
+    assert list(found) == [2]
+    with pytest.raises(UserError, match="no checkpoint at .* can be read"):
+        eval_main.run(loaded, tmp_path, [4])
+
+
+def test_a_finished_run_says_nothing_new_and_writes_no_history(config, tmp_path, capsys):
+    run = replaced(config, {"train.num_steps": 2})
+    train.run(run, tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    train.run(run, tmp_path)
+    assert "changed" not in capsys.readouterr().out
+    assert [p.name for p in (tmp_path / "configs").iterdir()] == ["0.json"]
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
