@@ -17,6 +17,7 @@ What happens to a run from outside stands in running/: signals, steps that are n
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping
@@ -48,7 +49,7 @@ from t5x_lite.running import changes
 from t5x_lite.running.clock import LOST, Clock, Watchdog
 from t5x_lite.running.counts import Counts
 from t5x_lite.running.health import Fault, Health, Step
-from t5x_lite.running.signals import Stop
+from t5x_lite.running.signals import Stop, stopped_status
 from t5x_lite.training import batch_ramp, metrics
 from t5x_lite.training.steps import FINITE
 
@@ -92,6 +93,7 @@ def run(config: RunConfig, workdir: str | pathlib.Path, clock: Clock | None = No
         SystemExit: a signal asked for the end, and the run is saved.
     """
     workdir, clock, where = pathlib.Path(workdir), clock or Clock(), _Where()
+    stopped_status(os.environ)   # refused at the start, not at the end
     processes.check_agree({"--workdir": str(workdir), "config": json.loads(to_json(config))})
     with (Stop() as stop,
           Watchdog(config.train.watchdog, clock, workdir, where=where,
@@ -203,7 +205,7 @@ def _loop(session: _Session, start: Start, where: _Where) -> dict[str, dict[str,
     if stopping:
         log.say(f"stopped by {session.stop.name or 'SIGTERM'} after step {step}, which is saved; "
                 f"the same command goes on from there")
-        raise SystemExit(0)
+        raise SystemExit(stopped_status(os.environ))
     meter.refuse_a_run_without_updates()
     if config.eval.samples and evaluator.has_data:
         log.say(report.samples(evaluator.samples(program.whole_params(state),

@@ -63,7 +63,7 @@ for ((life = 0; life <= retries; life++)); do
   if [ "$(state)" = ACTIVE ] || { give_back && ask; }; then
     if install; then
       status=0
-      on_all "cd t5x_lite && .venv/bin/python -u -m t5x_lite.train$arguments" || status=$?
+      on_all "cd t5x_lite && T5X_LITE_STOPPED_STATUS=77 .venv/bin/python -u -m t5x_lite.train$arguments" || status=$?
     fi
   fi
   echo "=== $(date '+%F %T') exit status $status, slice $(state)"

@@ -1,11 +1,15 @@
-"""What SIGTERM, SIGINT (Ctrl-C) and SIGHUP do to a run.
+"""What SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR2 do to a run.
 
 The first of them asks the run to save after the step in progress and to leave; a second one leaves at
 once. Before the first step there is nothing to save, so the first one leaves at once as well. A
 thread reads the signals, because Python's own handlers wait for the main thread to return from C++,
 which takes minutes in a compilation. A signal that the caller ignores (nohup's SIGHUP) stays ignored.
 
-    exit status   0 after a save; 128 + the signal's number (143, 130, 129) where it left at once
+    exit status   after a save 0, or what T5X_LITE_STOPPED_STATUS says: launchers set 77, so as to tell
+                  a run that is to go on from one that has finished; 128 + the signal's number (143,
+                  130, 129, 140) where it left at once
+
+SIGUSR2 is what submitit sends ahead of a job's time limit.
 """
 
 import contextlib
@@ -13,14 +17,27 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 from jax.experimental import multihost_utils
 
+from t5x_lite.errors import UserError
 from t5x_lite.parallel import processes
 
-ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
+
+
+def stopped_status(environ: Mapping[str, str]) -> int:
+    """The exit status of a run that saved because a signal asked it to stop.
+
+    Raises:
+        UserError: T5X_LITE_STOPPED_STATUS is no number from 0 to 125.
+    """
+    value = environ.get("T5X_LITE_STOPPED_STATUS", "0")
+    if not value.isdecimal() or int(value) > 125:
+        raise UserError(f"T5X_LITE_STOPPED_STATUS={value}: must be a number from 0 to 125.")
+    return int(value)
 
 
 class Stop:

@@ -12,6 +12,9 @@ import time
 import pytest
 import yaml
 
+from t5x_lite.errors import UserError
+from t5x_lite.running import signals
+
 LAUNCH = pathlib.Path(__file__).resolve().parents[2] / "scripts" / "launch"
 SHELL = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 
@@ -104,9 +107,9 @@ statuses=({' '.join(map(str, statuses))}); exit ${{statuses[$n]}}
 @pytest.mark.parametrize("statuses, status, lives", [
     ([0], 0, 1),
     ([2, 0], 2, 1),                        # a user's mistake is not tried again
-    ([75, 75, 75, 75, 0], 0, 5),           # saved and asked to stop: as often as it takes
+    ([77, 77, 77, 77, 0], 0, 5),           # saved and asked to stop: as often as it takes
     ([1, 137, 0], 0, 3),
-    ([1, 1, 75, 1, 0], 0, 5),              # what was saved is progress
+    ([1, 1, 77, 1, 0], 0, 5),              # what was saved is progress
     ([1, 1, 1, 0], 1, 3),
 ])
 def test_restarts_obey_the_exit_status(tmp_path, statuses, status, lives):
@@ -122,7 +125,7 @@ def test_pauses_double(tmp_path):
 def test_sigterm_is_handed_on_and_its_save_awaited(tmp_path):
     mark = tmp_path / "saved"
     script = tmp_path / "run.sh"
-    script.write_text(f"#!/bin/bash\ntrap 'sleep 1; touch {mark}; exit 75' TERM\n"
+    script.write_text(f"#!/bin/bash\ntrap 'sleep 1; touch {mark}; exit 77' TERM\n"
                       f"touch {tmp_path}/started\nwhile :; do sleep 0.1; done\n")
     script.chmod(0o755)
     process = subprocess.Popen([str(LAUNCH / "restart.sh"), str(script)])
@@ -131,4 +134,15 @@ def test_sigterm_is_handed_on_and_its_save_awaited(tmp_path):
             break
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 75 and mark.exists()
+    assert process.wait(timeout=30) == 77 and mark.exists()
+
+
+@pytest.mark.parametrize("environ, status", [({}, 0), ({"T5X_LITE_STOPPED_STATUS": "77"}, 77)])
+def test_the_status_of_a_stopped_run_is_the_launchers(environ, status):
+    assert signals.stopped_status(environ) == status
+
+
+@pytest.mark.parametrize("value", ["-1", "126", "x", ""])
+def test_another_status_is_refused(value):
+    with pytest.raises(UserError, match="T5X_LITE_STOPPED_STATUS=.*0 to 125"):
+        signals.stopped_status({"T5X_LITE_STOPPED_STATUS": value})
