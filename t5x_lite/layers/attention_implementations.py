@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from t5x_lite.errors import UserError
 from t5x_lite.layers.masks import Masking, Terms, allowed
-from t5x_lite.parallel import sharding
+from t5x_lite.parallel import products, sharding
 
 IMPLEMENTATIONS = ("auto", "plain", "chunked", "cudnn", "splash")
 FUSED_FROM = 1024          # keys from which a fused kernel repays its start
@@ -30,13 +30,6 @@ PLAIN_UP_TO = 2048 * 2048  # logits of a head that the plain implementation may 
 _LANES = 128               # splash works on tiles of this many positions
 
 _log = logging.getLogger(__name__)
-
-
-def platform() -> str:
-    """cpu, gpu or tpu: of the mesh, which may be only described (plan), else of this process."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    name = device.platform if device is not None else jax.default_backend()
-    return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
 
 
 def obstacle(name: str, backend: str, q: jax.Array, k: jax.Array, bias: bool, terms_softcap: float,
@@ -110,7 +103,7 @@ def choose(implementation: str, q: jax.Array, k: jax.Array, *, bias: bool, softc
     Raises:
         UserError: the config names one that cannot run here.
     """
-    backend = platform()
+    backend = products.platform()
 
     def why_not(name):
         return obstacle(name, backend, q, k, bias, softcap, masking)

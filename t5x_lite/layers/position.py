@@ -23,9 +23,11 @@ from t5x_lite.errors import UserError, at_least, between, one_of
 from t5x_lite.layers.config import AttentionConfig, InitConfig, PositionConfig
 from t5x_lite.layers.linear import Dense, param
 from t5x_lite.layers.masks import Masking
-from t5x_lite.parallel import sharding
+from t5x_lite.parallel import products, sharding
 from t5x_lite.parallel.remat import tag
 
+# Pairs up to which a product with one row of buckets a pair is small beside attention itself.
+_PAIRS_BY_PRODUCT = 1024 * 1024
 ROTARY_SCALINGS = ("none", "linear", "ntk", "llama3", "yarn")
 
 
@@ -101,6 +103,19 @@ class PositionBias:
             return sharding.shard(skew(values, keys), None, "act_heads", "act_length", None)
         distance = k_positions[:, None, :] - q_positions[:, :, None]
         return self.values(self, distance, ("act_batch", "act_length", None))
+
+    def whole(self, q_positions: jax.Array, k_positions: jax.Array) -> jax.Array:
+        """The bias of all pairs as an array that the layers share, to be made once.
+
+        What XLA can fuse into every layer's softmax it makes anew in each, twice: on CPU neither
+        an optimization_barrier nor the reshape of `skew` keeps it from that, but a product
+        does. So there T5's one-hot product goes over all pairs instead of over all distances.
+        """
+        (rows, length), keys = q_positions.shape, k_positions.shape[1]
+        if rows == 1 and length * keys <= _PAIRS_BY_PRODUCT and products.platform() == "cpu":
+            distance = k_positions[:, None, :] - q_positions[:, :, None]
+            return self.values(self, distance, (None, "act_length", None))
+        return jax.lax.optimization_barrier(self(q_positions, k_positions))
 
 
 jax.tree_util.register_dataclass(PositionBias, data_fields=["table"],

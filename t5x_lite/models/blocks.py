@@ -347,8 +347,7 @@ class Stack(nnx.Module):
         layers = (b.self_attention for s in self.config.segments for b in s.blocks)
         if any(attention_implementations.by_chunks(a.implementation, masking) for a in layers):
             return bias
-        # Kept whole: fused into every layer's softmax it was made anew there, twice.
-        return jax.lax.optimization_barrier(bias(masking.q_positions, masking.k_positions))
+        return bias.whole(masking.q_positions, masking.k_positions)
 
     def _dropout(self, x, key, site):
         key = None if key is None else key.fold_in(site)

@@ -30,6 +30,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from t5x_lite.bounds import Axis
 from t5x_lite.errors import UserError, nearest
+from t5x_lite.parallel import products
 
 # Outermost first: neighbours in the last axis are neighbours on the interconnect, so the
 # chattiest parallelism (tensor) stands last and the most patient (slices, over DCN) first.
@@ -418,6 +419,8 @@ def einsum(equation: str, *operands: jax.Array, out: Axes, **kwargs) -> jax.Arra
 
 
 def _product(x: jax.Array, w: jax.Array, spec: PartitionSpec | None) -> jax.Array:
+    if products.applies(x, w):
+        return products.product(x, w, spec)
     return jnp.einsum("...D,DF->...F", x, w, out_sharding=spec)
 
 

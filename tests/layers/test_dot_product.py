@@ -13,7 +13,7 @@ from t5x_lite.layers import attention, attention_implementations, dot_product
 from t5x_lite.layers.config import PositionConfig
 from t5x_lite.layers.masks import Masking, Terms
 from t5x_lite.layers.position import PositionBias, Relative, alibi_values, skew, t5_values
-from t5x_lite.parallel import sharding
+from t5x_lite.parallel import products, sharding
 
 
 def inputs(length, keys, heads, kv_heads, head_dim=4, batch=2, seed=0):
@@ -157,7 +157,7 @@ def test_splash_equals_plain(mask, softcap):
 def choice(monkeypatch, backend, implementation="auto", length=4096, dtype=jnp.bfloat16,
            lacks="", **kwargs):
     """What runs on a backend, from shapes alone."""
-    monkeypatch.setattr(attention_implementations, "platform", lambda: backend)
+    monkeypatch.setattr(products, "platform", lambda: backend)
     monkeypatch.setattr(attention_implementations, "cudnn_lacks", lambda: lacks)
     q, k = (jax.ShapeDtypeStruct((2, 8, length, 64), dtype) for _ in range(2))
     settings = {"bias": False, "softcap": 0.0, **{k: v for k, v in kwargs.items() if k != "prefix"}}
@@ -189,7 +189,7 @@ def test_rows_at_different_positions_are_plain(monkeypatch):
 @pytest.mark.parametrize("implementation", ["auto", "named"])
 def test_one_row_behind_a_cache_takes_no_fused_kernel(monkeypatch, backend, name, implementation):
     """Their causal masks begin at the first key, where this query sees all."""
-    monkeypatch.setattr(attention_implementations, "platform", lambda: backend)
+    monkeypatch.setattr(products, "platform", lambda: backend)
     q, k = (jax.ShapeDtypeStruct((1, 8, n, 64), jnp.bfloat16) for n in (128, 4096))
     where = Masking(jnp.arange(900, 1028)[None], jnp.arange(4096)[None], causal=True)
     assert attention_implementations.choose(name if implementation == "named" else "auto", q, k, bias=False,

@@ -40,6 +40,22 @@ def test_t5_bias_is_looked_up_by_bucket():
     np.testing.assert_allclose(bias(INDEX[:, 2:5], INDEX[:, 1:3]), found[:, :, 2:5, 1:3])
 
 
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_the_bias_made_whole_is_the_one_by_distance(bidirectional):
+    config = PositionConfig(num_buckets=8, max_distance=16)
+    table = jax.random.normal(jax.random.key(0), (1, 8, 3))
+    queries, keys = jnp.arange(5, 26)[None], jnp.arange(30)[None]
+
+    def made(table, whole):
+        bias = PositionBias(table, t5_values, config, bidirectional)
+        return (bias.whole if whole else bias)(queries, keys)
+    np.testing.assert_array_equal(made(table, True), made(table, False))
+    weights = jax.random.normal(jax.random.key(1), (1, 3, 21, 30))
+    grads = [jax.grad(lambda t, w=whole: jnp.sum(made(t, w) * weights))(table)
+             for whole in (True, False)]
+    np.testing.assert_allclose(*grads, rtol=1e-5, atol=1e-5)
+
+
 def test_alibi_slopes_and_bias_of_the_paper():
     assert alibi_slopes(8) == [2.0 ** -i for i in range(1, 9)]
     assert alibi_slopes(6) == [2.0 ** -2, 2.0 ** -4, 2.0 ** -6, 2.0 ** -8, 2.0 ** -1, 2.0 ** -3]
