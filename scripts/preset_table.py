@@ -33,7 +33,7 @@ def presets() -> dict[str, list[str | None]]:
     for file in sorted(CONFIGS.glob("[!_]*.py")):
         module = importlib.import_module(f"configs.{file.stem}")
         found[file.stem] = {"quickstart": [None, "moe"], "mixtral": ["8x7b"]}.get(
-            file.stem) or list(module.SIZES)
+            file.stem) or list(getattr(module, "SIZES", ()))   # configs/hf.py has those of a folder
     return found
 
 

@@ -255,7 +255,8 @@ def _describe(argv: list[str], error: Exception) -> str:
 
 
 def _find_config(argument: str) -> str:
-    """Lets --config=configs/… name a shipped config from any working directory.
+    """Lets --config=configs/… name a shipped config from any working directory, and --config=hf:X
+    the config of a model of Hugging Face (configs/hf.py).
 
     Raises:
         UserError: there is no such file.
@@ -263,8 +264,10 @@ def _find_config(argument: str) -> str:
     prefix, _, rest = argument.partition("=")
     if prefix not in ("--config", "-config") or not rest:
         return argument
+    if rest.startswith("hf:"):   # a model of Hugging Face is its own config
+        rest = f"configs/hf.py:{rest.removeprefix('hf:')}"
     path, colon, size = rest.partition(":")
-    if pathlib.Path(path).exists():
+    if pathlib.Path(path).exists() and path != "configs/hf.py":
         return argument
     spec = importlib.util.find_spec("configs")
     folders = [pathlib.Path(f) for f in (spec.submodule_search_locations if spec else ())]

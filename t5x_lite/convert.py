@@ -1,6 +1,6 @@
 """Convert checkpoints: `python -m t5x_lite.convert --from=SOURCE --to=TARGET`.
 
-    SOURCE   hf:DIR     a folder of Hugging Face transformers
+    SOURCE   hf:DIR     a folder of Hugging Face transformers, or ORG/NAME of the hub
              t5x:DIR    a native T5X checkpoint, local or gs://BUCKET/PATH
              peft:DIR   a LoRA adapter of Hugging Face's PEFT (to a WORKDIR)
              mtf:DIR    a Mesh TensorFlow T5 checkpoint (folder, or prefix model.ckpt-N)
@@ -42,7 +42,7 @@ from t5x_lite.checkpoints import manager
 from t5x_lite.checkpoints.manager import CheckpointConfig, Checkpointer
 from t5x_lite.config import RunConfig, saved, to_json
 from t5x_lite.errors import UserError, nearest
-from t5x_lite.formats import hf, hf_lora, mesh_tf, t5x
+from t5x_lite.formats import hf, hf_card, hf_lora, hub, mesh_tf, t5x
 from t5x_lite.formats.mapping import ForeignModel, Tensors, num_bytes
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.language_model import Model
@@ -63,6 +63,7 @@ class Options:
     step: str = "last"
     vocab_size: int = 0
     max_file_gb: float = 5.0
+    push: str = ""
 
 
 def run(source: str, target: str, options: Options = Options()) -> None:
@@ -78,6 +79,9 @@ def run(source: str, target: str, options: Options = Options()) -> None:
     if re.match(r"\w+:", target) and not target.startswith(("hf:", "peft:")):
         raise UserError(f"--to={target}: a target is hf:DIR, peft:DIR or the local folder of a "
                         "workdir.")
+    if options.push and not target.startswith(("hf:", "peft:")):
+        raise UserError(f"--push={options.push}: uploads what --to=hf:DIR or peft:DIR wrote, not "
+                        f"{target}.")
     folder = pathlib.Path(re.sub("^(hf|peft):", "", target)).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--to={target}: {folder} exists and is not empty; name another folder.")
@@ -92,6 +96,8 @@ def run(source: str, target: str, options: Options = Options()) -> None:
         write = _writer(source, target, options)
     _write_whole(folder, write)
     log.say(f"wrote {folder}")
+    if options.push:
+        hub.push(folder, options.push)
 
 
 def _writer(source: str, target: str, options: Options) -> Callable[[pathlib.Path], None]:
@@ -204,11 +210,13 @@ def _write_hf(folder: pathlib.Path, source: str, model: ForeignModel, dtypes: Ma
     hf.write_model(folder, model.config, dtypes, model.read, model_type=options.family, base=base,
                    max_bytes=int(options.max_file_gb * 1e9),
                    progress=lambda path: _progress(next(done), model, path))
+    if not source.startswith(("hf:", "t5x:", "mtf:")):
+        hf_card.write(folder, manager.read_record(source, _step(options)), source)
 
 
 def _hf_files(source: str) -> pathlib.Path | None:
     """The folder with the config.json and tokenizer that belong to a source."""
-    path = pathlib.Path(source.removeprefix("hf:")).expanduser()
+    path = hub.local_folder(source.removeprefix("hf:"))
     for folder in ([path] if source.startswith("hf:") else
                    [path / "hf", path.parent / "hf", path.parent.parent / "hf"]):
         if (folder / "config.json").is_file():
@@ -248,7 +256,7 @@ def _write_tuned_workdir(folder: pathlib.Path, source: str, options: Options) ->
     adapter = pathlib.Path(source.removeprefix("peft:")).expanduser()
     base = options.config.init_from if options.config else ""
     base = base or f"hf:{hf_lora.base_of(adapter)}"
-    if not pathlib.Path(base.removeprefix("hf:")).expanduser().is_dir():
+    if not hub.local_folder(base.removeprefix("hf:")).is_dir():
         raise UserError(f"{source} adapts {base}, which is not here: give --config=configs/… with "
                         "--config.init_from=hf:DIR.")
     model = _open(base, options)
@@ -291,6 +299,7 @@ if __name__ == "__main__":
     _STEP = flags.DEFINE_string("step", "last", "The step of a workdir, or last.")
     _VOCAB = flags.DEFINE_integer("vocab_size", 0, "Drop rows that pad the vocabulary beyond it.")
     _GB = flags.DEFINE_float("max_file_gb", 5.0, "Size of one safetensors file.")
+    _PUSH = flags.DEFINE_string("push", "", "ORG/NAME of the hub to upload an hf: target to.")
     _CONFIG = cli.define_config()
 
     def main() -> None:
@@ -299,6 +308,6 @@ if __name__ == "__main__":
                             "--to=hf:DIR|peft:DIR|WORKDIR.")
         config = cli.run_config(_CONFIG) if _CONFIG.value is not None else None
         run(_FROM.value, _TO.value, Options(config, _FAMILY.value, _DTYPE.value, _STEP.value,
-                                            _VOCAB.value, _GB.value))
+                                            _VOCAB.value, _GB.value, _PUSH.value))
 
     cli.run(main)

@@ -1,6 +1,7 @@
 """Parameters from elsewhere: `--config.init_from=SOURCE` in train, eval and infer.
 
-    hf:DIR    a folder of Hugging Face transformers (config.json and safetensors)
+    hf:DIR    a folder of Hugging Face transformers (config.json and safetensors), or ORG/NAME
+              of the hub, downloaded into its cache (formats/hub.py)
     t5x:DIR   a native T5X checkpoint, a local folder or gs://BUCKET/PATH
     WORKDIR   a workdir of t5x_lite, its checkpoints folder or the folder of one step
 

@@ -14,6 +14,7 @@ from t5x_lite.config import RunConfig, from_mapping
 from t5x_lite.data import tasks as data_tasks, vocabulary as data_vocabulary
 from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError
+from t5x_lite.formats import hub
 from t5x_lite.formats.mapping import ForeignModel
 from t5x_lite.models import peft
 
@@ -62,7 +63,7 @@ def _pieces_of_source(source: str) -> Sequence[str]:
     if kind == "t5x":
         return []
     if kind == "hf":
-        return data_vocabulary.pieces_of_folder(pathlib.Path(rest).expanduser())
+        return data_vocabulary.pieces_of_folder(hub.local_folder(rest))
     saved = from_mapping(DataConfig, manager.read_record(source).config["data"], "data")
     if not names_one(saved):
         return data_vocabulary.pieces_of_folder(pathlib.Path(source) / "hf")

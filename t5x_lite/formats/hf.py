@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from t5x_lite.errors import UserError, nearest
-from t5x_lite.formats import hf_bert, hf_decoders, hf_fields, hf_t5, safetensors
+from t5x_lite.formats import hf_bert, hf_decoders, hf_fields, hf_t5, hub, safetensors
 from t5x_lite.formats.functions import differences
 from t5x_lite.formats.hf_family import Family
 from t5x_lite.formats.mapping import (
@@ -111,7 +111,7 @@ def _listed(kind: Family, lost: Sequence[str]) -> str:
 
 def read_model(folder: str, like: ModelConfig | None = None, partial: bool = False
                ) -> ForeignModel:
-    """The model in a folder of transformers; reads no tensor yet.
+    """The model in a folder of transformers, or of that name in the hub; reads no tensor yet.
 
     Args:
         like: a config whose grouping of layers into segments to follow.
@@ -120,7 +120,7 @@ def read_model(folder: str, like: ModelConfig | None = None, partial: bool = Fal
     Raises:
         UserError: no such folder, an unknown family, or tensors that do not fit config.json.
     """
-    where, path = f"hf:{folder}", pathlib.Path(folder).expanduser()
+    where, path = f"hf:{folder}", hub.local_folder(folder)
     if not (path / "config.json").is_file():
         raise UserError(f"{where}: {path / 'config.json'} does not exist. `hf download NAME "
                         f"--local-dir {folder}` fetches a published model.")

@@ -46,6 +46,22 @@ PUBLISHED = {
         "max_position_embeddings": 131072, "num_attention_heads": 32, "num_hidden_layers": 32,
         "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_scaling": _LLAMA_3_1,
         "rope_theta": 500000.0, "tie_word_embeddings": False, "vocab_size": 128256}),
+    "llama:3_2_1b": ("meta-llama/Llama-3.2-1B", {
+        "model_type": "llama", "head_dim": 64, "hidden_size": 2048, "intermediate_size": 8192,
+        "max_position_embeddings": 131072, "num_attention_heads": 32, "num_hidden_layers": 16,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+        "rope_scaling": {**_LLAMA_3_1, "factor": 32.0}, "rope_theta": 500000.0,
+        "tie_word_embeddings": True, "vocab_size": 128256}),
+    "pythia:160m": ("EleutherAI/pythia-160m", {
+        "model_type": "gpt_neox", "hidden_act": "gelu", "hidden_size": 768,
+        "intermediate_size": 3072, "layer_norm_eps": 1e-5, "max_position_embeddings": 2048,
+        "num_attention_heads": 12, "num_hidden_layers": 12, "rotary_emb_base": 10000,
+        "rotary_pct": 0.25, "tie_word_embeddings": False, "use_parallel_residual": True,
+        "vocab_size": 50304}),
+    "flan_t5:small": ("google/flan-t5-small", {
+        **_T5_1_1, "d_ff": 1024, "d_kv": 64, "d_model": 512, "num_decoder_layers": 8,
+        "num_heads": 6, "num_layers": 8, "n_positions": 512, "output_past": True,
+        "dense_act_fn": "gelu_new", "is_gated_act": True, "vocab_size": 32128}),
     "mixtral:8x7b": ("mistralai/Mixtral-8x7B-v0.1", {
         "model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336,
         "num_attention_heads": 32, "num_experts_per_tok": 2, "num_hidden_layers": 32,
