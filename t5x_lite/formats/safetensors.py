@@ -85,24 +85,30 @@ def read_folder(folder: pathlib.Path) -> Tensors:
 def _choose(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
     """(the files to read, {tensor: file} where an index says it)."""
     incomplete: list[str] = []
-    for name in _CANDIDATES:
-        if not (folder / name).is_file():
+    for candidate in _CANDIDATES:
+        if not (folder / candidate).is_file():
             continue
-        weight_map = _weight_map(folder / name) if name.endswith(".index.json") else {}
-        names = sorted(set(weight_map.values())) or [name]
-        missing = [n for n in names if not (folder / n).is_file()]
+        weight_map = _weight_map(folder / candidate) if candidate.endswith(".index.json") else {}
+        names = sorted(set(weight_map.values())) or [candidate]
+        missing = [name for name in names if not (folder / name).is_file()]
         if not missing:
             for problem in incomplete:
-                log.say(f"  {problem} Reading {name} instead.")
-            return [folder / n for n in names], weight_map
-        incomplete.append(f"{folder / name} names files that are not there: {', '.join(missing)}.")
+                log.say(f"  {problem} Reading {candidate} instead.")
+            return [folder / name for name in names], weight_map
+        incomplete.append(f"{folder / candidate} names files that are not there: "
+                          f"{', '.join(missing)}.")
     if incomplete:
         raise UserError(f"{incomplete[0]} Download them too.")
-    others = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
-    if len(others) == 1:
-        return others, {}
-    if others:
-        raise UserError(f"{folder} holds {', '.join(f.name for f in others[:3])}, …, but no {INDEX} "
+    return [_only_file(folder)], {}
+
+
+def _only_file(folder: pathlib.Path) -> pathlib.Path:
+    """The one safetensors file of a folder, whatever its name."""
+    files = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise UserError(f"{folder} holds {', '.join(f.name for f in files[:3])}, …, but no {INDEX} "
                         "to say how they belong together. Download it too.")
     raise UserError(f"{folder} holds no model.safetensors or {INDEX} (nor pytorch_model.bin). "
                     f"`hf download NAME --local-dir {folder}` fetches a published model.")

@@ -4,7 +4,8 @@ Scanned, unrolled and differently grouped stacks hold the same layers, so that a
 workdir that stacked them otherwise.
 """
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -40,7 +41,8 @@ def model_of(where: str, stored: ModelConfig, arrays: Mapping[str, Any], read: R
     placed = {}
     for path, info in table.items():
         generic, layers = parse(config, path)
-        wanted = [(generic, layer) for layer in layers or [None]]
+        numbers: Sequence[int | None] = layers or [None]
+        wanted = [(generic, number) for number in numbers]
         if all(key in held for key in wanted):
             stacked = int(layers is not None)
             placed[path] = Placed(info.shape[:stacked], info.shape[stacked:],
@@ -54,7 +56,7 @@ def model_of(where: str, stored: ModelConfig, arrays: Mapping[str, Any], read: R
 
 def _layers(stored: ModelConfig, arrays: Mapping[str, Any]) -> dict[tuple[str, int | None], Slot]:
     """{(path with "*" for a layer's number, the number or None): where that layer stands}."""
-    held = {}
+    held: dict[tuple[str, int | None], Slot] = {}
     for path, array in arrays.items():
         generic, layers = parse(stored, path)
         if layers is None:
@@ -62,5 +64,5 @@ def _layers(stored: ModelConfig, arrays: Mapping[str, Any]) -> dict[tuple[str, i
             continue
         for i, layer in enumerate(layers):
             held[generic, layer] = Slot(path, array.shape,
-                                        Layout(lambda s: s, lambda t, i=i: t[i]))
+                                        Layout(lambda s: s, operator.itemgetter(i)))
     return held
