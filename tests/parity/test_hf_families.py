@@ -28,7 +28,8 @@ def ours(config, params, data):
 
     def run(params):
         module = model.bind(params)
-        value, _ = loss(module, data, None, ObjectiveConfig(z_loss=0.0), totals(data))
+        value, _ = loss(module, data, None, ObjectiveConfig(z_loss=0.0),
+                        totals(ObjectiveConfig(z_loss=0.0), data))
         return value, module.head(module.head_params(), module(data)[0])
 
     run = jax.jit(jax.value_and_grad(run, has_aux=True), compiler_options={
