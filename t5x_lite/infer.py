@@ -21,7 +21,6 @@ all processes read the same input, process 0 writes and tells the others where t
 
 import dataclasses
 import functools
-import gzip
 import itertools
 import json
 import os
@@ -30,7 +29,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO, NoReturn
 
 from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read on import
 
@@ -45,7 +44,7 @@ from ml_collections import config_flags
 from t5x_lite import config as configs, init_from, log
 from t5x_lite.build import Program, build
 from t5x_lite.config import RunConfig
-from t5x_lite.data import tasks as data_tasks, vocabulary as data_vocabulary
+from t5x_lite.data import readers, tasks as data_tasks, vocabulary as data_vocabulary
 from t5x_lite.decoding.decode import DecodeConfig
 from t5x_lite.errors import UserError, nearest
 from t5x_lite.evaluation.predictor import Predictor, Text
@@ -53,7 +52,6 @@ from t5x_lite.training import state
 
 FORMATS = ("jsonl", "json", "tsv", "text")
 MODES = ("predict", "score")
-_BOM = b"\xef\xbb\xbf"   # what some editors put in front of UTF-8
 _FINGERPRINT = 1 << 16   # bytes of the input's beginning that tell it from another
 _SECONDS_BETWEEN_REPORTS = 10.0
 
@@ -83,14 +81,14 @@ def format_of(path: str, given: str) -> str:
     return given or (ending if ending in FORMATS else "text")
 
 
-def open_input(path: str) -> tuple[Iterable[bytes], str]:
-    """(its lines, what messages call it); "-" is standard input. Raises UserError for no file."""
+def open_input(path: str) -> tuple[BinaryIO, str]:
+    """(its bytes, what messages call it); "-" is standard input. Raises UserError for no file."""
     if path == "-":
         return sys.stdin.buffer, "standard input"
     file = pathlib.Path(path)
     if not file.exists() or file.is_dir():
         raise UserError(f"--input={path} {'is a folder' if file.exists() else 'does not exist'}.")
-    return (gzip.open if path.endswith(".gz") else open)(path, "rb"), path
+    return readers.open_binary(path), path
 
 
 def source_of(path: str, kind: str) -> str:
@@ -103,81 +101,81 @@ def source_of(path: str, kind: str) -> str:
     return f"{path} as {kind}, {file.stat().st_size:,} bytes, crc32 {digest:08x} at the beginning"
 
 
-def _entries(lines: Iterable[bytes], kind: str, name: str) -> Iterator[tuple[int, bytes | Mapping]]:
-    """(place from 1, line) of what may hold something, or (place, object) of a .json list."""
-    lines = iter(lines)
-    try:
-        first = next(lines, b"").removeprefix(_BOM)
-        lines = itertools.chain([first] if first else [], lines)
-        if kind == "json":
-            yield from data_tasks.json_objects(b"".join(lines), name)
-            return
-        for number, raw in enumerate(lines, 1):
-            if raw.strip() or kind == "text":
-                yield number, raw
-    except gzip.BadGzipFile as error:
-        raise UserError(f"{name} is not a gzip file; rename it without .gz") from error
+def _records(file: Iterable[bytes], kind: str, name: str, on_error: readers.OnError
+             ) -> Iterator[tuple[int, str, str | Mapping]]:
+    """(number from 1, what errors call it, line) of what may hold something, or of a .json list
+    (…, object). Blank lines hold nothing, as in training, unless every line is an input."""
+    if kind == "json":
+        content = readers.json_value(readers.whole_of(file, name), name)
+        for number, record in readers.objects_of(content, name):
+            yield number, f"{name}, object {number}", record
+        return
+    for number, line in readers.lines_of(file, name, on_error):
+        if line.strip() or kind == "text":
+            yield number, f"{name}, line {number}", line
 
 
-def parse(entry: bytes | Mapping, kind: str) -> tuple[str, tuple[str, ...]]:
-    """(inputs, targets) of a line or an object. Raises UserError where it is malformed."""
-    if isinstance(entry, Mapping):
-        return _parse_object(entry)
-    try:
-        line = entry.decode().rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise UserError("is not UTF-8") from error
-    if not line.strip():
-        raise UserError("is empty")
+def parse(entry: str | Mapping, kind: str, where: str) -> tuple[str, tuple[str, ...]]:
+    """(inputs, targets) of a line or an object. Raises UserError, `where` in front, for one that
+    is malformed."""
+    if kind == "jsonl":
+        entry = readers.json_object(entry, where)
+    if kind in ("json", "jsonl"):
+        return _parse_object(entry, where)
+    if not entry.strip():
+        raise UserError(f"{where} is empty")
     if kind == "text":
-        return line, ()
-    if kind == "tsv":
-        inputs, *targets = line.split("\t")
-        if not inputs.strip():
-            raise UserError("has no inputs before the tab")
-        return inputs, tuple(targets)
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"is not JSON ({error.msg})") from error
-    if not isinstance(record, dict):
-        raise UserError(f"is not an object but a {type(record).__name__}")
-    return _parse_object(record)
-
-
-def _parse_object(record: Mapping) -> tuple[str, tuple[str, ...]]:
-    inputs = next((record[k] for k in ("inputs", "question", "text") if k in record), None)
-    targets = next((record[k] for k in ("targets", "answer", "answers") if k in record), [])
-    targets = [targets] if isinstance(targets, str) else targets
-    if not isinstance(inputs, str):
-        raise UserError(f'has no string "inputs", "question" or "text" (found {sorted(record)})')
-    if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
-        raise UserError('has "targets" that are neither a string nor a list of strings')
-    try:
-        "".join([inputs, *targets]).encode()
-    except UnicodeEncodeError as error:
-        raise UserError("holds half of a surrogate pair, "
-                        f"{error.object[error.start:error.end]!a}, which is no text") from error
+        return entry, ()
+    inputs, *targets = entry.split("\t")
+    if not inputs.strip():
+        raise UserError(f"{where} has no inputs before the tab")
     return inputs, tuple(targets)
 
 
-def read_lines(lines: Iterable[bytes], kind: str, *, on_error: str, needs_targets: bool,
+def _parse_object(record: Mapping, where: str) -> tuple[str, tuple[str, ...]]:
+    inputs = next((record[k] for k in (*readers.QUESTIONS, "text") if k in record), None)
+    if not isinstance(inputs, str):
+        raise UserError(f'{where} has no string "inputs", "question" or "text" '
+                        f"(found {readers.shown(record)})")
+    targets = readers.answers_of(record, where) or ()
+    readers.check_text([inputs, *targets], where)
+    return inputs, tuple(targets)
+
+
+def _check_targets(targets: Sequence[str], where: str) -> None:
+    """Raises UserError where there is nothing to score, or an empty text among it."""
+    if not any(target.strip() for target in targets):
+        raise UserError(f"{where} has no targets to score")
+    if not all(target.strip() for target in targets):
+        raise UserError(f"{where} has an empty target to score")
+
+
+def _skip(error: UserError) -> None:
+    log.say(f"skipped: {error}")
+
+
+def _refuse(error: UserError) -> NoReturn:
+    raise UserError(f"{error}; --on_error=skip leaves such lines out") from error
+
+
+def read_lines(file: Iterable[bytes], kind: str, *, on_error: str, needs_targets: bool,
                name: str = "input") -> Iterator[Item]:
     """The items of a file; a malformed line is said and skipped, or raised with its number.
 
-    Blank lines of .jsonl and .tsv hold nothing, as in training.
+    Args:
+        file: a binary file, a pipe, or lines as bytes.
+        kind: one of FORMATS.
+        on_error: skip or refuse. A compressed file that is cut off ends where it is cut.
+        needs_targets: whether a line without targets is malformed.
     """
-    for number, entry in _entries(lines, kind, name):
+    treat = {"skip": _skip, "refuse": _refuse}[on_error]
+    for number, where, entry in _records(file, kind, name, treat):
         try:
-            inputs, targets = parse(entry, kind)
-            if needs_targets and not (targets and all(t.strip() for t in targets)):
-                raise UserError("has no targets to score" if not any(map(str.strip, targets))
-                                else "has an empty target to score")
+            inputs, targets = parse(entry, kind, where)
+            if needs_targets:
+                _check_targets(targets, where)
         except UserError as error:
-            message = f"{name}, {'object' if kind == 'json' else 'line'} {number} {error}"
-            if on_error == "refuse":
-                raise UserError(f"{message}; --on_error=skip leaves such lines out") from error
-            log.say(f"skipped: {message}")
+            treat(error)
             continue
         yield Item(number, inputs, inputs, targets)
 

@@ -140,7 +140,7 @@ def wsc(dataset: tf.data.Dataset, right_only: bool) -> tf.data.Dataset:
         words = tf.strings.split(example["text"], " ")
         at = example["span2_index"]
         # Two texts are split into words otherwise than their index was counted: look around it.
-        is_pronoun = tf.strings.regex_replace(words, r"[^\w]+$", "") == example["span2_text"]
+        is_pronoun = tf.strings.regex_replace(words, r"[^_\p{N}\p{L}\p{M}]+$", "") == example["span2_text"]
         distance = tf.abs(tf.range(tf.size(words)) - at)
         at = tf.argmin(tf.where(is_pronoun, distance, tf.int32.max), output_type=tf.int32)
         tail = tf.strings.substr(words[at], tf.strings.length(example["span2_text"]), -1)
@@ -158,7 +158,7 @@ def wsc(dataset: tf.data.Dataset, right_only: bool) -> tf.data.Dataset:
 @each
 def definite_pronoun(example):
     """Definite Pronoun Resolution: "wsc: Bob asked Tom if *he* …" -> "Tom"."""
-    pattern = tf.strings.join([" (", example["pronoun"], r")( |\.|,)"])
+    pattern = tf.strings.join([r" (\Q", example["pronoun"], r"\E)( |\.|,)"])
     marked = tf.strings.regex_replace(example["sentence"], pattern, r" *\1*\2",
                                       replace_global=False)
     return {"inputs": tf.strings.join(["wsc:", marked], separator=" "),
@@ -172,13 +172,16 @@ _DETERMINERS = frozenset("a an few her his each every many much my our some that
 def wsc_answer(text: str, example=None, is_target: bool = False) -> int:
     """The label for a target; for a prediction whether it names the candidate noun.
 
-    One must contain the other's words, determiners aside; "Bob" is not "Bob's hat".
+    One must contain the other's words, determiners aside; "Bob" is not "Bob's hat". A prediction
+    of no other words is -1, wrong whatever the label.
     """
     if is_target:
         return int(example["label"])
     candidate = text_to_text.example_text(example, "targets_pretokenized")
-    words = [{w for w in t.strip().lower().split(" ") if w not in _DETERMINERS}
+    words = [{w for w in t.strip().lower().split() if w not in _DETERMINERS}
              for t in (text, candidate)]
+    if not words[0]:
+        return -1
     possessive = ["'" in " ".join(w) for w in words]
     return int(possessive[0] == possessive[1]
                and (words[0] <= words[1] or words[1] <= words[0]))

@@ -19,6 +19,7 @@ import tensorflow as tf
 
 from t5x_lite.data import (
     preprocessors,
+    readers,
     records,
     task_metrics,
     text_files,
@@ -35,14 +36,13 @@ _WIKITEXT = "https://www.salesforce.com/products/einstein/ai-research/the-wikite
 def wikitext_pages(path: str) -> Iterator[tuple[str]]:
     """The pages of WikiText's files; " = Title = " opens one."""
     page: list[str] = []
-    with open(path, encoding="utf-8") as lines:
-        for line in lines:
-            if _HEADING.match(line.rstrip("\n")) and any(part.strip() for part in page):
-                yield ("".join(page).strip(),)
-                page = []
-            page.append(line)
+    for _, line in readers.lines(path):
+        if _HEADING.match(line) and any(part.strip() for part in page):
+            yield ("\n".join(page).strip(),)
+            page = []
+        page.append(line)
     if any(part.strip() for part in page):
-        yield ("".join(page).strip(),)
+        yield ("\n".join(page).strip(),)
 
 
 def pile_documents(path: str) -> Iterator[tuple[str]]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import seqio
 
-from t5x_lite.data import prompts, records
+from t5x_lite.data import prompts, readers, records
 from t5x_lite.errors import UserError
 from tasks import t5_benchmarks
 
@@ -27,14 +27,17 @@ class DataSet(NamedTuple):
     read: Reader
 
 
-def _lines(path: str, **renamed: str) -> Iterator[dict]:
-    for _, record in records.json_lines(path):
-        yield {**record, **{ours: record[theirs] for ours, theirs in renamed.items()}}
+def _lines(path: str) -> Iterator[dict]:
+    return (record for _, record in readers.json_lines(path))
 
 
 def _super_glue(path: str, labels: Sequence) -> Iterator[dict]:
-    for record in _lines(path):
-        yield {**record, "label": labels.index(record["label"]) if "label" in record else -1}
+    for number, record in readers.json_lines(path):
+        label = record.get("label")
+        if "label" in record and label not in labels:
+            raise UserError(f"{path}, line {number} has the label {str(label)[:40]!r}, none of "
+                            f"{', '.join(map(str, labels))}")
+        yield {**record, "label": labels.index(label) if "label" in record else -1}
 
 
 def _squad(path: str) -> Iterator[dict]:

@@ -3,19 +3,20 @@
 import re
 from collections.abc import Iterator
 
-from t5x_lite.data import records, task_metrics, text_to_text
+from t5x_lite.data import readers, records, task_metrics, text_to_text
 from t5x_lite.errors import UserError
 
 _SCAN_LINE = re.compile(r"IN: (.*) OUT: (.*)")
 _SCAN_ORIGIN = "https://github.com/brendenlake/SCAN/tree/master/simple_split"
+
+
 def read_scan(path: str) -> Iterator[tuple[str, str]]:
     """(command, actions) of SCAN's files: "IN: walk twice OUT: I_WALK I_WALK"."""
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            match = _SCAN_LINE.fullmatch(line.strip())
-            if not match:
-                raise UserError(f"{path}, line {number} is not 'IN: … OUT: …'")
-            yield match.groups()
+    for number, line in readers.lines(path):
+        match = _SCAN_LINE.fullmatch(line.strip())
+        if not match:
+            raise UserError(f"{path}, line {number} is not 'IN: … OUT: …'")
+        yield match.groups()
 
 
 def _scan_files() -> dict[str, list[str]]:

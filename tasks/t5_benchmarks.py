@@ -5,12 +5,11 @@
     wmt14_ende, wmt14_enfr, wmt15_enfr, wmt16_enro, wmt_t2t_ende    "translate English to German: …"
 """
 
-import json
 from collections.abc import Iterator
 
 import tensorflow as tf
 
-from t5x_lite.data import records, task_metrics, text_to_text
+from t5x_lite.data import readers, records, task_metrics, text_to_text
 from t5x_lite.data.text_to_text import Format, TfdsSource, each
 
 XQUAD_LANGUAGES = ("ar", "de", "el", "en", "es", "hi", "ru", "th", "tr", "vi", "zh")
@@ -18,16 +17,34 @@ _LANGUAGES = {"de": "German", "en": "English", "fr": "French", "ro": "Romanian"}
 _SPLITS = ("train", "validation", "test")
 
 
-def pad_punctuation(text: tf.Tensor) -> tf.Tensor:
-    """Spaces around every character that is no letter, digit or underscore; ASCII's, as T5's."""
-    return tf.strings.regex_replace(tf.strings.regex_replace(text, r"(\W)", r" \1 "), r"\s+", " ")
+# What gets spaces around it. RE2, which TensorFlow's patterns are for, knows ASCII alone in \w and
+# \W: every letter of Chinese or Russian would be set apart by the latter, and the ç of François.
+ASCII_PUNCTUATION = r"([[:punct:]])"             # T5's squad today; that of 2019 had \W
+ALL_PUNCTUATION = r"([^_\s\p{N}\p{L}\p{M}])"    # mT5's xquad, of any script
+
+
+def pad_punctuation(text: tf.Tensor, pattern: str = ASCII_PUNCTUATION) -> tf.Tensor:
+    """The text with spaces around what the pattern's first group matches, and no two in a row."""
+    padded = tf.strings.regex_replace(text, pattern, r" \1 ")
+    return tf.strings.regex_replace(padded, r"\s+", " ")
 
 
 @each
 def squad(example):
-    """SQuAD -> "question: … context: …", punctuation set apart, the first answer."""
-    return _squad(example, ["question:", pad_punctuation(example["question"]), "context:",
-                            pad_punctuation(example["context"])])
+    """SQuAD -> "question: … context: …", ASCII's punctuation set apart, the first answer."""
+    return _with_context(example, ASCII_PUNCTUATION)
+
+
+@each
+def xquad(example):
+    """XQuAD, MLQA, TyDi QA -> "question: … context: …" as mT5 has it: any script's punctuation
+    set apart, the first answer."""
+    return _with_context(example, ALL_PUNCTUATION)
+
+
+def _with_context(example, pattern: str):
+    return _squad(example, ["question:", pad_punctuation(example["question"], pattern), "context:",
+                            pad_punctuation(example["context"], pattern)], pattern)
 
 
 @each
@@ -36,8 +53,8 @@ def squad_context_free(example):
     return _squad(example, ["squad trivia question:", pad_punctuation(example["question"])])
 
 
-def _squad(example, parts):
-    answers = pad_punctuation(example["answers"]["text"])
+def _squad(example, parts, pattern: str = ASCII_PUNCTUATION):
+    answers = pad_punctuation(example["answers"]["text"], pattern)
     inputs = tf.strings.regex_replace(tf.strings.join(parts, separator=" "), r"\s+", " ")
     return {"inputs": inputs, "targets": answers[0], "answers": answers, "id": example["id"]}
 
@@ -63,8 +80,10 @@ def translate(source: str, target: str) -> Format:
 
 def read_scitldr(path: str) -> Iterator[tuple[str, list[str]]]:
     """(abstract, summaries) of SciTLDR's files: sentences in "source", summaries in "target"."""
-    for _, record in records.json_lines(path):
-        yield " ".join(record["source"]), record["target"]
+    for number, record in readers.json_lines(path):
+        where = f"{path}, line {number}"
+        source = readers.strings(record, "source", where)
+        yield " ".join(source), readers.strings(record, "target", where)
 
 
 def _scitldr_files() -> dict[str, list[str]]:
@@ -80,12 +99,16 @@ def _scitldr(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 def read_squad(path: str) -> Iterator[tuple[str, str, str, list[str]]]:
     """(id, question, context, answers) of a file in SQuAD's JSON format (v1.1, XQuAD)."""
-    with open(path, encoding="utf-8") as file:
-        articles = json.load(file)["data"]
-    for paragraph in (p for article in articles for p in article["paragraphs"]):
-        for question in paragraph["qas"]:
-            yield (question["id"], question["question"], paragraph["context"],
-                   [a["text"] for a in question["answers"]])
+    articles = readers.field(readers.json_file(path), "data", path, list)
+    for number, article in enumerate(articles, 1):
+        where = f"{path}, article {number}"
+        for paragraph in readers.field(article, "paragraphs", where, list):
+            context = readers.field(paragraph, "context", where)
+            for question in readers.field(paragraph, "qas", where, list):
+                answers = readers.field(question, "answers", where, list)
+                yield (readers.field(question, "id", where),
+                       readers.field(question, "question", where), context,
+                       [readers.field(answer, "text", where) for answer in answers])
 
 
 def _register() -> None:
@@ -95,7 +118,7 @@ def _register() -> None:
     text_to_text.register("squad_context_free", source, squad_context_free, **answered)
     for language in XQUAD_LANGUAGES:
         text_to_text.register(f"xquad_{language}", TfdsSource(
-            f"xquad/{language}:3.0.0", {"validation": "test"}), squad, **answered)
+            f"xquad/{language}:3.0.0", {"validation": "test"}), xquad, **answered)
     text_to_text.register("cnn_dailymail", TfdsSource("cnn_dailymail:3.4.0", _SPLITS),
                           summarize("article", "highlights"), metric_fns=[task_metrics.rouge])
     text_to_text.register("xsum", TfdsSource("xsum:1.1.0", _SPLITS),

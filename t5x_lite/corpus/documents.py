@@ -13,6 +13,7 @@ import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from t5x_lite.data import readers
 from t5x_lite.errors import UserError
 
 BLOCK_CHARACTERS = 1 << 20   # of text that one worker takes at a time
@@ -65,9 +66,11 @@ def of_files(files: Sequence[str], document: str) -> Iterator[Document]:
             continue
         for number, record in _records(file):
             text = record.get("text")
+            where = f"{file}, line {number}"
             if not isinstance(text, str):
-                raise UserError(f"{file}, line {number} has no string field 'text' (it has "
-                                f"{', '.join(sorted(record)) or 'no fields'}).")
+                raise UserError(f"{where} has no string field 'text' (it has "
+                                f"{readers.shown(record)}).")
+            readers.check_text([text], where)
             if text.strip():
                 yield Document(text, _host(record), _year(record), file)
 
@@ -78,9 +81,9 @@ def _holds_records(file: str) -> bool:
 
 def _records(file: str) -> Iterator[tuple[int, Mapping]]:
     """(line or place, object) of a .jsonl file or of a list in a .json file."""
-    from t5x_lite.data import records
-    is_list = file.removesuffix(".gz").endswith(".json")
-    return records.json_list(file) if is_list else records.json_lines(file)
+    if file.removesuffix(".gz").endswith(".json"):
+        return readers.objects_of(readers.json_file(file), file)
+    return readers.json_lines(file)
 
 
 def of_task(name: str, split: str, modules: str = "") -> Iterator[Document]:

@@ -16,14 +16,12 @@ A reader gives (inputs, choices, number of the right one) of a file; UserError n
 malformed.
 """
 
-import csv
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from t5x_lite.data import records
+from t5x_lite.data import readers, records
 from t5x_lite.errors import UserError
 
 Choice = tuple[str, list[str], str]   # inputs, choices, the right one's number
@@ -38,14 +36,14 @@ class Published(NamedTuple):
 
     def files(self) -> dict[str, list[str]]:
         """{split: paths}; UserError where a split has none."""
-        found = {split: sorted(map(str, records.folder().rglob(pattern)))
+        files = {split: sorted(map(str, records.folder().rglob(pattern)))
                  for split, pattern in self.globs.items()}
         for split, pattern in self.globs.items():
-            if not found[split]:
+            if not files[split]:
                 raise UserError(f"no file {pattern} below T5X_LITE_FILES={records.folder()}; get "
                                 f"it from {self.origin} and set T5X_LITE_FILES to the folder that "
                                 "holds it")
-        return found
+        return files
 
 
 def prompt(question: str) -> str:
@@ -59,42 +57,46 @@ def _mmlu(path: str) -> Iterator[Choice]:
     head = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
     for number, row in _rows(path, ",", 6):
         question, *texts, answer = row
-        if answer not in "ABCD":
+        if answer not in tuple("ABCD"):
             raise UserError(f"{path}, line {number} has the answer {answer!r}, none of A, B, C, D")
         lines = "".join(f"\n{letter}. {text}" for letter, text in zip("ABCD", texts, strict=True))
         yield f"{head}{question}{lines}\nAnswer:", list("ABCD"), str("ABCD".index(answer))
 
 
 def _siqa(path: str) -> Iterator[Choice]:
-    for record, label in _labelled(path):
-        texts = [record[f"answer{letter}"] for letter in "ABC"]
-        yield f"Context: {record['context']}\n{prompt(record['question'])}", texts, str(
-            int(label) - 1)
+    for where, record, label in _labelled(path, "123"):
+        context, question, *texts = (readers.field(record, name, where) for name in (
+            "context", "question", "answerA", "answerB", "answerC"))
+        yield f"Context: {context}\n{prompt(question)}", texts, str(int(label) - 1)
 
 
 def _piqa(path: str) -> Iterator[Choice]:
-    for record, label in _labelled(path):
-        yield prompt(record["goal"]), [record["sol1"], record["sol2"]], label
+    for where, record, label in _labelled(path, "01"):
+        goal, *texts = (readers.field(record, name, where) for name in ("goal", "sol1", "sol2"))
+        yield prompt(goal), texts, label
 
 
 def _truthfulqa(path: str) -> Iterator[Choice]:
-    for number, record in enumerate(json.loads(pathlib.Path(path).read_text()), 1):
-        targets = record["mc1_targets"]
+    for number, record in readers.objects_of(readers.json_file(path), path):
+        where = f"{path}, question {number}"
+        targets = readers.field(record, "mc1_targets", where, dict)
         if list(targets.values()).count(1) != 1:
-            raise UserError(f"{path}, question {number} has not one true target in mc1_targets")
-        yield prompt(record["question"]), list(targets), str(list(targets.values()).index(1))
+            raise UserError(f"{where} has not one true target in mc1_targets")
+        right = list(targets.values()).index(1)
+        yield prompt(readers.field(record, "question", where)), list(targets), str(right)
 
 
 _FEVER = {"SUPPORTS": "true", "REFUTES": "false", "NOT ENOUGH INFO": "unknown"}
 
 
 def _fever(path: str) -> Iterator[Choice]:
-    for number, record in records.json_lines(path):
-        if record.get("label") not in _FEVER:
-            raise UserError(f"{path}, line {number} has the label {record.get('label')!r}, none of "
-                            f"{', '.join(_FEVER)}")
-        yield (f"Claim: {record['claim']}\nIs the claim true, false or unknown?\nAnswer:",
-               list(_FEVER.values()), str(list(_FEVER).index(record["label"])))
+    for number, record in readers.json_lines(path):
+        where = f"{path}, line {number}"
+        label, claim = (readers.field(record, name, where) for name in ("label", "claim"))
+        if label not in _FEVER:
+            raise UserError(f"{where} has the label {label[:40]!r}, none of {', '.join(_FEVER)}")
+        yield (f"Claim: {claim}\nIs the claim true, false or unknown?\nAnswer:",
+               list(_FEVER.values()), str(list(_FEVER).index(label)))
 
 
 def _multifc(path: str) -> Iterator[Choice]:
@@ -108,38 +110,36 @@ def _multifc(path: str) -> Iterator[Choice]:
 
 
 def _raft(path: str) -> Iterator[Choice]:
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    missing = {"ID", "Label"} - set(rows[0] if rows else ())
-    if missing:
-        raise UserError(f"{path} has no column {' or '.join(sorted(missing))}")
+    rows = list(readers.records(path, ",", ("ID", "Label")))
     choices = sorted({row["Label"] for row in rows})
     for row in rows:
         fields = "\n".join(f"{k}: {v}" for k, v in row.items() if k not in ("ID", "Label"))
         yield f"{fields}\nLabel:", choices, str(choices.index(row["Label"]))
 
 
-def _labelled(path: str) -> Iterator[tuple[dict, str]]:
-    """(record, label) of X.jsonl with X-labels.lst beside it."""
+def _labelled(path: str, allowed: str) -> Iterator[tuple[str, dict, str]]:
+    """(what errors call it, record, label) of X.jsonl with X-labels.lst beside it."""
     beside = path.removesuffix(".jsonl") + "-labels.lst"
     if not os.path.exists(beside):
         raise UserError(f"{path} has no {os.path.basename(beside)} beside it")
-    labels = pathlib.Path(beside).read_text(encoding="utf-8").split()
-    found = [record for _, record in records.json_lines(path)]
-    if len(found) != len(labels):
-        raise UserError(f"{path} has {len(found)} questions, but there are {len(labels)} labels")
-    yield from zip(found, labels, strict=True)
+    labels = readers.whole(beside).split()
+    rows = list(readers.json_lines(path))
+    if len(rows) != len(labels):
+        raise UserError(f"{path} has {len(rows)} questions, but there are {len(labels)} labels")
+    for place, ((number, record), label) in enumerate(zip(rows, labels, strict=True), 1):
+        if label not in tuple(allowed):
+            raise UserError(f"{beside}: label {place} is {label[:40]!r}, none of "
+                            f"{', '.join(allowed)}")
+        yield f"{path}, line {number}", record, label
 
 
 def _rows(path: str, delimiter: str, fields: int, more: bool = False
           ) -> Iterator[tuple[int, list[str]]]:
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    with open(path, encoding="utf-8", newline="") as file:
-        for number, row in enumerate(csv.reader(file, delimiter=delimiter, quoting=quoting), 1):
-            if len(row) < fields or (len(row) > fields and not more):
-                raise UserError(f"{path}, line {number} has {len(row)} fields; it must have "
-                                f"{fields}{' or more' if more else ''}")
-            yield number, row
+    for number, row in readers.table(path, delimiter):
+        if len(row) < fields or (len(row) > fields and not more):
+            raise UserError(f"{path}, line {number} has {len(row)} fields; it must have "
+                            f"{fields}{' or more' if more else ''}")
+        yield number, row
 
 
 def _every_other(split: str, place: int) -> bool:

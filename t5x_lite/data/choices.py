@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import seqio
 import tensorflow as tf
 
-from t5x_lite.data import choice_files, preprocessors, records, task_metrics, text_to_text
+from t5x_lite.data import choice_files, preprocessors, readers, records, task_metrics, text_to_text
 from t5x_lite.errors import UserError
 
 _plain = tf.autograph.experimental.do_not_convert
@@ -13,6 +13,8 @@ _plain = tf.autograph.experimental.do_not_convert
 # (or numbers [m] of those that are right)
 Question = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
 Read = Callable[[dict], Question]
+
+
 def choices(read: Read) -> text_to_text.Format:
     """A format: each record, as `read` takes it apart, becomes one example a choice."""
     def format_fn(dataset: tf.data.Dataset) -> tf.data.Dataset:
@@ -74,6 +76,8 @@ def _from_record(record) -> Question:
 
 
 _unpacked = records.unpack(("question", "choices", "label"), lists=("choices",))
+
+
 def of_records(dataset: tf.data.Dataset) -> tf.data.Dataset:
     """A format: packed (inputs, choices, "number" or "number,number" of the right ones) -> an
     example a choice."""
@@ -82,13 +86,13 @@ def of_records(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 def read_questions(path: str) -> Iterator[tuple[str, list[str], str]]:
     """(question, choices, label) of a .jsonl file; UserError names the line that is malformed."""
-    for number, record in records.json_lines(path):
+    for number, record in readers.json_lines(path):
         where = f"{path}, line {number}"
         question, texts, label = (record.get(k) for k in ("question", "choices", "label"))
         if not isinstance(question, str) or not isinstance(texts, list) or not texts or not all(
                 isinstance(t, str) and t for t in texts):
             raise UserError(f'{where} must hold a string "question" and a list of strings "choices"')
-        if not isinstance(label, int) or not 0 <= label < len(texts):
+        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(texts):
             raise UserError(f'{where} has "label" {label!r}; it must number one of its '
                             f"{len(texts)} choices from 0")
         yield question, texts, str(label)

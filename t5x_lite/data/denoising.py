@@ -28,7 +28,12 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from t5x_lite.data import preprocessors, rows as data_rows, vocabularies
+from t5x_lite.data import (
+    preprocessors,
+    rows as data_rows,
+    vocabularies,
+    vocabulary as data_vocabulary,
+)
 from t5x_lite.data.span_corruption import corrupt, span_corruption, windows_of
 from t5x_lite.errors import UserError, nearest
 
@@ -69,24 +74,25 @@ def prefix_lm(dataset: tf.data.Dataset, sequence_length, output_features) -> tf.
 
 # --- BERT -----------------------------------------------------------------------------------
 
-def mask_tokens(tokens_T, noise_density: float, mask_id: int, random_ids: tuple[int, int], seeds):
+def mask_tokens(tokens_T, noise_density: float, mask_id: int, random_ids: tuple[int, int], seeds,
+                unchosen: int = 0):
     """(inputs, targets), int32 [T]: BERT's masking (Devlin et al. 2019, arXiv:1810.04805, A.1).
 
     A share noise_density of the tokens is chosen, at least one. Of these 80 % become mask_id,
-    10 % an id of the range random_ids, 10 % stay. Targets are the chosen tokens, elsewhere 0;
-    tokens of id 0 are never chosen.
+    10 % an id of the range random_ids, 10 % stay. Targets are the chosen tokens, elsewhere
+    `unchosen`, an id that is never chosen: 0, or -1 where id 0 is a token like others.
 
     seeds: three stateless ones: of the choice, of what becomes of it, of the random ids.
     """
     size = tf.size(tokens_T)
     count = tf.maximum(1, tf.cast(tf.round(tf.cast(size, tf.float32) * noise_density), tf.int32))
-    draw_T = tf.random.stateless_uniform([size], seeds[0]) + tf.cast(tokens_T == 0, tf.float32)
-    rank_T = tf.argsort(tf.argsort(draw_T))
-    chosen_T = (rank_T < count) & (tokens_T != 0)
+    last_T = tf.cast(tokens_T == unchosen, tf.float32)
+    rank_T = tf.argsort(tf.argsort(tf.random.stateless_uniform([size], seeds[0]) + last_T))
+    chosen_T = (rank_T < count) & (tokens_T != unchosen)
     fate_T = tf.where(chosen_T, tf.random.stateless_uniform([size], seeds[1]), 1.0)
     random_T = tf.random.stateless_uniform([size], seeds[2], *random_ids, dtype=tf.int32)
     inputs_T = tf.where(fate_T < 0.8, mask_id, tf.where(fate_T < 0.9, random_T, tokens_T))
-    return inputs_T, tf.where(chosen_T, tokens_T, 0)
+    return inputs_T, tf.where(chosen_T, tokens_T, unchosen)
 
 
 def bert(dataset: tf.data.Dataset, sequence_length, output_features,
@@ -99,12 +105,14 @@ def bert(dataset: tf.data.Dataset, sequence_length, output_features,
     _check_density("BERT masking", noise_density)
     vocabulary = output_features["inputs"].vocabulary
     mask_id, random_ids = vocabularies.mask_id(vocabulary), vocabularies.ordinary_ids(vocabulary)
+    unchosen = -1 if data_vocabulary.zero_in_rows(vocabulary) else 0
 
     @_plain
     def mask(example, seeds):
-        inputs, targets = mask_tokens(example["targets"], noise_density, mask_id, random_ids, seeds)
+        inputs, targets = mask_tokens(example["targets"], noise_density, mask_id, random_ids, seeds,
+                                      unchosen)
         return {"inputs": tf.concat([inputs, [vocabulary.eos_id]], 0),
-                "targets": tf.concat([targets, [0]], 0)}
+                "targets": tf.concat([targets, [unchosen]], 0)}
 
     windows = preprocessors.concat_and_split(dataset, "targets",
                                              max(1, sequence_length["inputs"] - 1))

@@ -20,6 +20,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from t5x_lite.data import vocabulary as data_vocabulary
 from t5x_lite.data.config import DataConfig
 from t5x_lite.data.rows import Rows
 from t5x_lite.errors import UserError
@@ -53,7 +54,7 @@ def _finish_row(sides: dict[str, dict], lengths: dict[str, int], start: int = 0,
     them.
 
     start: what a decoder reads first. mark: whether an encoder's row has segment ids even where
-    it is not packed, because id 0 is text.
+    it is not packed, because id 0 stands in texts and cannot tell padding.
     """
     row = {}
     if mark and "encoder" in sides and "encoder_segment_ids" not in sides["encoder"]:
@@ -231,7 +232,9 @@ def rows_dataset(mixture: Sequence[Weighted], split: str, kind: Rows, config: Da
     if config.packing:
         dataset = pack(dataset, row_lengths)
     start = 0 if "encoder" in row_lengths else getattr(vocabulary, "start_id", 0)
-    mark = getattr(vocabulary, "zero_is_text", False)
+    read = mixture[0].task.output_features.get(
+        "inputs", mixture[0].task.output_features["targets"]).vocabulary
+    mark = data_vocabulary.zero_in_rows(read)
     dataset = dataset.map(_plain(lambda sides: _finish_row(sides, row_lengths, start, mark)))
     dataset = dataset.batch(BLOCK_ROWS).prefetch(2 + read_ahead // BLOCK_ROWS)
     check_saveable(dataset, ", ".join(task.name for task, _ in mixture))

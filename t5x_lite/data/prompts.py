@@ -14,7 +14,15 @@ from typing import Any, NamedTuple
 
 import seqio
 
-from t5x_lite.data import demonstrations, example_files, records, task_metrics, text_to_text
+from t5x_lite.data import (
+    demonstrations,
+    example_files,
+    readers,
+    records,
+    task_metrics,
+    templates,
+    text_to_text,
+)
 from t5x_lite.data.demonstrations import Shots
 from t5x_lite.errors import UserError, nearest
 
@@ -63,18 +71,38 @@ class Template(NamedTuple):
 
 
 def read_templates(path: str) -> list[Template]:
-    """The templates of a promptsource YAML file, in its order."""
+    """The templates of a promptsource YAML file, in its order. Raises UserError."""
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """YAML whose !Template tags are plain mappings."""
+        """YAML whose !Template tags are plain mappings, without references, by which a file of a
+        few lines can stand for billions."""
+
+        def compose_node(self, parent, index):
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("it holds a reference (*name)")
+            return super().compose_node(parent, index)
 
     Loader.add_multi_constructor("!", lambda loader, _, node: loader.construct_mapping(node, True))
-    with open(path, encoding="utf-8") as file:
-        content = yaml.load(file, Loader)
-    return [Template(t["name"], t["jinja"], t["answer_choices"],
-                     bool(t["metadata"]["original_task"]))
-            for t in content["templates"].values()]
+    try:
+        content = yaml.load(readers.whole(path), Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is no YAML of promptsource "
+                        f"({str(error)[:200] or type(error).__name__})") from error
+    held = readers.field(content, "templates", path, dict)
+    return [_template(template, f"{path}, template {str(name)[:40]}")
+            for name, template in held.items()]
+
+
+def _template(held: Any, where: str) -> Template:
+    metadata = readers.field(held, "metadata", where, dict)
+    choices = held.get("answer_choices")
+    if choices is not None and not isinstance(choices, str):
+        raise UserError(f"{where} has answer_choices that are no string")
+    return Template(readers.field(held, "name", where), readers.field(held, "jinja", where),
+                    choices, bool(metadata.get("original_task")))
 
 
 def render(template: Template, record: Mapping[str, Any], seed: int = 0
@@ -82,35 +110,31 @@ def render(template: Template, record: Mapping[str, Any], seed: int = 0
     """(input, [target, …]) of a record; None where the template gives no target for it.
 
     The filter `choice` draws by the seed, which makes it a function of the record's place.
+    Raises UserError for a template that does more than a prompt needs (templates.py).
     """
-    import jinja2
     drawn = random.Random(seed)
-    environment = jinja2.Environment(autoescape=False)
-    environment.filters["choice"] = lambda items: drawn.choice(list(items))
-    environment.filters["most_frequent"] = lambda items: [
-        i for i in dict.fromkeys(items) if list(items).count(i) == max(
-            list(items).count(j) for j in items)]
+    where = f"the template {template.name[:60]!r}"
     values = dict(record)
     if template.answer_choices:
-        text = environment.from_string(template.answer_choices).render(**values)
+        text = templates.render(template.answer_choices, values, drawn, where)
         values["answer_choices"] = [c.strip() for c in text.split("|||")]
-    parts = [p.strip() for p in environment.from_string(template.jinja).render(**values).split(
-        "|||")]
+    text = templates.render(template.jinja, values, drawn, where)
+    parts = [part.strip() for part in text.split("|||")]
     if len(parts) < 2 or not parts[1] or not parts[0]:
         return None
-    return parts[0], [parts[1], *(p for p in parts[2:] if p)]
+    return parts[0], [parts[1], *(part for part in parts[2:] if part)]
 
 
-def register_templates(prefix: str, templates: str, files: Mapping[str, Sequence[str]],
+def register_templates(prefix: str, path: str, files: Mapping[str, Sequence[str]],
                        read: Callable[[str], Iterable[Mapping]], original_only: bool = False
                        ) -> list[str]:
     """Registers one task a template, PREFIX_NAME, and their mixture PREFIX; returns the names.
 
-    templates: a promptsource YAML file. files: {split: paths}; read: a path -> records as the
+    path: of a promptsource YAML file. files: {split: paths}; read: a path -> records as the
     templates name their fields. The mixture samples each template alike.
     """
     names = []
-    for template in read_templates(templates):
+    for template in read_templates(path):
         if original_only and not template.original_task:
             continue
         name = f"{prefix}_{''.join(c if c.isalnum() else '_' for c in template.name)}"

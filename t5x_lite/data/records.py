@@ -11,17 +11,14 @@ Files of tasks that TFDS does not have are looked up by their published names be
 T5X_LITE_FILES (default: ./data).
 """
 
-import csv
-import gzip
 import hashlib
-import json
 import os
 import pathlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import tensorflow as tf
 
+from t5x_lite.data import readers
 from t5x_lite.data.document_cache import DocumentSource
 from t5x_lite.data.text_to_text import Format, each
 from t5x_lite.errors import UserError
@@ -81,8 +78,11 @@ class RecordSource(DocumentSource):
         def documents() -> Iterator[tuple[str, str]]:
             for split, paths in found().items():
                 for path in paths:
-                    yield from ((split, pack(record)) for place, record in enumerate(read(path))
-                                if keep is None or keep(split, place))
+                    for place, record in enumerate(read(path)):
+                        if keep is None or keep(split, place):
+                            packed = pack(record)
+                            readers.check_text([packed], f"{path}, record {place + 1}")
+                            yield split, packed
 
         super().__init__(key, tuple(splits) or tuple(found()), documents)
 
@@ -103,88 +103,29 @@ def published(name: str, origin: str) -> str:
     return str(found[0])
 
 
-def json_lines(path: str) -> Iterator[tuple[int, dict]]:
-    """(line number, object) of a .jsonl or .jsonl.gz file; UserError names a line that is none."""
-    opened = gzip.open if path.endswith(".gz") else open
-    with opened(path, "rt", encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number} is not JSON ({error.msg})") from error
-            if not isinstance(record, dict):
-                raise UserError(f"{path}, line {number} is not an object but a "
-                                f"{type(record).__name__}")
-            yield number, record
+def read_examples(path: str) -> Iterator[Record]:
+    """(inputs, [answers]) of a .jsonl file, of a .json list, or of a .tsv file: inputs, target[,
+    more answers]; each may be compressed (.gz). Raises UserError with the line."""
+    name = path.removesuffix(".gz")
+    if name.endswith(".tsv"):
+        yield from _read_tsv(path)
+    elif name.endswith(".json"):
+        for number, record in json_list(path):
+            yield readers.example_of(record, f"{path}, object {number}")
+    else:
+        for number, record in readers.json_lines(path):
+            yield readers.example_of(record, f"{path}, line {number}")
 
 
-def example_of(record: Mapping, where: str) -> tuple[str, list[str]]:
-    """(inputs, answers) of {"inputs", "targets"} or {"question", "answer"}; errors name `where`.
-
-    Targets may be one string or a list of allowed ones; an empty one is refused.
-    """
-    inputs = next((record[k] for k in ("inputs", "question") if k in record), None)
-    targets = next((record[k] for k in ("targets", "answer", "answers") if k in record), None)
-    if not isinstance(inputs, str):
-        raise UserError(f'{where} has no string "inputs" or "question" (found {sorted(record)})')
-    targets = [targets] if isinstance(targets, str) else targets
-    if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
-        raise UserError(f'{where} has no "targets", "answer" or "answers": a string or a list of '
-                        f'strings (found {sorted(record)})')
-    if not targets or not all(t.strip() for t in targets):
-        raise UserError(f"{where} has an empty target; leave the line out")
-    return inputs, targets
+def _read_tsv(path: str) -> Iterator[Record]:
+    for number, row in readers.table(path, "\t"):
+        if row:
+            where = f"{path}, line {number}"
+            if len(row) < 2:
+                raise UserError(f"{where} has no tab between inputs and targets")
+            yield readers.example_of({"inputs": row[0], "targets": row[1:]}, where)
 
 
 def json_list(path: str) -> Iterator[tuple[int, dict]]:
-    """(place, object) of a .json file, see json_objects."""
-    with open(path, "rb") as file:
-        yield from json_objects(file.read(), path)
-
-
-def json_objects(text: bytes, path: str) -> Iterator[tuple[int, dict]]:
-    """(place, object) of a list in JSON, places from 1; WebQuestions' objects ("utterance",
-    "targetValue") become {"question", "answers"}.
-
-    path: where the text is from. Raises UserError where it is no list of objects.
-    """
-    try:
-        content = json.loads(text.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON (line {error.lineno}: {error.msg})") from error
-    if not isinstance(content, list) or not all(isinstance(r, dict) for r in content):
-        raise UserError(f"{path} is not a list of objects; a .jsonl file has one a line")
-    for number, record in enumerate(content, 1):
-        if {"utterance", "targetValue"} <= record.keys():
-            # (list (description "Jazmyn Bieber") (description Jaxon))
-            found = [_DESCRIPTION.fullmatch(part).groups()
-                     for part in record["targetValue"].split("(description ")[1:]]
-            answers = [quoted or plain for quoted, plain in found]
-            record = {"question": record["utterance"], "answers": answers,
-                      "url": record.get("url", "")}
-        yield number, record
-
-
-_DESCRIPTION = re.compile(r'"(.*)"[) ]*|(.*?)[) ]*')
-
-
-def read_examples(path: str) -> Iterator[Record]:
-    """(inputs, [answers]) of a .jsonl file, of a .json list, or of a .tsv: inputs, target[, more
-    answers]."""
-    if path.endswith(".tsv"):
-        with open(path, encoding="utf-8-sig", newline="") as lines:
-            rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-            for number, row in enumerate(rows, 1):
-                if row:
-                    where = f"{path}, line {number}"
-                    if len(row) < 2:
-                        raise UserError(f"{where} has no tab between inputs and targets")
-                    yield example_of({"inputs": row[0], "targets": row[1:]}, where)
-        return
-    read, place = (json_list, "object") if path.endswith(".json") else (json_lines, "line")
-    for number, record in read(path):
-        yield example_of(record, f"{path}, {place} {number}")
+    """(place from 1, object) of a .json file that is a list, see readers.objects_of."""
+    yield from readers.objects_of(readers.json_file(path), path)

@@ -129,10 +129,12 @@ def _prefix_lm(example: dict, eos_id: int) -> Sides:
 
 def _mlm(example: dict, eos_id: int) -> Sides:
     import tensorflow as tf
-    # Targets are 0 wherever the input token was not chosen for prediction.
-    chosen = tf.cast(example["targets"] != 0, tf.float32)
+    # Targets are 0 wherever the input token was not chosen for prediction, or -1 where id 0 is a
+    # token like others (denoising.bert).
+    targets = example["targets"]
+    chosen = tf.where(tf.reduce_any(targets < 0), targets >= 0, targets != 0)
     return {"encoder": {"encoder_input_tokens": example["inputs"],
-                        **_predict(example["targets"], chosen)}}
+                        **_predict(tf.maximum(targets, 0), tf.cast(chosen, tf.float32))}}
 
 
 def _rows_apart(task: "seqio.Task", inputs_length: int, targets_length: int) -> dict[str, int]:

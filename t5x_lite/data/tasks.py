@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from t5x_lite.data import rows as data_rows, vocabulary as data_vocabulary
+from t5x_lite.data import paths, rows as data_rows, vocabulary as data_vocabulary
 from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError, nearest
 
@@ -184,7 +184,7 @@ def _entries(config: DataConfig) -> list[tuple[str, str, str]]:
         tensorflow_side()
         from t5x_lite.data import published_mixtures
         text = published_mixtures.weights(*published)
-    return [part.strip().partition("=") for part in text.split(",")]
+    return [paths.share(entry) for entry in paths.split(text)]
 
 
 def _size(entry: tuple[str, str, str], provider) -> float:
@@ -266,8 +266,8 @@ def validation_tasks(config: DataConfig) -> tuple[str, ...]:
     if config.validation_files:
         return ("validation_files",)
     names: dict[str, None] = {}
-    for part in filter(None, config.validation.split(",")):
-        for task in _subtasks(find(part.strip(), "data.validation", config)):
+    for part in paths.split(config.validation):
+        for task in _subtasks(find(part, "data.validation", config)):
             names[task.name + _shots_of(config)] = None
     return tuple(names)
 
@@ -310,16 +310,6 @@ def eval_examples(config: DataConfig, task: str, *, objective: str, split: str =
         found, config.inputs_length, config.targets_length)
     pipeline.check_task(found, split, [f for f in lengths if f != "row"], field)
     return found, pipeline.examples(found, split, lengths)
-
-
-def json_objects(text: bytes, name: str) -> Iterator[tuple[int, dict]]:
-    """(place from 1, object) of a .json list of examples, as a task of the file reads it.
-
-    name: of the file. Raises UserError where it is no such list.
-    """
-    tensorflow_side()
-    from t5x_lite.data import records
-    return records.json_objects(text, name)
 
 
 def _text_task(config: DataConfig, split: str, objective: str) -> "seqio.Task":

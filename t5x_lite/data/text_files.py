@@ -4,16 +4,13 @@ Files: plain text, .jsonl (one object a line, its field "text"), either with .gz
 They are read by Python once and kept in the document cache.
 """
 
-import glob
-import gzip
 import hashlib
-import io
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import seqio
 
+from t5x_lite.data import paths, readers
 from t5x_lite.data.document_cache import DocumentSource
 from t5x_lite.errors import UserError, nearest
 
@@ -26,21 +23,17 @@ def find_files(patterns: str | Sequence[str], field: str) -> list[str]:
     field: the config field in error messages. Raises UserError for a pattern that matches
     nothing and for a file without content.
     """
-    names = patterns.split(",") if isinstance(patterns, str) else patterns
-    found: list[str] = []
+    names = paths.split(patterns) if isinstance(patterns, str) else patterns
+    files: list[str] = []
     for name in names:
-        matches = sorted(glob.glob(os.path.expanduser(name.strip()), recursive=True))
-        matches = [m for m in matches if os.path.isfile(m)]
+        matches = paths.matches(name)
         if not matches:
-            folder = os.path.dirname(name) or "."
-            beside = os.listdir(folder) if os.path.isdir(folder) else ()
-            hint = nearest(os.path.basename(name), beside)
-            raise UserError(f"{field}={name!r}: no such file (in {os.path.abspath(folder)});{hint}")
-        found += matches
-    for path in found:
+            raise UserError(f"{field}={name!r}: no such file{paths.hint(name)}")
+        files += matches
+    for path in files:
         if os.path.getsize(path) == 0:
             raise UserError(f"{field}: {path} is empty")
-    return found
+    return files
 
 
 def read_documents(files: Iterable[str], document: str) -> Iterator[str]:
@@ -48,49 +41,40 @@ def read_documents(files: Iterable[str], document: str) -> Iterator[str]:
 
     document: what a document is in a plain text file: a "line", a "paragraph" (blank lines
     between) or the whole "file". A .jsonl line is always one. Blank ones are left out.
+    Raises UserError that names the file and the line (readers.py).
     """
     for path in files:
-        opened = gzip.open if path.endswith(".gz") else open
-        name = path.removesuffix(".gz")
-        try:
-            with opened(path, "rb") as raw, io.TextIOWrapper(raw, encoding="utf-8") as lines:
-                parts = (_json_lines(lines, path) if name.endswith((".jsonl", ".json"))
-                         else _plain(lines, document))
-                yield from (p for p in parts if p.strip())
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text (byte {error.start} of a block); "
-                            "convert it, e.g. with iconv -t utf-8") from error
-        except gzip.BadGzipFile as error:
-            raise UserError(f"{path} is not a gzip file; rename it without .gz") from error
+        if path.removesuffix(".gz").endswith((".jsonl", ".json")):
+            texts = _json_texts(path)
+        else:
+            texts = _plain((line for _, line in readers.lines(path)), document)
+        yield from (text for text in texts if text.strip())
 
 
 def _plain(lines: Iterable[str], document: str) -> Iterator[str]:
     if document == "line":
-        yield from (line.rstrip("\n") for line in lines)
+        yield from lines
         return
     block: list[str] = []
     for line in lines:
         if document == "paragraph" and not line.strip():
-            yield "".join(block).rstrip("\n")
+            yield "\n".join(block)
             block = []
         else:
             block.append(line)
-    yield "".join(block).rstrip("\n")
+    yield "\n".join(block).rstrip("\n")
 
 
-def _json_lines(lines: Iterable[str], path: str) -> Iterator[str]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number} is not JSON ({error.msg}); a .jsonl file "
-                            'holds one object a line, {"text": …}') from error
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            fields = sorted(record) if isinstance(record, dict) else type(record).__name__
-            raise UserError(f"{path}, line {number} has no string field 'text' (found {fields})")
-        yield record["text"]
+def _json_texts(path: str) -> Iterator[str]:
+    """The field "text" of every line."""
+    for number, record in readers.json_lines(path):
+        text = record.get("text")
+        where = f"{path}, line {number}"
+        if not isinstance(text, str):
+            raise UserError(f"{where} has no string field 'text' (found {readers.shown(record)}); "
+                            'a .jsonl file holds one object a line, {"text": …}')
+        readers.check_text([text], where)
+        yield text
 
 
 def task(name: str, files: Sequence[str], split: str, document: str,

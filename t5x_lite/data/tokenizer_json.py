@@ -9,8 +9,9 @@ library's own, so that converted checkpoints fit.
     start    what a decoder-only model reads first: the token that the tokenizer's template puts
              in front of a text (<s>, <|begin_of_text|>), else id 0 if that is no text, else the
              end token (GPT-2). Decoders of encoder-decoders start with id 0 as T5's do
-    padding  id 0 in every batch, whatever the tokenizer calls so. Where id 0 is text ("!" of
-             GPT-2 and LLaMA 3) rows say by segment ids and loss weights where they end
+    padding  id 0 in every batch, whatever the tokenizer calls so. Where id 0 stands in rows as
+             well ("!" of GPT-2 and LLaMA 3, [UNK] of others, the end token of NeoX) they say by
+             segment ids and loss weights where they end
     sentinels   the tokenizer's own <extra_id_N> if they are its last ids, else 100 more ids
              behind its last one; only a task that uses them needs rows in the embedding for them
     mask     [MASK] or <mask>, else the first sentinel
@@ -62,15 +63,16 @@ class TokenizerJson(seqio.Vocabulary):
         self._base = self._size - own
         self._added = self.tokenizer.get_added_tokens_decoder()
         self._eos = self._find_eos(path, ids)
+        unknown = getattr(self.tokenizer.model, "unk_token", None)
+        self._unk = ids.get(unknown) if isinstance(unknown, str) else None
         self.zero_is_text = not (0 in self._added and self._added[0].special)
+        self.zero_in_rows = self.zero_is_text or 0 in (self._eos, self._unk)
         front = self.tokenizer.encode("").ids
         if front and front[0] != self._eos:
             self.start_id = front[0]
         else:
             self.start_id = self._eos if self.zero_is_text else 0
         self.mask_id = next((ids[n] for n in MASK_NAMES if n in ids), None)
-        self._unk = getattr(self.tokenizer.model, "unk_token", None)
-        self._unk = ids.get(self._unk) if isinstance(self._unk, str) else None
 
     @staticmethod
     def _find_eos(path: str, ids: dict[str, int]) -> int:

@@ -45,14 +45,24 @@ def start_id(vocabulary: "seqio.Vocabulary") -> int:
     return getattr(vocabulary, "start_id", 0)
 
 
-def zero_is_text(vocabulary: "seqio.Vocabulary") -> bool:
-    """Whether id 0 is a token of texts, as in GPT-2's, so that it cannot tell padding."""
-    return getattr(vocabulary, "zero_is_text", False)
+def zero_in_rows(vocabulary: "seqio.Vocabulary") -> bool:
+    """Whether id 0 may stand in a row that is not padded there, so that it cannot tell padding.
+
+    It is "!" in GPT-2's, the end of a text in NeoX's, and unknown words in many a tokenizer.json
+    and in LLaMA's SentencePiece model. Rows then carry encoder_segment_ids, 1 on tokens and 0 on
+    padding. A vocabulary of your own says it by an attribute zero_in_rows.
+    """
+    import seqio
+    if hasattr(vocabulary, "zero_in_rows"):
+        return vocabulary.zero_in_rows
+    if isinstance(vocabulary, seqio.SentencePieceVocabulary):
+        return vocabulary.tokenizer.pad_id() != 0
+    return False
 
 
 def text_of(vocabulary: "seqio.Vocabulary", ids: Sequence[int]) -> str:
-    """The text of tokens, without end tokens and, unless id 0 is text, padding."""
-    hidden = {vocabulary.eos_id} | (set() if zero_is_text(vocabulary) else {0})
+    """The text of tokens, without end tokens and, unless id 0 is a token, padding."""
+    hidden = {vocabulary.eos_id} | (set() if zero_in_rows(vocabulary) else {0})
     return vocabulary.decode([int(i) for i in ids if int(i) not in hidden])
 
 

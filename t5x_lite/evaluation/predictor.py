@@ -184,7 +184,7 @@ class Predictor:
 
     def _encoder_rows(self, ids: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
         batch = {"encoder_input_tokens": self._pad(ids, self._inputs_length)}
-        if data_vocabulary.zero_is_text(self._vocabulary):
+        if data_vocabulary.zero_in_rows(self._vocabulary):
             batch["encoder_segment_ids"] = self._pad(
                 [[1] * len(row) for row in ids], self._inputs_length)
         return batch

@@ -186,12 +186,19 @@ def _real(batch: Batch, side: str, start: int = 0, *, training: bool = True) -> 
     if f"{side}_segment_ids" in batch:
         return batch[f"{side}_segment_ids"] != 0
     tokens = batch[f"{side}_input_tokens"]
-    if side == "encoder":
+    if side != "decoder":
         return tokens != 0
+    weights = batch.get("decoder_loss_weights")
     first = jnp.arange(tokens.shape[1]) == start
-    if not training and "decoder_loss_weights" in batch:
-        first = first & jnp.any(batch["decoder_loss_weights"] > 0, axis=1, keepdims=True)
-    return (tokens != 0) | first
+    if not training and weights is not None:
+        first = first & jnp.any(weights > 0, axis=1, keepdims=True)
+    real = (tokens != 0) | first
+    if weights is None:
+        return real
+    # Of vocabularies whose id 0 is a token: what stands before the last target that is asked for.
+    ends = jnp.cumsum((weights > 0)[:, ::-1], axis=1)[:, ::-1] > 0
+    return real | jnp.pad(ends, ((0, 0), (tokens.shape[1] - ends.shape[1], 0)),
+                          constant_values=True)
 
 
 def _row_key(key: RowKey | jax.Array | None, batch: Batch) -> RowKey | None:

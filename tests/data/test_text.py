@@ -51,7 +51,7 @@ def test_files_by_glob_list_and_sequence(folder):
     ("b.txt", "", "data.train_files: .*b.txt is empty"),
     ("bad.jsonl", '{"text": 1}\n', r"bad.jsonl, line 1 has no string field 'text' \(found \['text"),
     ("bad.jsonl", '{"text": "x"}\nnot json', "bad.jsonl, line 2 is not JSON"),
-    ("bad.txt", b"caf\xe9\n", "bad.txt is not UTF-8 text"),
+    ("bad.txt", b"caf\xe9\n", "bad.txt, line 1 is not UTF-8 text"),
     ("bad.txt.gz", "plain", "bad.txt.gz is not a gzip file"),
     ("blank.txt", "  \n\n", "'train_files' has 0 documents in 'train', too few for data.num_shards=2"),
     ("one.txt", "a single line", "'train_files' has 1 documents in 'train', too few"),
