@@ -24,7 +24,6 @@ Imports no TensorFlow.
 import csv
 import gzip
 import json
-import pathlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn

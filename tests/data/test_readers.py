@@ -8,15 +8,7 @@ import json
 import pytest
 
 from t5x_lite import infer
-from t5x_lite.data import (
-    big_bench,
-    choices,
-    example_files,
-    paths,
-    readers,
-    records,
-    text_files,
-)
+from t5x_lite.data import big_bench, choices, example_files, paths, readers, records, text_files
 from t5x_lite.errors import UserError
 
 GOOD = b'{"text": "a", "inputs": "a", "targets": "b"}\n'
