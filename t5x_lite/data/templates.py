@@ -79,6 +79,11 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             weight([left, right])
         return _checked(super().call_binop(context, operator, left, right))
 
+    def unsafe_undefined(self, obj, attribute):
+        """An attribute that leads out of the sandbox; jinja2 itself would write nothing for it."""
+        raise jinja2.exceptions.SecurityError(
+            f"the attribute {attribute!r} of a {type(obj).__name__}")
+
     def call(self, context, function, *args, **kwargs):
         """A call of the template, after a look at how large its result would be."""
         name = getattr(function, "__name__", "")
@@ -157,7 +162,7 @@ def _bounded(name: str, function: Callable) -> Callable:
         return _checked(function(*args, **kwargs))
 
     # By attributes jinja2 marks filters that want the environment or the context.
-    bounded.__dict__.update(vars(function))
+    bounded.__dict__.update(getattr(function, "__dict__", {}))   # built-ins have none
     return bounded
 
 

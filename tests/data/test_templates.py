@@ -42,7 +42,7 @@ GROWS = "{% set ns = namespace(x='aaaaaaaa') %}{% for i in range(60) %}%s{% endf
 
 @pytest.mark.parametrize("source", [
     "{{ 'x' * 1000000000000 }}", "{{ 1000000000000 * 'x' }}", "{{ [0] * 1000000000000 }}",
-    "{{ 9 ** 9 ** 9 }}", "{{ range(1000000000000) | list }}", "{{ range(10**9)|sum }}",
+    "{{ 9 ** (9 ** 9) }}", "{{ range(1000000000000) | list }}", "{{ range(10**9)|sum }}",
     "{% for i in range(1000000) %}{% for j in range(1000000) %}{% endfor %}{% endfor %}",
     "{% for i in range(1000000) %}{{ 'a long text of a template' }}{% endfor %}",
     "{% set y %}{% for i in range(1000000) %}some text of the template itself{% endfor %}{% endset %}",

@@ -60,7 +60,7 @@ def test_answers_are_written(tmp_path, registered):
 
 @pytest.mark.parametrize("content, message", [
     ({"examples": [{"input": "a", "target": "b"}, {"input": "a", "target_scores": {"b": 1}}]},
-     "example 0 has no \"input\" or no 'target_scores'; it has 'target'"),
+     "example 0 has no 'target_scores'; it has 'target'"),
     ({"examples": []}, 'has no list "examples"'),
     ({"examples": [{"input": "a", "target": ["b", ""]}]}, "example 0 has an empty target"),
 ])
