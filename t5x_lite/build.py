@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from t5x_lite import bounds, tree
+from t5x_lite import errors, tree
 from t5x_lite.config import RunConfig
 from t5x_lite.cost import flops, hardware
 from t5x_lite.data import rows as data_rows
@@ -180,7 +180,7 @@ def build(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Pro
     Raises:
         UserError: whatever in the config cannot be, naming the field and the fix.
     """
-    bounds.check(config)   # a config made in Python has not come through the door
+    errors.check(config)   # a config made in Python has not come through the door
     policy = precision.policy(config.precision)
     language_model.validate(config.model)
     objectives.validate(config.objective, config.model.architecture)

@@ -18,12 +18,11 @@ from typing import Annotated, Any
 
 import ml_collections
 
-from t5x_lite import bounds
-from t5x_lite.bounds import Bounds, Count, Seed
+from t5x_lite import errors
 from t5x_lite.checkpoints.manager import CheckpointConfig
 from t5x_lite.data.config import DataConfig
 from t5x_lite.decoding.decode import DecodeConfig
-from t5x_lite.errors import UserError, at_least, nearest, one_of, refuse
+from t5x_lite.errors import Bounds, Count, Seed, UserError, at_least, nearest, one_of, refuse
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.peft import PeftConfig
 from t5x_lite.parallel.sharding import DEFAULT_RULES, MeshConfig
@@ -143,7 +142,7 @@ def from_mapping(kind: Any, value: Any, where: str = "config") -> Any:
 
     Raises:
         UserError: an unknown field, a value of another type, or a number out of the bounds that
-            stand beside its field (bounds.py), by its dotted name.
+            stand beside its field (errors.py), by its dotted name.
     """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
@@ -169,7 +168,7 @@ def _one_of_types(kinds: tuple, value: Any, where: str) -> Any:
 
 
 def _section(kind: Any, value: Any, where: str) -> Any:
-    hints = bounds.hints_of(kind)
+    hints = errors.hints_of(kind)
     if not isinstance(value, (Mapping, ml_collections.ConfigDict)):
         raise refuse(where, value, f"a section with the fields {', '.join(hints)}")
     for name in value:
@@ -180,7 +179,7 @@ def _section(kind: Any, value: Any, where: str) -> Any:
     for name in value:
         field = f"{where}.{name}"
         fields[name] = from_mapping(hints[name], value[name], field)
-        bounds.check(fields[name], field, hints[name])
+        errors.check(fields[name], field, hints[name])
     return kind(**fields)
 
 

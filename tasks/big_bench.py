@@ -16,7 +16,7 @@ and the input.
 
 
 from t5x_lite.data import choice_files, choices, records, text_to_text
-from t5x_lite.data.big_bench import ANSWERS, read_answers, read_choices
+from t5x_lite.data.example_files import ANSWERS, read_answers, read_choices
 
 HARD = ("date_understanding", "boolean_expressions", "causal_judgement", "disambiguation_qa",
         "formal_fallacies", "geometric_shapes", "hyperbaton", "movie_recommendation",

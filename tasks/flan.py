@@ -16,6 +16,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from t5x_lite.data import prompts, task_metrics, text_to_text
+from t5x_lite.data.preprocessors import Format
 from t5x_lite.data.text_to_text import TfdsSource
 
 _plain = tf.autograph.experimental.do_not_convert
@@ -73,7 +74,7 @@ def _filled(template: str, record: Mapping) -> tf.Tensor:
     return tf.strings.join([record[p] if i % 2 else p for i, p in enumerate(pieces)])
 
 
-def instructed(dataset: DataSet) -> text_to_text.Format:
+def instructed(dataset: DataSet) -> Format:
     """A format: records -> instruction with options, and the option that is right."""
     def format_fn(records: tf.data.Dataset) -> tf.data.Dataset:
         def example(number, record):

@@ -16,7 +16,8 @@ import seqio
 import tensorflow as tf
 
 from t5x_lite.data import task_metrics, text_to_text
-from t5x_lite.data.text_to_text import Format, TfdsSource, each
+from t5x_lite.data.preprocessors import Format, each
+from t5x_lite.data.text_to_text import TfdsSource
 
 _UNLABELLED = "<unk>"
 _BOOLEAN = ("False", "True")

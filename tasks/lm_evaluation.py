@@ -27,7 +27,8 @@ from t5x_lite.data import (
     vocabularies,
 )
 from t5x_lite.data.document_cache import DocumentSource
-from t5x_lite.data.text_to_text import TfdsSource, each
+from t5x_lite.data.preprocessors import each
+from t5x_lite.data.text_to_text import TfdsSource
 
 _HEADING = re.compile(r" = [^=].*[^=] = $")
 _WIKITEXT = "https://www.salesforce.com/products/einstein/ai-research/the-wikitext-dependency"

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import tensorflow as tf
 
 from t5x_lite.data import readers, records, task_metrics, text_to_text
-from t5x_lite.data.text_to_text import Format, TfdsSource, each
+from t5x_lite.data.preprocessors import Format, each
+from t5x_lite.data.text_to_text import TfdsSource
 
 XQUAD_LANGUAGES = ("ar", "de", "el", "en", "es", "hi", "ru", "th", "tr", "vi", "zh")
 _LANGUAGES = {"de": "German", "en": "English", "fr": "French", "ro": "Romanian"}

@@ -24,11 +24,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from t5x_lite.bounds import Count
 from t5x_lite.checkpoints import format as checkpoint_format
 from t5x_lite.checkpoints.format import Record, Restored, Unreadable
 from t5x_lite.checkpoints.lock import WorkdirLock
-from t5x_lite.errors import UserError, at_least, nearest
+from t5x_lite.errors import Count, UserError, at_least, nearest
 
 _log = logging.getLogger(__name__)
 

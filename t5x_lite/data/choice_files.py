@@ -24,13 +24,11 @@ from typing import NamedTuple
 from t5x_lite.data import readers, records
 from t5x_lite.errors import UserError
 
-Choice = tuple[str, list[str], str]   # inputs, choices, the right one's number
-
 
 class Published(NamedTuple):
     """Where a data set's files stand below T5X_LITE_FILES, and how they are read."""
     globs: dict[str, str]                      # {split: pattern}
-    read: Callable[[str], Iterator[Choice]]
+    read: Callable[[str], Iterator[records.Choice]]
     origin: str
     keep: Callable[[str, int], bool] | None = None   # see records.RecordSource
 
@@ -46,12 +44,7 @@ class Published(NamedTuple):
         return files
 
 
-def prompt(question: str) -> str:
-    """"Question: … Answer:", the frame of most of GPT-3's prompts."""
-    return f"Question: {question}\nAnswer:"
-
-
-def _mmlu(path: str) -> Iterator[Choice]:
+def _mmlu(path: str) -> Iterator[records.Choice]:
     """The authors' own prompt, whose choices are the letters."""
     subject = " ".join(pathlib.Path(path).stem.split("_")[:-1])
     head = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
@@ -63,33 +56,33 @@ def _mmlu(path: str) -> Iterator[Choice]:
         yield f"{head}{question}{lines}\nAnswer:", list("ABCD"), str("ABCD".index(answer))
 
 
-def _siqa(path: str) -> Iterator[Choice]:
+def _siqa(path: str) -> Iterator[records.Choice]:
     for where, record, label in _labelled(path, "123"):
         context, question, *texts = (readers.field(record, name, where) for name in (
             "context", "question", "answerA", "answerB", "answerC"))
-        yield f"Context: {context}\n{prompt(question)}", texts, str(int(label) - 1)
+        yield f"Context: {context}\n{records.prompt(question)}", texts, str(int(label) - 1)
 
 
-def _piqa(path: str) -> Iterator[Choice]:
+def _piqa(path: str) -> Iterator[records.Choice]:
     for where, record, label in _labelled(path, "01"):
         goal, *texts = (readers.field(record, name, where) for name in ("goal", "sol1", "sol2"))
-        yield prompt(goal), texts, label
+        yield records.prompt(goal), texts, label
 
 
-def _truthfulqa(path: str) -> Iterator[Choice]:
+def _truthfulqa(path: str) -> Iterator[records.Choice]:
     for number, record in readers.objects_of(readers.json_file(path), path):
         where = f"{path}, question {number}"
         targets = readers.field(record, "mc1_targets", where, dict)
         if list(targets.values()).count(1) != 1:
             raise UserError(f"{where} has not one true target in mc1_targets")
         right = list(targets.values()).index(1)
-        yield prompt(readers.field(record, "question", where)), list(targets), str(right)
+        yield records.prompt(readers.field(record, "question", where)), list(targets), str(right)
 
 
 _FEVER = {"SUPPORTS": "true", "REFUTES": "false", "NOT ENOUGH INFO": "unknown"}
 
 
-def _fever(path: str) -> Iterator[Choice]:
+def _fever(path: str) -> Iterator[records.Choice]:
     for number, record in readers.json_lines(path):
         where = f"{path}, line {number}"
         label, claim = (readers.field(record, name, where) for name in ("label", "claim"))
@@ -99,7 +92,7 @@ def _fever(path: str) -> Iterator[Choice]:
                list(_FEVER.values()), str(list(_FEVER).index(label)))
 
 
-def _multifc(path: str) -> Iterator[Choice]:
+def _multifc(path: str) -> Iterator[records.Choice]:
     rows = [row for _, row in _rows(path, "\t", 3, more=True)]
     labels: dict[str, list[str]] = {}   # of each site, which a claim's id begins with
     for claim_id, _, label, *_ in rows:
@@ -109,7 +102,7 @@ def _multifc(path: str) -> Iterator[Choice]:
         yield f"Claim: {claim}\nRating:", choices, str(choices.index(label))
 
 
-def _raft(path: str) -> Iterator[Choice]:
+def _raft(path: str) -> Iterator[records.Choice]:
     rows = list(readers.records(path, ",", ("ID", "Label")))
     choices = sorted({row["Label"] for row in rows})
     for row in rows:

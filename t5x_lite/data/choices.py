@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import seqio
 import tensorflow as tf
 
-from t5x_lite.data import choice_files, preprocessors, readers, records, task_metrics, text_to_text
+from t5x_lite.data import preprocessors, readers, records, task_metrics, text_to_text
 from t5x_lite.errors import UserError
 
 _plain = tf.autograph.experimental.do_not_convert
@@ -15,7 +15,7 @@ Question = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
 Read = Callable[[dict], Question]
 
 
-def choices(read: Read) -> text_to_text.Format:
+def choices(read: Read) -> preprocessors.Format:
     """A format: each record, as `read` takes it apart, becomes one example a choice."""
     def format_fn(dataset: tf.data.Dataset) -> tf.data.Dataset:
         def of_question(number, record):
@@ -36,7 +36,7 @@ def _right(count: tf.Tensor, label: tf.Tensor) -> tf.Tensor:
                          axis=1)
 
 
-def together(read: Read) -> text_to_text.Format:
+def together(read: Read) -> preprocessors.Format:
     """A format: each record becomes one example, whose "targets" [n] are its choices, the right one
     first. Of several right ones it keeps the first."""
     def example(record):
@@ -44,7 +44,7 @@ def together(read: Read) -> text_to_text.Format:
         right = _right(tf.size(texts), label)
         kept = [texts[right][:1], texts[~right]]
         return {"inputs": question, "targets": tf.concat(kept, 0)}
-    return text_to_text.each(example)
+    return preprocessors.each(example)
 
 
 def choice(text: str, example=None, is_target: bool = False):
@@ -55,7 +55,7 @@ def choice(text: str, example=None, is_target: bool = False):
 
 
 def register(name: str, source: seqio.DataSource, read: Read,
-             before: text_to_text.Format = lambda dataset: dataset) -> seqio.Task:
+             before: preprocessors.Format = lambda dataset: dataset) -> seqio.Task:
     """Adds a task that is scored by metrics.rank_classification, and NAME_choices to train on.
 
     before: applied to the records first.
@@ -101,7 +101,7 @@ def read_questions(path: str) -> Iterator[tuple[str, list[str], str]]:
 def framed(path: str) -> Iterator[tuple[str, list[str], str]]:
     """read_questions with each question in GPT-3's frame."""
     for question, texts, label in read_questions(path):
-        yield choice_files.prompt(question), texts, label
+        yield records.prompt(question), texts, label
 
 
 def register_files(name: str, files: Mapping[str, Sequence[str]] | Callable[[], Mapping],

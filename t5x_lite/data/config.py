@@ -3,7 +3,7 @@
 import dataclasses
 from typing import TYPE_CHECKING
 
-from t5x_lite.bounds import Count, Rate, Seed
+from t5x_lite.errors import Count, Rate, Seed
 
 if TYPE_CHECKING:
     pass

@@ -3,7 +3,14 @@
 All are tf.data graphs without Python functions, so that iterators over them can be saved.
 """
 
+from collections.abc import Callable
+
+import seqio
 import tensorflow as tf
+
+Format = Callable[[tf.data.Dataset], tf.data.Dataset]   # records to examples
+
+each = seqio.map_over_dataset   # a function of one example as a format
 
 # AutoGraph only rewrites Python control flow, of which there is none here, and takes most of
 # the time that building a pipeline takes.

@@ -20,12 +20,18 @@ import tensorflow as tf
 
 from t5x_lite.data import readers
 from t5x_lite.data.document_cache import DocumentSource
-from t5x_lite.data.text_to_text import Format, each
+from t5x_lite.data.preprocessors import Format, each
 from t5x_lite.errors import UserError
 
 _FIELD, _ITEM = "\x1e", "\x1f"
 
 Record = Sequence[str | Sequence[str]]   # the fields of a record, in the order of `unpack`
+Choice = tuple[str, list[str], str]      # inputs, choices, the right one's number
+
+
+def prompt(question: str) -> str:
+    """"Question: … Answer:", the frame of most of GPT-3's prompts."""
+    return f"Question: {question}\nAnswer:"
 
 
 def pack(record: Record) -> str:

@@ -16,11 +16,8 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from t5x_lite.data import vocabularies
+from t5x_lite.data.preprocessors import Format
 from t5x_lite.errors import UserError
-
-Format = Callable[[tf.data.Dataset], tf.data.Dataset]
-
-each = seqio.map_over_dataset   # a function of one example as a format
 
 
 class TfdsSource(seqio.TfdsDataSource):

@@ -43,9 +43,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from t5x_lite.bounds import Axis, Count, Positive, Seed
 from t5x_lite.decoding import beam
-from t5x_lite.errors import UserError, nearest
+from t5x_lite.errors import Axis, Count, Positive, Seed, UserError, nearest
 
 NEG_INF = beam.NEG_INF
 

@@ -6,7 +6,7 @@ and a `validate`.
 
 import dataclasses
 
-from t5x_lite.bounds import Count, Positive, Rate, Seed, Share
+from t5x_lite.errors import Count, Positive, Rate, Seed, Share
 
 
 @dataclasses.dataclass(frozen=True)

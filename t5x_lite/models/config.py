@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from t5x_lite.bounds import Count, Rate
+from t5x_lite.errors import Count, Rate
 from t5x_lite.layers.config import (
     AttentionConfig,
     InitConfig,

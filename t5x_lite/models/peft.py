@@ -49,8 +49,7 @@ import jax
 import jax.numpy as jnp
 
 from t5x_lite import tree
-from t5x_lite.bounds import Count, Positive
-from t5x_lite.errors import UserError, at_least, nearest, one_of
+from t5x_lite.errors import Count, Positive, UserError, at_least, nearest, one_of
 from t5x_lite.models.params import ParamInfo
 from t5x_lite.parallel import sharding
 

@@ -28,8 +28,7 @@ import jax.numpy as jnp
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from t5x_lite.bounds import Axis
-from t5x_lite.errors import UserError, nearest
+from t5x_lite.errors import Axis, UserError, nearest
 from t5x_lite.parallel import products
 
 # Outermost first: neighbours in the last axis are neighbours on the interconnect, so the

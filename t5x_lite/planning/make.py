@@ -5,6 +5,7 @@ no step is faster), and an assumption (Assumptions.mfu), from which time, energy
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 from t5x_lite.build import Program, build
 from t5x_lite.config import RunConfig, replace
@@ -243,3 +244,25 @@ def _gpu_remarks(plan: Plan) -> list[str]:
         remarks.append(f"JAX takes {fraction:.0%} of a GPU's memory: with XLA_CLIENT_MEM_FRACTION="
                        f"{plan.peak_bytes / whole + 0.01:.2f} in train's environment it would fit")
     return remarks
+
+
+# --- what a search tries --------------------------------------------------------------------------
+
+ROOM = "leaves"         # in the outcome of a trial without a compiler
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One config of a search. plan: None where build refused it, or nothing could compile it."""
+
+    changes: str
+    plan: Plan | None
+    outcome: str
+
+
+def best(trials: Sequence[Trial]) -> Trial | None:
+    """The trial that fits with the lowest bound; the smallest peak where there is no bound."""
+    fitting = [t for t in trials if t.plan is not None and t.plan.fits]
+    return min(fitting, default=None, key=lambda t: (
+        t.plan.roofline.bound_seconds or 0.0, sum(t.plan.roofline.parts.values()),
+        t.plan.peak_bytes or 0))

@@ -1,8 +1,7 @@
 """A search: plans one config after another until a step fits, then meshes for the best bound."""
 
-import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jax
 
@@ -11,21 +10,10 @@ from t5x_lite.config import RunConfig
 from t5x_lite.cost import tables
 from t5x_lite.errors import UserError
 from t5x_lite.planning import rehearse, remedies
-from t5x_lite.planning.make import Plan, make_plan
+from t5x_lite.planning.make import ROOM, Plan, Trial, best, make_plan
 from t5x_lite.planning.rehearse import Topology
 
 _log = logging.getLogger(__name__)
-
-ROOM = "leaves"         # in the outcome of a trial without a compiler
-
-
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """One config of a search. plan: None where build refused it, or nothing could compile it."""
-
-    changes: str
-    plan: Plan | None
-    outcome: str
 
 
 def search(first: Plan, most_compilations: int = 8) -> list[Trial]:
@@ -104,14 +92,6 @@ def _state_outcome(topology: Topology, arguments: dict[str, int]) -> str:
     room = topology.hbm_bytes - used
     return f"parameters, optimizer state and batch {shown(used)}: " \
         + (f"{ROOM} {shown(room)} for temporaries" if room >= 0 else "too large")
-
-
-def best(trials: Sequence[Trial]) -> Trial | None:
-    """The trial that fits with the lowest bound; the smallest peak where there is no bound."""
-    fitting = [t for t in trials if t.plan is not None and t.plan.fits]
-    return min(fitting, default=None, key=lambda t: (
-        t.plan.roofline.bound_seconds or 0.0, sum(t.plan.roofline.parts.values()),
-        t.plan.peak_bytes or 0))
 
 
 def _outcome(plan: Plan) -> str:

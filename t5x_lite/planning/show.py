@@ -9,8 +9,7 @@ from rich.table import Column, Table
 from t5x_lite.build import Program
 from t5x_lite.cost import energy, flops, tables
 from t5x_lite.planning import remedies
-from t5x_lite.planning.make import Plan
-from t5x_lite.planning.search import ROOM, Trial, best
+from t5x_lite.planning.make import ROOM, Plan, Trial, best
 
 SHOWN_COLLECTIVES = 8   # lines of the communication table; --json has all
 

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from t5x_lite.bounds import Count, Positive, Rate
+from t5x_lite.errors import Count, Positive, Rate
 from t5x_lite.training import adafactor, muon, schedules
 
 # Leading logical axes that enumerate independent parameters.

@@ -24,8 +24,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from t5x_lite.bounds import Rate
-from t5x_lite.errors import UserError, one_of
+from t5x_lite.errors import Rate, UserError, one_of
 from t5x_lite.models.params import BoundModel
 from t5x_lite.training import losses
 

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from t5x_lite import bounds, tree
+from t5x_lite import errors, tree
 from t5x_lite.errors import UserError, nearest, one_of
 from t5x_lite.models.params import ParamInfo
 from t5x_lite.parallel import offload
@@ -338,7 +338,7 @@ def until(config: OptimizerConfig, num_steps: int) -> OptimizerConfig:
 def _check(config: OptimizerConfig) -> None:
     one_of("optimizer.name", config.name, METHODS)
     one_of("optimizer.momentum_dtype", config.momentum_dtype, ("float32", "bfloat16"))
-    bounds.check(config, "optimizer")
+    errors.check(config, "optimizer")
     schedules.schedule(config.schedule)
     for group in config.groups:
         if group.schedule is not None:

@@ -19,8 +19,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from t5x_lite.bounds import Count, Positive
-from t5x_lite.errors import at_least, between, one_of, positive
+from t5x_lite.errors import Count, Positive, at_least, between, one_of, positive
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from t5x_lite.bounds import Share
-from t5x_lite.errors import UserError, at_least, nearest
+from t5x_lite.errors import Share, UserError, at_least, nearest
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ def task(tmp_path_factory):
         json.dumps({"inputs": f"input {i}", "targets": f"target {i}"}) + "\n" for i in range(40)))
     (folder / "cached_test_tasks.py").write_text(f"""
 from t5x_lite.data import records, text_to_text
-from t5x_lite.data.text_to_text import each
+from t5x_lite.data.preprocessors import each
 text_to_text.register("data_test_cached", records.RecordSource(
     "data_test_cached", {{"train": [{str(folder / "examples.jsonl")!r}]}}, records.read_examples),
     lambda ds: each(lambda e: {{**e, "targets": e["answers"][0]}})(

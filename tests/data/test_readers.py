@@ -8,7 +8,7 @@ import json
 import pytest
 
 from t5x_lite import infer
-from t5x_lite.data import big_bench, choices, example_files, paths, readers, records, text_files
+from t5x_lite.data import choices, example_files, paths, readers, records, text_files
 from t5x_lite.errors import UserError
 
 GOOD = b'{"text": "a", "inputs": "a", "targets": "b"}\n'
@@ -161,8 +161,8 @@ def test_a_malformed_task_of_big_bench(content, says, tmp_path):
     path = write(tmp_path / "task.json", content)
 
     def read():
-        if big_bench.is_task(path):
-            yield from big_bench.kind_of([path]).read(path)
+        if example_files.is_task(path):
+            yield from example_files.kind_of([path]).read(path)
         else:
             yield from records.read_examples(path)
     assert says in taken(read())[1]
@@ -227,7 +227,7 @@ def test_no_bytes_make_a_reader_fail_otherwise(tmp_path):
     packed = st.tuples(content, st.integers(0, 40), st.integers(0, 255)).map(
         lambda x: gzip.compress(x[0])[:-x[1] or None] + bytes([x[2]]))
     read = {
-        **READERS, "big_bench": lambda p: big_bench.kind_of([p]).read(p),
+        **READERS, "big_bench": lambda p: example_files.kind_of([p]).read(p),
         "questions": choices.read_questions, "squad": t5_benchmarks.read_squad,
         "scitldr": t5_benchmarks.read_scitldr, "scan": scan.read_scan,
         "documents": functools.partial(_documents), "csv": lambda p: readers.records(p, ",")}

@@ -35,12 +35,12 @@ def check_ranked(task, found):
 
 def test_target_scores_are_choices_by_path_by_name_and_as_published(
         registered, tmp_path, monkeypatch):
-    from t5x_lite.data import big_bench
+    from t5x_lite.data import example_files
     path = tmp_path / "navigate" / "sub" / "task.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(SCORED))
     check_ranked(*examples(str(path), tmp_path))
-    big_bench.register("data_test_big_bench", {"validation": [str(path)]})
+    example_files.register("data_test_big_bench", {"validation": [str(path)]})
     check_ranked(*examples("data_test_big_bench", tmp_path))
     assert "data_test_big_bench_choices" in registered.names()
     monkeypatch.setenv("T5X_LITE_FILES", str(tmp_path))
@@ -48,7 +48,7 @@ def test_target_scores_are_choices_by_path_by_name_and_as_published(
     assert len(examples(f"{path}[50%:]", tmp_path)[1]) == 2
     path.write_text(json.dumps({**SCORED, "append_choices_to_input": False,
                                 "example_input_prefix": "", "example_output_prefix": " = "}))
-    assert next(big_bench.read_choices(str(path)))[0] == "Choose.2 + 2 ="
+    assert next(example_files.read_choices(str(path)))[0] == "Choose.2 + 2 ="
 
 
 def test_answers_are_written(tmp_path, registered):
