@@ -8,6 +8,8 @@ from the newest checkpoint of the workdir and ends as if it had never stopped.
             parameters.txt     every parameter with shape, logical axes and sharding
             metrics.jsonl      one line every train.log_every steps and every evaluation
             tensorboard/       the same for TensorBoard
+            data.txt           what is read: shares, epochs, what is cut
+            samples.txt        held-out inputs that the finished model completed
             checkpoints/       see checkpoints/manager.py
             run.lock           one writer a workdir, see checkpoints/lock.py
 
@@ -144,7 +146,8 @@ def _introduce(session: _Session, record: Record | None) -> None:
     log.say(report.header(program))
     rows = batch_ramp.sequences_before(config.train.batch_ramp, config.train.global_batch_size,
                                        config.train.num_steps)
-    for line in data_tasks.describe_training(config.data, config.objective.rows, rows):
+    mixture = data_tasks.describe_training(config.data, config.objective.rows, rows)
+    for line in mixture:
         log.say(f"data        {line}")
     changed = _changed(record, config) if record is not None else []
     for line in changed:
@@ -158,6 +161,7 @@ def _introduce(session: _Session, record: Record | None) -> None:
         files.write_whole(history / f"{record.step if record else 0}.json", text)
     files.write_whole(workdir / "config.json", text)
     files.write_whole(workdir / "parameters.txt", param_report(program))
+    files.write_whole(workdir / "data.txt", "\n".join(mixture) + "\n")
 
 
 def _changed(record: Record, config: RunConfig) -> list[str]:
@@ -208,8 +212,11 @@ def _loop(session: _Session, start: Start, where: _Where) -> dict[str, dict[str,
         raise SystemExit(stopped_status(os.environ))
     meter.refuse_a_run_without_updates()
     if config.eval.samples and evaluator.has_data:
-        log.say(report.samples(evaluator.samples(program.whole_params(state),
-                                                 config.eval.samples)))
+        samples = report.samples(evaluator.samples(program.whole_params(state),
+                                                   config.eval.samples))
+        log.say(samples)
+        if log.is_main():
+            files.write_whole(session.workdir / "samples.txt", samples + "\n")
     return held_out
 
 
