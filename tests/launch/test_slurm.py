@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -24,13 +25,15 @@ pytestmark = [pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
+def slurm():
     """The environment in which sbatch and scontrol reach the test's own cluster."""
     missing = [c for c in ("slurmd", "slurmctld", "munged", "sbatch") if not shutil.which(c)]
     if missing or os.geteuid() != 0:
         pytest.skip(f"needs root and {', '.join(missing) or 'no more'}: apt-get install "
                     "--no-install-recommends slurmd slurmctld slurm-client munge")
-    folder = tmp_path_factory.mktemp("slurm")
+    # munged wants every folder above its socket to be open to all; pytest's are closed.
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="t5x_lite_slurm_"))
+    folder.chmod(0o755)
     started = subprocess.run(["bash", str(HERE / "start.sh"), str(folder)], capture_output=True,
                              text=True, timeout=120)
     try:
@@ -41,6 +44,7 @@ def slurm(tmp_path_factory):
                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
     finally:
         subprocess.run(["bash", str(HERE / "stop.sh"), str(folder)], timeout=120)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def wait_for(text, file: pathlib.Path, seconds: float, times: int = 1) -> str:
