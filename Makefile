@@ -75,7 +75,7 @@ $(VENV)/test.stamp: setup.py constraints.txt | $(VENV_PYTHON)
 	@echo "Installing t5x_lite and what its tests need into $(VENV) (2 to 5 minutes)"
 	@$(INSTALL) $$($(VENV_PYTHON) -c "import urllib.request as r; \
 	    r.urlopen('$(TORCH_INDEX)/torch/', timeout=5); \
-	    print('--extra-index-url $(TORCH_INDEX)')" 2>/dev/null) -e '.[cpu,test,plan,convert,audit,report]'
+	    print('--extra-index-url $(TORCH_INDEX)')" 2>/dev/null) -e '.[cpu,test,plan,audit,report]'
 	@touch $@ $(VENV)/cpu.stamp
 
 $(VENV)/check.stamp: setup.py constraints.txt | $(VENV_PYTHON)

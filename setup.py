@@ -8,7 +8,6 @@ platform extra adds its JAX and the data pipeline (seqio, which brings TensorFlo
     pip install -c constraints.txt ".[cuda]"         on an NVIDIA GPU machine
     pip install -c constraints.txt ".[cpu,plan]"     rehearse a TPU run without a TPU
     pip install -c constraints.txt ".[cpu,plan_gpu]" rehearse a GPU run without a GPU
-    pip install -c constraints.txt ".[cpu,convert]"  exchange checkpoints with Hugging Face
     pip install ".[cpu,beam]"                        tokenise tasks ahead, see data/cached.py
 
 constraints.txt holds the versions that the tests pass with.
@@ -68,7 +67,6 @@ setuptools.setup(
         "plan": ["libtpu"],
         # XLA:GPU without a GPU: 573 MB, and none of CUDA's other wheels.
         "plan_gpu": ["jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12"],
-        "convert": ["safetensors"],
         # python -m t5x_lite.report: what draws its curves, with its JavaScript
         "report": ["jinja2", "vl-convert-python>=1.9"],
         # python -m t5x_lite.audit
