@@ -84,7 +84,8 @@ def run(size: str | None = "2_7b") -> RunConfig:
     """The pre-training run of one size."""
     s = _common.size_of(SIZES, size, "llama")
     optimizer = dataclasses.replace(_common.ADAMW, eps=1e-5)
-    # 64 rows of version 2 at a time, 32 of the others: docs/rehearsals.md has 8 and 64 H100.
+    # 64 rows of version 2 at a time (docs/rehearsals.md: 2_7b on 8 H100), 64 to 256 of version 3,
+    # which was not rehearsed.
     if s.version == "2":
         return _common.language_model(
             f"llama_{size}", model(s), length=4096, batch_size=1024, tokens=2e12,

@@ -26,7 +26,7 @@ def run(size: str | None = "small") -> RunConfig:
     model = _t5.model(_common.size_of(SIZES, size, "t5_1_1"),
                       mlp=MLPConfig(activation="gelu_tanh", gated=True), tie_logits=False,
                       dropout_rate=0.0)
-    # Of xxl 128 rows at a time, as docs/rehearsals.md has it on 128 TPU v5e and on 8 H100.
+    # Of xxl 128 rows at a time; docs/rehearsals.md has 8 H100 with 256.
     return _t5.pretraining(f"t5_1_1_{size}", model, batch_size=2048, num_steps=1_000_000,
                            accumulation=16 if size == "xxl" else 1)
 
