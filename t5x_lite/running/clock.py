@@ -162,7 +162,8 @@ class Watchdog:
         # The disk may be what is stuck: it gets a thread and ten seconds.
         writer = threading.Thread(target=self._write, args=(text,), daemon=True)
         writer.start()
-        print(f"{stacks()}\nerror: {line}", file=sys.stderr, flush=True)
+        # Not sys.stderr, which an import or a quiet library may have exchanged meanwhile.
+        print(f"{stacks()}\nerror: {line}", file=sys.__stderr__, flush=True)
         writer.join(10.0)
         processes.said_last_words()
         self._leave(EXIT_STUCK)

@@ -93,7 +93,7 @@ class Stop:
         if self.begun and not self.name:
             self.name = number.name
             print(f"{number.name}: saving after this step; once more to leave at once",
-                  file=sys.stderr, flush=True)
+                  file=sys.__stderr__, flush=True)
             if jax.process_count() > 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             return
@@ -102,7 +102,7 @@ class Stop:
         else:
             lost = "no step was taken, and nothing is lost"
         print(f"error: stopped by {number.name} at once; {lost}. The same command goes on from "
-              "there.", file=sys.stderr, flush=True)
+              "there.", file=sys.__stderr__, flush=True)
         processes.said_last_words()
         self._leave(128 + number)
 

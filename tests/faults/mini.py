@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -73,11 +74,11 @@ def end(process: subprocess.Popen, seconds: float = 300) -> tuple[int, list[str]
 
 
 def wait_for(process: subprocess.Popen, start: str) -> list[str]:
-    """The lines of output up to the first that begins so."""
+    """The lines of output up to the first whose begin this regex matches."""
     lines = []
     for line in process.stdout:
         lines.append(line.rstrip("\n"))
-        if line.startswith(start):
+        if re.match(start, line):
             return lines
     raise AssertionError(f"no line {start!r} in:\n" + "\n".join(lines))
 

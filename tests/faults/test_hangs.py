@@ -29,10 +29,11 @@ def stuck(workdir, process, phase, lines=None):
     assert "thread MainThread:" in (workdir / "watchdog-0.txt").read_text()
 
 
-def test_a_fifo_that_nobody_writes_to(tmp_path):
-    fifo = tmp_path / "text.txt"
-    os.mkfifo(fifo)
-    process = mini.begin(fifo, tmp_path / "run", "train.watchdog.start=20")
+def test_a_fifo_that_nobody_writes_to(text, tmp_path):
+    """In the place of a file that a start reads. (A FIFO of text is refused at the door.)"""
+    (tmp_path / "run").mkdir()
+    os.mkfifo(tmp_path / "run" / "metrics.jsonl")
+    process = mini.begin(text, tmp_path / "run", "train.watchdog.start=40")
     stuck(tmp_path / "run", process, "start")
 
 
@@ -92,7 +93,7 @@ def test_processes_that_disagree(text, tmp_path, flag, words):
 def test_a_second_start_is_refused_or_waits(text, tmp_path):
     flags = ("train.num_steps=100000", "eval.every=100000", "checkpoint.every=2")
     first = mini.begin(text, tmp_path / "run", *flags)
-    mini.wait_for(first, "step ")
+    mini.wait_for(first, r"step \d")
     status, lines = mini.end(mini.begin(text, tmp_path / "run", *flags,
                                         "checkpoint.wait_for_workdir=1"))
     assert status == 2 and f"in use: process {first.pid} on host" in "\n".join(lines), lines
@@ -100,7 +101,7 @@ def test_a_second_start_is_refused_or_waits(text, tmp_path):
     time.sleep(1)
     threading.Timer(8.0, first.send_signal, (signal.SIGTERM,)).start()
     assert mini.end(first)[0] == 0
-    mini.wait_for(second, "step ")
+    mini.wait_for(second, r"step \d")
     second.send_signal(signal.SIGINT)
     status, lines = mini.end(second)
     assert status == 0 and any("stopped by SIGINT after step" in line for line in lines), lines

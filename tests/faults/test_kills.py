@@ -60,7 +60,7 @@ def test_forty_kills_and_the_same_bits_and_lines(text, tmp_path):
         if number % 8 == 7:   # in its start
             kill_soon([process], moments, 6.0)
         else:
-            mini.wait_for(process, ("step ", "error", "used "))
+            mini.wait_for(process, r"step \d|error|used ")
             kill_soon([process], moments, 0.4)
         survived += 1
     status, lines = mini.end(mini.begin(text, tmp_path / "killed", *FLAGS))
@@ -77,7 +77,7 @@ def test_kills_while_two_processes_save(text, tmp_path):
     moments = random.Random(2)
     for _ in range(6):
         processes = mini.begin_two(text, tmp_path / "killed", *flags)
-        mini.wait_for(processes[0], ("step ", "error", "used "))
+        mini.wait_for(processes[0], r"step \d|error|used ")
         kill_soon(processes, moments, 0.5)
     for status, lines in mini.two(text, tmp_path / "killed", *flags):
         assert status == 0, lines

@@ -1,5 +1,7 @@
 """Seconds by phase, goodput, and what the watchdog finds stuck."""
 
+import sys
+
 import pytest
 
 from t5x_lite.errors import UserError
@@ -48,8 +50,9 @@ def test_what_has_taken_too_long(tmp_path, phase, after, saving, expected):
     assert watchdog.stuck() == expected
 
 
-def test_it_ends_the_process_and_leaves_the_stacks_in_the_workdir(tmp_path, capsys):
+def test_it_ends_the_process_and_leaves_the_stacks_in_the_workdir(tmp_path, capfd):
     left = []
+    sys.__stderr__.flush()
     clock = Clock()
     clock.enter("data")
     with Watchdog(WatchdogConfig(data=0.05), clock, tmp_path, where=lambda: "at step 7",
@@ -59,7 +62,7 @@ def test_it_ends_the_process_and_leaves_the_stacks_in_the_workdir(tmp_path, caps
     text = (tmp_path / "watchdog-3.txt").read_text()
     assert "data has taken more than train.watchdog.data=0.05 seconds; at step 7" in text
     assert "thread MainThread:" in text and "test_it_ends_the_process" in text
-    last = capsys.readouterr().err.splitlines()[-1]
+    last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith("error: watchdog: data") and f"status {EXIT_STUCK}" in last
 
 
