@@ -137,14 +137,16 @@ def _start(main: Callable[[], None], argv: list[str], alone: bool) -> None:
     if found is not None:
         _run_among(found, main)
         return
-    if processes.has_tpu_library() and not processes.has_tpu(os.environ):
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")   # it is there for `plan` alone
     _find_devices()
     main()
 
 
 def _find_devices() -> None:
-    with quiet_lib.stderr():   # JAX's CUDA plugin says here, too, that there is no GPU
+    noise: tuple[bytes, ...] = ()
+    if processes.has_tpu_library() and not processes.has_tpu(os.environ):
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        noise = quiet_lib.NO_TPU   # libtpu is there for `plan` alone
+    with quiet_lib.stderr(*noise):   # JAX's CUDA plugin says here, too, that there is no GPU
         jax.local_devices()
 
 
