@@ -87,7 +87,7 @@ def test_parameters_are_the_published_ones(name):
         assert agrees(count, published), f"{name}:{size}: {count:,} is not {published}"
         unit = batch_ramp.batch_unit(run.train.batch_ramp, run.train.global_batch_size)
         assert unit % run.data.num_shards == 0, f"{name}:{size}"
-        schedules.schedule(run.optimizer.schedule)
+        schedules.schedule(schedules.until(run.optimizer.schedule, run.train.num_steps))
 
 
 def test_palm_counts_kernels_and_embeddings():
