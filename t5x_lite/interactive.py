@@ -123,7 +123,7 @@ class Session:
 
 def start(config: RunConfig) -> Session:
     """A session with the parameters of config.init_from, or fresh ones."""
-    cli.quiet()
+    cli.show_own_lines()
     program = build(config)
     return Session(program, init_from.start(program))
 
@@ -134,7 +134,7 @@ def load(workdir: str | os.PathLike, step: int | str = "last", overrides: Sequen
 
     overrides: "field=value" of the run's config, as t5x_lite.eval takes them.
     """
-    cli.quiet()
+    cli.show_own_lines()
     workdir = pathlib.Path(workdir)
     program = build(configs.load(workdir / "config.json", overrides))
     return Session(program, init_from.restore_state(program, workdir, step)[0])

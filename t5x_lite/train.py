@@ -100,6 +100,7 @@ def run(config: RunConfig, workdir: str | pathlib.Path, clock: Clock | None = No
     with (Stop() as stop,
           Watchdog(config.train.watchdog, clock, workdir, where=where,
                    process=jax.process_index()) as watchdog):
+        data_vocabulary.check_there(config.data.vocabulary)
         program = build(config)
         with Checkpointer(workdir, config.checkpoint) as checkpointer:
             watchdog.saving_since = checkpointer.saving_since

@@ -24,7 +24,8 @@ Other text and questions by name=value pairs behind the colon, commas between:
     questions   a task, or a .jsonl, .json or .tsv file; a slice as in qa.jsonl[:50%]
     held_out    the same, to score on (default: the task's own validation split)
     document    what a document of the passages is: line, paragraph or file
-    vocabulary  python, byt5, t5 or a file (default: the shipped facts')
+    vocabulary  python, facts, byt5, t5 or a file, whose size the model takes (default: the
+                shipped facts' for text files, T5's for tasks of other passages)
 
     …closed_book_qa.py:passages=factbook.txt,questions=factbook_qa.jsonl[:50%],held_out=factbook_qa.jsonl[50%:]
     …closed_book_qa.py:passages=span_corrupted_wikipedia,salient=salient_span_masked_wikipedia,questions=natural_questions_open,vocabulary=t5
@@ -39,6 +40,7 @@ from t5x_lite.checkpoints.manager import CheckpointConfig
 from t5x_lite.config import EvalConfig, RunConfig, TrainConfig
 from t5x_lite.data import tasks as data_tasks
 from t5x_lite.data.config import DataConfig
+from t5x_lite.data.vocabulary import rows_for_file
 from t5x_lite.decoding.decode import DecodeConfig
 from t5x_lite.errors import UserError, nearest
 from t5x_lite.experiment import Run
@@ -50,7 +52,7 @@ from t5x_lite.training.schedules import ScheduleConfig
 SEEDS = (0, 1, 2)
 SHOWN = ("*/metric/em", "*/metric/f1")
 _TEXT, _QUESTIONS = (".txt", ".jsonl", ".gz"), (".jsonl", ".json", ".tsv", ".gz")
-_IDS = {"": 3072, "python": 4096, "byt5": 384}   # else as many as T5's vocabulary
+_ROWS = {"": 3072, "facts": 3072, "python": 4096, "byt5": 384, "t5": 32128}
 _PRETRAIN_STEPS, _FINETUNE_STEPS = 1000, 150
 
 
@@ -86,13 +88,16 @@ def options(arg: str | None) -> Options:
     if chosen.salient and chosen.passages.endswith(_TEXT):
         raise UserError(f"closed_book_qa.py:{arg}: names and dates of text files are found here; "
                         f"salient=… goes with a task as passages.")
+    if not chosen.vocabulary:
+        own = "facts" if chosen.passages.endswith(_TEXT) else "t5"
+        chosen = dataclasses.replace(chosen, vocabulary=own)
     return chosen
 
 
 def _model(vocabulary: str) -> ModelConfig:
     attention, mlp, layers = AttentionConfig(num_heads=4, head_dim=32, scale=1.0), MLPConfig(512), 2
     return ModelConfig(
-        vocab_size=_IDS.get(vocabulary, 32128), embed_dim=128,
+        vocab_size=_ROWS.get(vocabulary) or rows_for_file(vocabulary) or 32128, embed_dim=128,
         encoder=StackConfig((SegmentConfig((BlockConfig(attention, None, mlp),), layers),),
                             scan=False),
         decoder=StackConfig((SegmentConfig((BlockConfig(attention, attention, mlp),), layers),),

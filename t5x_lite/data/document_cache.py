@@ -14,8 +14,8 @@ import hashlib
 import json
 import os
 import pathlib
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 
 import seqio
@@ -103,7 +103,9 @@ def _write(path: pathlib.Path, splits: Iterable[str],
     """Fills a fresh folder and renames it into place, so that no reader sees half of one."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = pathlib.Path(tempfile.mkdtemp(prefix=path.name + ".", dir=path.parent))
+        # By the umask, which mkdtemp does not ask: a group may share the cache.
+        scratch = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+        scratch.mkdir()
     except OSError as error:
         raise UserError(f"the text cache {path.parent} cannot be written ({error.strerror}); "
                         "set data.cache_dir or T5X_LITE_CACHE to a writable folder") from error

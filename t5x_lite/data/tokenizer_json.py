@@ -29,11 +29,27 @@ import seqio
 import tensorflow as tf
 import tokenizers
 
+from t5x_lite.data import readers
 from t5x_lite.errors import UserError
 
 EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[SEP]", "<|im_end|>")
 MASK_NAMES = ("[MASK]", "<mask>")
 SENTINELS = 100   # where the tokenizer has none, as in T5
+_MOST_IDS = 1 << 24   # that a table of their bytes is made for
+
+
+def _tokenizer_of(content: bytes, path: str) -> tokenizers.Tokenizer:
+    """The tokenizer of a file's content. Raises UserError for whatever is none."""
+    what = f"data.vocabulary={path!r}"
+    readers.json_object(readers.text_of(content, what), what)   # says where the file is cut off
+    try:
+        return tokenizers.Tokenizer.from_str(content.decode())
+    except BaseException as error:
+        # The library raises a plain Exception, or a Rust panic, which is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what} is no tokenizer.json that the tokenizers library reads "
+                        f"({str(error)[:200]})") from error
 
 
 class TokenizerJson(seqio.Vocabulary):
@@ -44,17 +60,16 @@ class TokenizerJson(seqio.Vocabulary):
 
     def __init__(self, path: str):
         self.path = path
-        with tf.io.gfile.GFile(path) as file:
-            self.content = file.read().encode()
-        try:
-            self.tokenizer = tokenizers.Tokenizer.from_str(self.content.decode())
-        except Exception as error:   # the library raises nothing more special
-            raise UserError(f"data.vocabulary={path!r} is no tokenizer.json that the tokenizers "
-                            f"library reads ({error})") from error
+        with tf.io.gfile.GFile(path, "rb") as file:
+            self.content = file.read()
+        self.tokenizer = _tokenizer_of(self.content, path)
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         ids = self.tokenizer.get_vocab()
-        self._size = max(ids.values()) + 1
+        self._size = max(ids.values(), default=-1) + 1
+        if not 0 < self._size <= _MOST_IDS:
+            raise UserError(f"data.vocabulary={path!r} has ids up to {self._size - 1:,} for its "
+                            f"{len(ids):,} tokens; from 0 to {_MOST_IDS:,} are possible")
         own = 0
         while ids.get(f"<extra_id_{own}>") == self._size - 1 - own:
             own += 1
@@ -79,10 +94,11 @@ class TokenizerJson(seqio.Vocabulary):
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             beside = os.path.join(os.path.dirname(path), name)
             if tf.io.gfile.exists(beside):
-                with tf.io.gfile.GFile(beside) as file:
-                    token = json.load(file).get("eos_token")
+                with tf.io.gfile.GFile(beside, "rb") as file:
+                    text = readers.text_of(file.read(), beside)
+                token = readers.json_object(text, beside).get("eos_token")
                 token = token.get("content") if isinstance(token, dict) else token
-                if token in ids:
+                if isinstance(token, str) and token in ids:
                     return ids[token]
         found = next((ids[n] for n in EOS_NAMES if n in ids), None)
         if found is None:
@@ -148,14 +164,18 @@ class TokenizerJson(seqio.Vocabulary):
         kinds = {d.get("type") for d in (decoder, *decoder.get("decoders", ()))}
         table = np.zeros([self.vocab_size], np.int32)
         for piece, i in self.tokenizer.get_vocab().items():
-            if i in self._added:
-                table[i] = 0 if self._added[i].special else len(self._added[i].content.encode())
-            elif "ByteLevel" in kinds:
-                table[i] = len(piece)   # a character for every byte
-            elif "ByteFallback" in kinds and piece.startswith("<0x") and len(piece) == 6:
-                table[i] = 1
-            else:
-                text = piece.removeprefix("##") if "WordPiece" in kinds else piece
-                table[i] = len(text.replace("\u2581", " ").encode())
+            table[i] = _bytes_of_piece(piece, kinds)
+        for i, added in self._added.items():
+            table[i] = 0 if added.special else len(added.content.encode())
         table[self._base:] = 0
         return table
+
+
+def _bytes_of_piece(piece: str, decoders: set[str]) -> int:
+    """UTF-8 bytes of text that a piece stands for, under decoders of these types."""
+    if "ByteLevel" in decoders:
+        return len(piece)   # a character for every byte
+    if "ByteFallback" in decoders and piece.startswith("<0x") and len(piece) == 6:
+        return 1
+    text = piece.removeprefix("##") if "WordPiece" in decoders else piece
+    return len(text.replace("\u2581", " ").encode())

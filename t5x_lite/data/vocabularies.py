@@ -23,6 +23,7 @@ import urllib.request
 
 import seqio
 import tensorflow as tf
+from google.protobuf import message
 
 from t5x_lite.data import document_cache
 from t5x_lite.data.tokenizer_json import TokenizerJson
@@ -33,6 +34,8 @@ SHIPPED = {name: pathlib.Path(__file__).parent / "vocab" / f"{name}.model"
 T5_MODEL = "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model"
 _T5_SHA256 = "839ffa4b9afae8d77834a88b87781849aa021975d6063dec6085633fcaf7171c"
 NAMES = (*SHIPPED, "byt5", "t5")
+_DAMAGE = (RuntimeError, OSError, ValueError, tf.errors.OpError, message.DecodeError)
+SECONDS_TO_ANSWER = 5.0   # for a network, before a vocabulary counts as out of reach
 
 
 class T5Vocabulary(seqio.SentencePieceVocabulary):
@@ -45,9 +48,15 @@ class T5Vocabulary(seqio.SentencePieceVocabulary):
         super().__init__(T5_MODEL)
 
     def _model_context(self):
-        if self._model is None:
-            self._sentencepiece_model_file = t5_model_path()
-        return super()._model_context()
+        if self._model is not None:
+            return super()._model_context()
+        path = self._sentencepiece_model_file = t5_model_path()
+        try:
+            return super()._model_context()
+        except _DAMAGE as error:
+            raise UserError(f"T5's vocabulary {path} is no whole SentencePiece model "
+                            f"({str(error).strip().splitlines()[0][:200]}); fetch it again "
+                            "(T5X_LITE_T5_VOCAB names it)") from error
 
 
 def t5_model_path() -> str:
@@ -61,7 +70,7 @@ def t5_model_path() -> str:
     if not cached.exists():
         url = T5_MODEL.replace("gs://", "https://storage.googleapis.com/")
         try:
-            with urllib.request.urlopen(url, timeout=20) as reply:
+            with urllib.request.urlopen(url, timeout=SECONDS_TO_ANSWER) as reply:
                 content = reply.read()
         except (urllib.error.URLError, OSError) as error:
             raise UserError(
@@ -97,7 +106,7 @@ def load(name: str) -> seqio.Vocabulary:
     if name.endswith(".json"):
         return TokenizerJson(name)
     vocabulary = seqio.SentencePieceVocabulary(name)
-    pieces = vocabulary.tokenizer
+    pieces = _pieces_of(vocabulary, f"data.vocabulary={name!r}")
     if "<extra_id_" not in pieces.IdToPiece(pieces.GetPieceSize() - 1):
         vocabulary = seqio.SentencePieceVocabulary(name, extra_ids=100)
     if (pieces.pad_id(), pieces.eos_id(), pieces.unk_id()) != (0, 1, 2):
@@ -105,6 +114,15 @@ def load(name: str) -> seqio.Vocabulary:
             f"data.vocabulary={name!r} has pad, eos, unk = {pieces.pad_id()}, {pieces.eos_id()}, "
             f"{pieces.unk_id()}; t5x_lite needs 0, 1, 2 (scripts/train_tokenizer.py makes such)")
     return vocabulary
+
+
+def _pieces_of(vocabulary: seqio.SentencePieceVocabulary, what: str):
+    """Its SentencePiece processor. Raises UserError for a file that is cut off or another's."""
+    try:
+        return vocabulary.tokenizer
+    except _DAMAGE as error:
+        raise UserError(f"{what} is no whole SentencePiece model "
+                        f"({str(error).strip().splitlines()[0][:200]}); fetch it again") from error
 
 
 def name_of(vocabulary: seqio.Vocabulary) -> str:

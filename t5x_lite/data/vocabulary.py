@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from t5x_lite.errors import UserError
+from t5x_lite.errors import UserError, nearest
 
 if TYPE_CHECKING:
     import seqio
@@ -109,22 +109,59 @@ def bytes_of_tokens(vocabulary: "seqio.Vocabulary", model_vocab_size: int) -> np
     Padding, EOS, sentinels and ids beyond the vocabulary stand for none. ByT5's sentinels
     are byte ids as well and count as bytes.
     """
+    known = _known_bytes(vocabulary)[:model_vocab_size]
+    return np.pad(np.asarray(known, np.int32), (0, model_vocab_size - len(known)))
+
+
+def _known_bytes(vocabulary: "seqio.Vocabulary") -> Sequence[int]:
+    """Bytes of text of each of the vocabulary's own ids."""
     import seqio
-    table = np.zeros([model_vocab_size], np.int32)
     if isinstance(vocabulary, seqio.ByteVocabulary):
-        table[3:259] = 1
-    elif isinstance(vocabulary, seqio.SentencePieceVocabulary):
+        return [0] * 3 + [1] * 256
+    if isinstance(vocabulary, seqio.SentencePieceVocabulary):
         pieces = vocabulary.tokenizer
-        for i in range(pieces.GetPieceSize()):
-            piece = pieces.IdToPiece(i)
-            if pieces.IsByte(i):
-                table[i] = 1
-            elif not (pieces.IsControl(i) or pieces.IsUnknown(i) or "<extra_id_" in piece):
-                table[i] = len(piece.replace("\u2581", " ").encode())
-    elif hasattr(vocabulary, "id_bytes"):
-        known = vocabulary.id_bytes()[:model_vocab_size]
-        table[:len(known)] = known
-    else:
-        for i in range(vocabulary.vocab_size - vocabulary.extra_ids):
-            table[i] = len(vocabulary.decode([i]).encode())
-    return table
+        return [_bytes_of_sentence_piece(pieces, i) for i in range(pieces.GetPieceSize())]
+    if hasattr(vocabulary, "id_bytes"):
+        return vocabulary.id_bytes()
+    ids = range(vocabulary.vocab_size - vocabulary.extra_ids)
+    return [len(vocabulary.decode([i]).encode()) for i in ids]
+
+
+def _bytes_of_sentence_piece(pieces, i: int) -> int:
+    if pieces.IsByte(i):
+        return 1
+    piece = pieces.IdToPiece(i)
+    if pieces.IsControl(i) or pieces.IsUnknown(i) or "<extra_id_" in piece:
+        return 0
+    return len(piece.replace("\u2581", " ").encode())
+
+
+# --- before TensorFlow ------------------------------------------------------------------------
+
+def check_there(name: str) -> None:
+    """Raises UserError where data.vocabulary names a local file that is not there: at the door,
+    before TensorFlow is imported and a model is made."""
+    if name.endswith((".model", ".json")) and "://" not in name and not pathlib.Path(name).is_file():
+        folder = pathlib.Path(name).parent
+        beside = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+        raise UserError(f"data.vocabulary={name!r}: no such file;"
+                        f"{nearest(pathlib.Path(name).name, beside)}")
+
+
+def rows_for_file(path: str) -> int | None:
+    """Rows of an embedding that a vocabulary's file asks for: its ids and 100 sentinels where it
+    has none of its own, as a multiple of 128. None where the file cannot be read here."""
+    try:
+        if path.endswith(".json"):
+            pieces = _json_pieces(pathlib.Path(path).read_bytes())
+            added = json.loads(pathlib.Path(path).read_bytes()).get("added_tokens", ())
+            size = max([len(pieces) - 1, *(token["id"] for token in added)]) + 1
+            own = any(token["content"] == "<extra_id_0>" for token in added)
+        else:
+            import sentencepiece
+            pieces = _sentence_pieces(sentencepiece.SentencePieceProcessor(path))
+            size, own = len(pieces), "<extra_id_" in pieces[-1]
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError):
+        return None   # what is wrong with the file is said where it is used
+    size += 0 if own else 100
+    return -(-size // 128) * 128

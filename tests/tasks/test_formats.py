@@ -354,3 +354,35 @@ def test_instructions_go_through_their_templates_with_the_options(registered):
     assert made(registered.get("flan_mnli"), {**INFERENCE, "label": -1}) == []
     rates = data_tasks._subtasks(seqio.MixtureRegistry.get("flan"))
     assert rates[task] == pytest.approx(400 / (250 + 400 + 2_490 + 7 * 3_000))
+
+
+def test_an_empty_answer_is_never_right():
+    from tasks import glue
+    for label in (0, 1):
+        example = {"targets_pretokenized": b"The city councilmen", "label": label}
+        for text in ("", "  ", "the", " The  their ", "\n"):
+            assert glue.wsc_answer(text, example=example) == -1
+    example = {"targets_pretokenized": b"the", "label": 0}   # a candidate that is a determiner
+    assert glue.wsc_answer("Bob", example=example) in (0, 1)
+
+
+def test_only_punctuation_is_set_apart():
+    """RE2 knows ASCII letters alone in \\w: whatever else is a letter or a mark stays in its word."""
+    from tasks import t5_benchmarks
+    pad = lambda text, *pattern: t5_benchmarks.pad_punctuation(text, *pattern).numpy().decode()
+    texts_of_the_world = ("François Größe", "北京大学 東京", "Москва", "हिन्दी भाषा", "ภาษาไทย", "العَرَبِيّة",
+                          "tiếng Việt", "٣٤٥ snake_case")
+    for text in texts_of_the_world:
+        assert pad(text, t5_benchmarks.ALL_PUNCTUATION) == text
+    assert pad("谁？«Да» ¿qué?", t5_benchmarks.ALL_PUNCTUATION) == "谁 ？ « Да » ¿ qué ? "
+    assert pad("François's  (a_b)") == "François ' s ( a _ b ) "
+
+
+def test_a_pronoun_is_no_pattern():
+    import tensorflow as tf
+
+    from tasks import glue
+    record = {"sentence": "Ann (she) and a+b met, as a+b said.", "pronoun": "a+b",
+              "candidates": ["Ann", "x"], "label": 0}
+    [made] = glue.definite_pronoun(tf.data.Dataset.from_tensors(record)).as_numpy_iterator()
+    assert made["inputs"].decode() == "wsc: Ann (she) and *a+b* met, as a+b said."
