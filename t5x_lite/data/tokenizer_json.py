@@ -29,7 +29,6 @@ import seqio
 import tensorflow as tf
 import tokenizers
 
-from t5x_lite.data import readers
 from t5x_lite.errors import UserError
 
 EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[SEP]", "<|im_end|>")
@@ -38,10 +37,21 @@ SENTINELS = 100   # where the tokenizer has none, as in T5
 _MOST_IDS = 1 << 24   # that a table of their bytes is made for
 
 
+def _json_object(content: bytes, what: str) -> dict:
+    """The object of a file. Raises UserError, `what` in front, for whatever is none."""
+    try:
+        value = json.loads(content.decode())
+    except (ValueError, RecursionError) as error:   # not UTF-8, not JSON, too deep, too many digits
+        raise UserError(f"{what} is not JSON ({str(error)[:200]}); is it whole?") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{what} is not JSON's object but a {type(value).__name__}")
+    return value
+
+
 def _tokenizer_of(content: bytes, path: str) -> tokenizers.Tokenizer:
     """The tokenizer of a file's content. Raises UserError for whatever is none."""
     what = f"data.vocabulary={path!r}"
-    readers.json_object(readers.text_of(content, what), what)   # says where the file is cut off
+    _json_object(content, what)   # says where the file is cut off
     try:
         return tokenizers.Tokenizer.from_str(content.decode())
     except BaseException as error:
@@ -95,8 +105,7 @@ class TokenizerJson(seqio.Vocabulary):
             beside = os.path.join(os.path.dirname(path), name)
             if tf.io.gfile.exists(beside):
                 with tf.io.gfile.GFile(beside, "rb") as file:
-                    text = readers.text_of(file.read(), beside)
-                token = readers.json_object(text, beside).get("eos_token")
+                    token = _json_object(file.read(), beside).get("eos_token")
                 token = token.get("content") if isinstance(token, dict) else token
                 if isinstance(token, str) and token in ids:
                     return ids[token]
