@@ -1,0 +1,229 @@
+"""Tables of measured runs: a CSV, JSON lines, or a folder of workdirs, as columns of numbers.
+
+Columns are named by what laws call them: params=COL, flops=COL, tokens=COL, loss=COL, …; a column
+may carry a factor, params=N*1e6. Where tokens, params or flops is missing and the other two are
+there, it follows from C = 6 N D.
+"""
+
+import csv
+import dataclasses
+import gzip
+import io
+import json
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from t5x_lite.errors import UserError, nearest
+
+# Columns that a logarithm is taken of, or that count something.
+_POSITIVE = ("params", "tokens", "flops", "loss", "unique_tokens", "steps", "lr", "batch", "std",
+             "budget", "experts", "granularity", "error", "accuracy")
+_THIRDS = {"tokens": ("flops", "params"), "params": ("flops", "tokens")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Columns of equal length [R]; sources says where each came from."""
+
+    columns: Mapping[str, np.ndarray]
+    sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    labels: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)   # words a run
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), ()))
+
+    def rows(self, chosen: np.ndarray) -> "Table":
+        """Those runs alone: a mask or indices."""
+        places = np.arange(len(self))[chosen]
+        return dataclasses.replace(
+            self, columns={n: v[chosen] for n, v in self.columns.items()},
+            labels={n: [v[i] for i in places] for n, v in self.labels.items()})
+
+    def require(self, names: Iterable[str], law: str) -> None:
+        """Raises UserError where a column is not there."""
+        for name in names:
+            if name not in self.columns:
+                raise UserError(
+                    f"{law} needs the column {name}: add {name}=COL to --columns, which gives "
+                    f"{', '.join(self.columns)}.{nearest(name, self.columns)}")
+
+    def without_highest(self, count: int, column: str = "loss") -> "Table":
+        """Less the runs with the highest values of a column."""
+        if not 0 <= count < len(self):
+            raise UserError(f"--drop_highest={count}: must be from 0 to {len(self) - 1}, one less "
+                            f"than the runs.")
+        order = np.argsort(self.columns[column], kind="stable")
+        return self.rows(np.sort(order[:len(self) - count]))
+
+
+def from_columns(columns: Mapping[str, Iterable[float]]) -> Table:
+    """A table of numbers that are at hand, checked as files are."""
+    arrays = {n: np.asarray(list(v), float) for n, v in columns.items()}
+    return _complete(arrays, dict.fromkeys(arrays, "given"), np.arange(1, 1 + len(
+        next(iter(arrays.values())))), {}, skip_bad=False)
+
+
+def read(path: str | pathlib.Path, columns: Mapping[str, str], *,
+         where: Mapping[str, str] | None = None, skip_bad: bool = False,
+         labels: Sequence[str] = ()) -> Table:
+    """A table from a file or a folder.
+
+    Args:
+        columns: {a law's name: the file's column, perhaps "*FACTOR" behind it}. {}: the file's
+            own names.
+        where: {the file's column: the value that a row must have; "a|b" allows several}.
+        skip_bad: leave out rows with empty cells, or with numbers that are not finite and
+            positive, instead of refusing them.
+        labels: the file's columns to keep as words.
+
+    Raises:
+        UserError: no such file or column, no rows, or rows that hold no numbers, by line.
+    """
+    rows = _read_rows(pathlib.Path(path))
+    if not rows:
+        raise UserError(f"--table={path} has no rows: it needs a line of names and a line a run.")
+    columns = dict(columns) or {n: n for n in rows[0] if n in _POSITIVE}
+    _check_names(path, rows, [*columns.values(), *(where or {}), *labels])
+    numbers = [i for i, row in enumerate(rows) if _matches(row, where or {})]
+    if not numbers:
+        raise UserError(f"--where={_shown(where)}: no row of {path} has that. "
+                        f"{_seen(rows, where)}")
+    arrays, sources = {}, {}
+    for name, source in columns.items():
+        column, factor = _factor(source, rows[0])
+        arrays[name] = np.array([_number(rows[i].get(column)) for i in numbers]) * factor
+        sources[name] = source
+    words = {n: [str(rows[i].get(n, "")) for i in numbers] for n in labels}
+    lines = np.array([rows[i].get("_line", i + 1) for i in numbers])
+    return _complete(arrays, sources, lines, words, skip_bad=skip_bad)
+
+
+def _read_rows(path: pathlib.Path) -> list[dict]:
+    if not path.exists():
+        raise UserError(f"--table={path} does not exist: a CSV, a .jsonl or a folder of workdirs.")
+    if path.is_dir():
+        return _workdirs(path)
+    raw = path.read_bytes()
+    try:
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"--table={path} is not text in UTF-8 ({error}); write it as CSV.") from error
+    name = path.name.removesuffix(".gz")
+    if name.endswith((".json", ".jsonl")):
+        return _json_rows(path, text)
+    head = text.split("\n", 1)[0]
+    delimiter = max(",;\t", key=head.count)
+    reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True)
+    return [{**{(k or "").strip(): v for k, v in row.items()}, "_line": reader.line_num}
+            for row in reader if any(isinstance(v, str) and v.strip() for v in row.values())]
+
+
+def _json_rows(path: pathlib.Path, text: str) -> list[dict]:
+    try:
+        found = [json.loads(line) for line in text.splitlines() if line.strip()] \
+            if ".jsonl" in path.name else json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"--table={path} is not JSON: {error}.") from error
+    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+        raise UserError(f"--table={path}: JSON must be a list of objects, one a run.")
+    return found
+
+
+def _workdirs(folder: pathlib.Path) -> list[dict]:
+    """The last held-out losses of every metrics.jsonl below the folder, with what its lines carry."""
+    rows = []
+    for path in sorted(folder.rglob("metrics.jsonl")):
+        last: dict = {}
+        for line in path.read_text().splitlines():
+            values = json.loads(line)
+            if any(name.startswith("eval/") for name in values):
+                same = last.get("step") == values["step"]
+                last = {**(last if same else {}), **values}
+        if last:
+            losses = [v for n, v in last.items() if n.startswith("eval/") and n.endswith("/loss")]
+            total = last.get("eval/all/loss", losses[0] if losses else None)
+            rows.append({**last, "loss": total, "tokens": last.get("tokens_seen"),
+                         "params": last.get("params", last.get("non_embedding_params")),
+                         "workdir": str(path.parent.relative_to(folder))})
+    if not rows:
+        raise UserError(f"--table={folder} has no metrics.jsonl with an evaluation below it: a "
+                        f"workdir, or a folder of them, that t5x_lite.train wrote.")
+    return rows
+
+
+def _check_names(path, rows: list[dict], names: Iterable[str]) -> None:
+    known = {n for row in rows for n in row if n != "_line"}
+    for name in names:
+        column = name if name in known else name.rpartition("*")[0] or name
+        if column not in known:
+            raise UserError(f"--table={path} has no column {column!r}.{nearest(column, known)} It "
+                            f"has {', '.join(sorted(known)[:40])}.")
+
+
+def _factor(source: str, row: Mapping) -> tuple[str, float]:
+    if source in row or "*" not in source:
+        return source, 1.0
+    column, _, factor = source.rpartition("*")
+    number = _number(factor)
+    if not np.isfinite(number) or number <= 0:
+        raise UserError(f"--columns={source}: {factor!r} must be a positive number, as in N*1e6.")
+    return column, number
+
+
+def _number(value: object) -> float:
+    """The number in a cell; NaN where there is none."""
+    try:
+        return float(str(value).replace(" ", "")) if value is not None else np.nan
+    except ValueError:
+        return np.nan
+
+
+def _matches(row: Mapping, where: Mapping[str, str]) -> bool:
+    return all(_equal(str(row.get(column, "")), value.split("|"))
+               for column, value in where.items())
+
+
+def _equal(cell: str, allowed: list[str]) -> bool:
+    number = _number(cell)
+    return any(cell == v or number == _number(v) for v in allowed)
+
+
+def _shown(where: Mapping[str, str] | None) -> str:
+    return ",".join(f"{n}={v}" for n, v in (where or {}).items())
+
+
+def _seen(rows: list[dict], where: Mapping[str, str] | None) -> str:
+    name = next(iter(where or {}), "")
+    return f"{name} is {', '.join(sorted({str(r.get(name)) for r in rows})[:12])}."
+
+
+def _complete(arrays: dict[str, np.ndarray], sources: dict[str, str], lines: np.ndarray,
+              words: Mapping[str, Sequence[str]], *, skip_bad: bool) -> Table:
+    """Checked columns, and the one that follows from two others."""
+    bad = np.zeros(len(lines), bool)
+    why = ""
+    for name, values in arrays.items():
+        wrong = ~np.isfinite(values) | (values <= 0 if name in _POSITIVE else False)
+        if wrong.any() and not why:
+            first = int(np.flatnonzero(wrong)[0])
+            why = f"{name} ({sources[name]}) is {values[first]:g} in line {lines[first]}"
+        bad |= wrong
+    if bad.all() and len(bad):
+        raise UserError(f"no row has all of {', '.join(sources.values())}: {why}. Name other "
+                        f"columns, or another --where.")
+    if bad.any() and not skip_bad:
+        shown = ", ".join(map(str, lines[bad][:10]))
+        raise UserError(f"{bad.sum()} of {len(bad)} rows cannot be fitted: {why}; lines {shown}. "
+                        f"Mend them, choose rows by --where, or leave them out by --skip_bad.")
+    table = Table(arrays, sources, words).rows(~bad)
+    columns, sources = dict(table.columns), dict(sources)
+    for name, (whole, part) in _THIRDS.items():
+        if name not in columns and whole in columns and part in columns:
+            columns[name] = columns[whole] / (6 * columns[part])
+            sources[name] = f"{whole} / (6 {part})"
+    if "flops" not in columns and {"params", "tokens"} <= columns.keys():
+        columns["flops"] = 6 * columns["params"] * columns["tokens"]
+        sources["flops"] = "6 params tokens"
+    return dataclasses.replace(table, columns=columns, sources=sources)
