@@ -49,6 +49,8 @@ setuptools.setup(
         "orbax-checkpoint>=0.12.8",
         "regex",   # as re, with a time limit for other people's patterns
         "rich",
+        # t5x_lite.scaling; jax brings it too
+        "scipy>=1.14",
         "tensorboardX",
         "tqdm",
     ],

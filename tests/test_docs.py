@@ -110,7 +110,8 @@ def main_of(words: list[str]) -> pathlib.Path:
     if words[0].startswith("t5x-lite-"):
         return ROOT / "t5x_lite" / f"{words[0].removeprefix('t5x-lite-').replace('-', '_')}.py"
     if words[1] == "-m":
-        return ROOT / f"{words[2].replace('.', '/')}.py"
+        module = ROOT / words[2].replace(".", "/")
+        return module / "__main__.py" if module.is_dir() else module.with_suffix(".py")
     return ROOT / words[1]
 
 

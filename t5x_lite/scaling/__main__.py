@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 
-from t5x_lite.errors import UserError, nearest
+from t5x_lite.errors import UserError, at_least, between, one_of, positive
 from t5x_lite.scaling import fits, frontier, tables
 from t5x_lite.scaling.laws import LAWS
 
@@ -32,12 +32,15 @@ def pairs(text: str, flag: str) -> dict[str, str]:
     return found
 
 
-def number(text: str, flag: str) -> float:
-    """The number of a flag."""
-    try:
-        return float(text)
-    except ValueError as error:
-        raise UserError(f"--{flag}={text}: must be a number.") from error
+def numbers(text: str, flag: str) -> dict[str, float]:
+    """{"a": 1.0} of "a=1,…"."""
+    found = {}
+    for name, value in pairs(text, flag).items():
+        try:
+            found[name] = float(value)
+        except ValueError as error:
+            raise UserError(f"--{flag}={name}={value}: {value!r} must be a number.") from error
+    return found
 
 
 def _table(options: argparse.Namespace) -> tables.Table:
@@ -50,39 +53,39 @@ def _table(options: argparse.Namespace) -> tables.Table:
 
 def fit(options: argparse.Namespace) -> dict:
     """The object that `fit` prints."""
-    names = [*LAWS, *frontier.APPROACHES]
-    if options.law not in names:
-        raise UserError(f"--law={options.law}: must be one of {', '.join(names)}."
-                        f"{nearest(options.law, names)}")
-    if not 0 < options.level < 1:
-        raise UserError(f"--level={options.level}: must lie between 0 and 1.")
-    if options.bootstrap < 0 or options.starts < 1:
-        raise UserError("--bootstrap must be at least 0 and --starts at least 1.")
+    one_of("--law", options.law, [*LAWS, *frontier.APPROACHES])
+    between("--level", options.level, 0, 1, open_below=True, open_above=True)
+    at_least("--bootstrap", options.bootstrap, 0)
+    at_least("--starts", options.starts, 1)
+    positive("--delta", options.delta)
     table = _table(options)
     if options.law in frontier.APPROACHES:
         return frontier.fit(options.law, table, points=options.points, noise=options.noise,
                             draws=options.bootstrap or 1000, level=options.level,
                             seed=options.seed).as_json()
-    fixed = {n: number(v, "fix") for n, v in pairs(options.fix, "fix").items()}
-    start = {n: number(v, "start") for n, v in pairs(options.start, "start").items()}
     settings = fits.Settings(objective=options.objective, method=options.method,
                              delta=options.delta, starts=options.starts, mean=options.mean,
-                             fixed=fixed, start=start)
+                             fixed=numbers(options.fix, "fix"),
+                             start=numbers(options.start, "start"))
     found = fits.fit(LAWS[options.law], table, settings)
     if options.bootstrap:
         found = fits.bootstrap(found, options.bootstrap, level=options.level, seed=options.seed,
                                noise=options.noise or None)
     for name in filter(None, options.profile.split(",")):
-        if name not in found.law.names:
-            raise UserError(f"--profile={name}: {found.law.name} has {', '.join(found.law.names)}.")
+        one_of("--profile", name, found.law.names)
         found.intervals[name] = fits.profile(found, name, level=options.level)
-    shown = found.as_json()
-    if options.at:
-        at = {n: number(v, "at") for n, v in pairs(options.at, "at").items()}
-        if missing := set(found.law.inputs) - set(at):
-            raise UserError(f"--at needs {', '.join(sorted(missing))}.")
-        shown["prediction"] = float(found.predict(at)[0])
-    return shown
+    return {**found.as_json(), **_prediction(found, numbers(options.at, "at"))}
+
+
+def _prediction(found: fits.Fit, at: dict[str, float]) -> dict[str, float]:
+    """{"prediction": …} at the inputs of --at; {} where none are given."""
+    if not at:
+        return {}
+    missing = [name for name in found.law.inputs if name not in at]
+    if missing:
+        raise UserError(f"--at lacks {', '.join(missing)}: {found.law.name} predicts from "
+                        f"{', '.join(found.law.inputs)}.")
+    return {"prediction": float(found.predict(at)[0])}
 
 
 def laws(_: argparse.Namespace) -> dict:

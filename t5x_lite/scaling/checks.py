@@ -1,6 +1,6 @@
 """What speaks against a fit: designs that cannot identify a law, and fits that show it."""
 
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -8,14 +8,25 @@ from t5x_lite.errors import UserError
 from t5x_lite.scaling.laws import Law, SumLaw
 from t5x_lite.scaling.tables import Table
 
-if TYPE_CHECKING:
-    from t5x_lite.scaling.fits import Fit
-
 _SAME = 0.02        # spread of a logarithm below which a column counts as one value
 _AT_BOUND = 1e-6
 _FLAT = 2.0         # high over low end of an interval beyond which a coefficient is not known
-_LADDER = ("run IsoFLOP budgets with five sizes each instead: "
-           "python -m t5x_lite.scaling ladder --kind=isoflop")
+_LADDER = ("run IsoFLOP budgets instead, four or more, each with five sizes on both sides of the "
+           "best")
+
+
+class Fit(Protocol):
+    """What is looked at of a fits.Fit."""
+
+    law: Law
+    table: Table
+    settings: Any
+    theta: np.ndarray
+    start: np.ndarray
+
+    @property
+    def residuals(self) -> np.ndarray:
+        """log y - log prediction, [R]."""
 
 
 def design(law: Law, table: Table, free: int) -> list[str]:
@@ -75,7 +86,7 @@ def rising(table: Table) -> list[str]:
     return []
 
 
-def fitted(fit: "Fit") -> list[str]:
+def fitted(fit: Fit) -> list[str]:
     """Warnings of a fit: at its start, on a bound, flat."""
     law, warnings = fit.law, []
     free = [i for i, name in enumerate(law.names) if name not in fit.settings.fixed]
@@ -84,12 +95,12 @@ def fitted(fit: "Fit") -> list[str]:
                         "objective (no --mean), or give other starts")
     bound = [law.names[i] for i in free if _on_bound(law, i, fit.theta[i])]
     if bound:
-        warnings.append(f"{', '.join(bound)} sits on a bound: the runs do not identify it; add runs "
-                        f"at larger budgets, or --fix it")
+        warnings.append(f"{', '.join(bound)} sits on a bound: the runs do not identify it; add "
+                        f"runs at larger budgets, or --fix it")
     vanished = _vanished(fit)
     if vanished:
-        warnings.append(f"{', '.join(vanished)} contributes under 0.1 per cent everywhere: the runs "
-                        f"say nothing about that term")
+        warnings.append(f"{', '.join(vanished)} contributes under 0.1 per cent everywhere: the "
+                        f"runs say nothing about that term")
     if set(bound) & {"alpha", "beta"} == set() and (flat := _flat(fit, free)):
         warnings.append(flat)
     return warnings
@@ -100,7 +111,7 @@ def _on_bound(law: Law, place: int, value: float) -> bool:
     return bool(value - param.low < _AT_BOUND or param.high - value < _AT_BOUND)
 
 
-def _vanished(fit: "Fit") -> list[str]:
+def _vanished(fit: Fit) -> list[str]:
     """Coefficients of terms that are nowhere a thousandth of the prediction."""
     if not isinstance(fit.law, SumLaw):
         return []
@@ -110,7 +121,7 @@ def _vanished(fit: "Fit") -> list[str]:
     return [name for name, share in shares.items() if share < 1e-3]
 
 
-def _flat(fit: "Fit", free: list[int]) -> str:
+def _flat(fit: Fit, free: list[int]) -> str:
     """Names coefficients whose own uncertainty, exponents free, spans more than a factor."""
     x = {n: fit.table.columns[n] for n in fit.law.inputs}
     slope = fit.law.evaluate(fit.theta, x)[1][free]                 # [F, R]
@@ -130,11 +141,12 @@ def _flat(fit: "Fit", free: list[int]) -> str:
             if fit.law.params[i].log and 2 * 1.96 * error > np.log(_FLAT)]
     if not wide:
         return ""
-    return (f"the objective is flat along {' and '.join(wide)}: they move with their exponents over "
-            f"more than {_FLAT:g}x; compare exponents, predictions and the objective, not them")
+    return (f"the objective is flat along {' and '.join(wide)}: they move with their exponents "
+            f"over more than {_FLAT:g}x; compare exponents, predictions and the objective, not "
+            f"them")
 
 
-def resampled(fit: "Fit", samples: np.ndarray) -> list[str]:
+def resampled(fit: Fit, samples: np.ndarray) -> list[str]:
     """Warnings of a bootstrap: draws that end on bounds."""
     warnings = []
     for i, param in enumerate(fit.law.params):
@@ -147,6 +159,6 @@ def resampled(fit: "Fit", samples: np.ndarray) -> list[str]:
                             f"{np.exp(low):.3g} to {np.exp(high):.3g}; compare exponents, "
                             f"predictions and the objective, not it")
         if share > 0.05:
-            warnings.append(f"{param.name} ends on a bound in {share:.0%} of the bootstrap's draws: "
-                            f"its interval is cut off there")
+            warnings.append(f"{param.name} ends on a bound in {share:.0%} of the bootstrap's "
+                            f"draws: its interval is cut off there")
     return warnings

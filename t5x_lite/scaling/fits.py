@@ -118,11 +118,24 @@ def fit(law: Law, table: Table, settings: Settings = Settings(), *,
         theta, value, start, others = _search(law, table, settings)
     found = Fit(law, table, settings, theta, start, float(value), warnings, near_minima=others)
     warnings += checks.fitted(found)
+    if settings.mean:
+        warnings += _short_of(found)
     if others:
         warnings.append(f"{len(others)} other minima lie within {_NEAR:.1%} of the best objective, "
                         f"with parameters up to 1.5x away and more (near_minima): the runs do not "
                         f"choose among them")
     return found
+
+
+def _short_of(found: Fit) -> list[str]:
+    """A warning where the summed objective still falls from the end of an averaged fit."""
+    problem = Problem(found.law, found.table, dataclasses.replace(found.settings, mean=False))
+    value = found.objective * len(found.table)
+    lowest = _polish(problem, problem.inner(found.theta), value)[1]
+    gain = 1 - lowest / value if value else 0.0
+    return [f"the optimiser stopped short: the objective still falls by {gain:.1%} from here, "
+            f"since averaging makes its slopes smaller than the tolerance; leave out --mean"
+            ] if gain > 1e-3 else []
 
 
 def _check_named(law: Law, flag: str, values: Mapping[str, float]) -> None:
@@ -135,8 +148,8 @@ def _check_named(law: Law, flag: str, values: Mapping[str, float]) -> None:
         param = params[name]
         if not np.isfinite(value) or param.log and value <= 0 or \
                 not param.low <= param.fitted(value) <= param.high:
-            raise UserError(f"--{flag}={name}={value:g}: must lie from {param.natural(param.low):g} "
-                            f"to {param.natural(param.high):g}.")
+            raise UserError(f"--{flag}={name}={value:g}: must lie from "
+                            f"{param.natural(param.low):g} to {param.natural(param.high):g}.")
 
 
 class Problem:
@@ -236,8 +249,8 @@ def _search(law: Law, table: Table, settings: Settings):
         theta, value = optimise.minimise(objective, starts, problem.low, problem.high,
                                          tolerance=settings.tolerance)
     if not np.isfinite(value).any():
-        raise UserError(f"{law.name}: no start gives a finite prediction of {law.output}; check the "
-                        f"columns' units.")
+        raise UserError(f"{law.name}: no start gives a finite prediction of {law.output}; check "
+                        f"the columns' units.")
     best = int(np.argmin(value))
     polished, lowest = _polish(problem, theta[best], value[best])
     chosen = problem.outer(polished)

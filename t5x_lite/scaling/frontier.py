@@ -95,8 +95,8 @@ def fit(approach: str, table: Table, *, points: int = 0, noise: float = 0.0, dra
     if len(optima) < 2:
         raise UserError(
             f"{approach}: {len(optima)} of the budgets have an optimum between their sizes; an "
-            f"exponent needs two or more. {' '.join(warnings)} Run more budgets: "
-            f"python -m t5x_lite.scaling ladder --kind=isoflop")
+            f"exponent needs two or more. {' '.join(warnings)} Run four budgets or more, each with "
+            f"sizes on both sides of its best.")
     if len(optima) == 2:
         warnings.append("two budgets: the exponent has no error of its own; run four or more")
     exponents, factors = power_laws(optima)
@@ -269,20 +269,23 @@ def line(optima: list[Optimum], get: Callable[[Optimum], float]) -> tuple[float,
 
 
 def _intervals(optima: list[Optimum], draws: int, level: float, rng) -> dict[str, tuple]:
-    """Percentiles over resampled optima, each moved by its spread where that is known."""
-    found: dict[str, list[float]] = {name: [] for name in _GETTERS}
-    known = all(o.spread for o in optima)
-    for _ in range(draws if len(optima) > 2 else 0):
-        if known:
-            shift = np.exp([o.spread * rng.standard_normal() for o in optima])
-            drawn = [dataclasses.replace(o, params=o.params * s, tokens=o.tokens / s)
-                     for o, s in zip(optima, shift, strict=True)]
-        else:
-            drawn = [optima[i] for i in rng.integers(len(optima), size=len(optima))]
-        if len({o.flops for o in drawn}) < 2:
-            continue
-        for name, get in _GETTERS.items():
-            found[name].append(line(drawn, get)[0])
-    tails = ((1 - level) / 2, (1 + level) / 2)
-    return {name: tuple(float(q) for q in np.quantile(values, tails))
-            for name, values in found.items() if values}
+    """Percentiles of the exponents over resampled optima; {} of two optima, which have no error."""
+    if len(optima) < 3:
+        return {}
+    drawn = [_draw(optima, rng) for _ in range(draws)]
+    drawn = [chosen for chosen in drawn if len({o.flops for o in chosen}) > 1]
+    found = {}
+    for name, get in _GETTERS.items():
+        slopes = [line(chosen, get)[0] for chosen in drawn]
+        low, high = np.quantile(slopes, ((1 - level) / 2, (1 + level) / 2))
+        found[name] = (float(low), float(high))
+    return found
+
+
+def _draw(optima: list[Optimum], rng) -> list[Optimum]:
+    """The optima, each moved by its spread where all have one, else drawn with replacement."""
+    if not all(o.spread for o in optima):
+        return [optima[i] for i in rng.integers(len(optima), size=len(optima))]
+    shifts = np.exp([o.spread * rng.standard_normal() for o in optima])
+    return [dataclasses.replace(o, params=o.params * shift, tokens=o.tokens / shift)
+            for o, shift in zip(optima, shifts, strict=True)]

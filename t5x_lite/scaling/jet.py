@@ -1,4 +1,4 @@
-"""Exact first derivatives beside the values: the chain rule in numpy, so that a law is written once.
+"""Exact first derivatives beside values: the chain rule in numpy, so that a law is written once.
 
 A Jet holds a value [..., R] and its derivatives [..., P, R] by the P parameters of a law at R runs.
 """

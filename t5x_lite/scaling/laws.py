@@ -7,7 +7,7 @@ logarithm of the prediction and its derivatives for any number of parameter vect
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -335,7 +335,8 @@ LAWS: dict[str, Law] = {law.name: law for law in (
             Term("a", (("params", "alpha", -1.0),)), Term("b", (("tokens", "beta", -1.0),)))),
     product("hernandez", "tokens_transferred", {"tokens": "alpha", "params": "beta"},
             "Hernandez et al. 2021: D_T = k D_F^alpha N^beta; the multiplier is (D_F + D_T)/D_F"),
-    product("step_law_lr", "lr", {"params": "alpha", "tokens": "beta"}, "Li et al. 2025 (Step Law)"),
+    product("step_law_lr", "lr", {"params": "alpha", "tokens": "beta"},
+            "Li et al. 2025 (Step Law)"),
     product("step_law_batch", "batch", {"tokens": "beta"}, "Li et al. 2025 (Step Law)"),
     power("critical_batch", "loss", "McCandlish et al. 2018; Kaplan et al. 2020, eq. 1.4",
           output="batch"),

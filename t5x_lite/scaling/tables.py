@@ -109,7 +109,8 @@ def _read_rows(path: pathlib.Path) -> list[dict]:
     try:
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
     except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"--table={path} is not text in UTF-8 ({error}); write it as CSV.") from error
+        raise UserError(f"--table={path} is not text in UTF-8 ({error}); write it as CSV.") \
+            from error
     name = path.name.removesuffix(".gz")
     if name.endswith((".json", ".jsonl")):
         return _json_rows(path, text)
@@ -132,25 +133,36 @@ def _json_rows(path: pathlib.Path, text: str) -> list[dict]:
 
 
 def _workdirs(folder: pathlib.Path) -> list[dict]:
-    """The last held-out losses of every metrics.jsonl below the folder, with what its lines carry."""
+    """A row for every run below the folder: its last evaluation, as "_run_row" says."""
     rows = []
     for path in sorted(folder.rglob("metrics.jsonl")):
-        last: dict = {}
-        for line in path.read_text().splitlines():
-            values = json.loads(line)
-            if any(name.startswith("eval/") for name in values):
-                same = last.get("step") == values["step"]
-                last = {**(last if same else {}), **values}
+        last = _last_evaluation(path)
         if last:
-            losses = [v for n, v in last.items() if n.startswith("eval/") and n.endswith("/loss")]
-            total = last.get("eval/all/loss", losses[0] if losses else None)
-            rows.append({**last, "loss": total, "tokens": last.get("tokens_seen"),
-                         "params": last.get("params", last.get("non_embedding_params")),
-                         "workdir": str(path.parent.relative_to(folder))})
+            rows.append(_run_row(last, str(path.parent.relative_to(folder))))
     if not rows:
         raise UserError(f"--table={folder} has no metrics.jsonl with an evaluation below it: a "
                         f"workdir, or a folder of them, that t5x_lite.train wrote.")
     return rows
+
+
+def _last_evaluation(path: pathlib.Path) -> dict:
+    """What the lines of the last evaluation's step hold; {} where there was none. A line that a
+    kill cut off does not count."""
+    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    last: dict = {}
+    for line in map(json.loads, whole):
+        if any(name.startswith("eval/") for name in line):
+            last = {**last, **line} if last.get("step") == line["step"] else line
+    return last
+
+
+def _run_row(last: Mapping, workdir: str) -> dict:
+    """What laws call the columns of metrics.jsonl: loss (eval/all/loss, else the first task's),
+    tokens, flops, and params, which are those without embeddings."""
+    losses = [v for n, v in last.items() if n.startswith("eval/") and n.endswith("/loss")]
+    return {**last, "loss": last.get("eval/all/loss", losses[0] if losses else None),
+            "tokens": last.get("tokens_seen"), "params": last.get("non_embedding_params"),
+            "workdir": workdir}
 
 
 def _check_names(path, rows: list[dict], names: Iterable[str]) -> None:
