@@ -102,6 +102,51 @@ def test_a_fit_of_240_runs_and_its_bootstrap_are_fast():
     assert middle - start < 20 and time.process_time() - middle < 120
 
 
+def test_a_bootstrap_by_seed_noise_is_as_wide_as_the_noise():
+    found = fits.fit(LAWS["hoffmann"], _table(), fits.Settings("log_squares", starts=30))
+    widths = []
+    for noise in (0.002, 0.004):
+        low, high = fits.bootstrap(found, 200, noise=noise).intervals["alpha"]
+        assert low < TRUTH["alpha"] < high
+        widths.append(high - low)
+    assert widths[1] == pytest.approx(2 * widths[0], rel=0.1)
+
+
+@pytest.mark.parametrize("approach", ["parabola", "akima"])
+def test_the_lowest_points_of_drawn_parabolas(approach):
+    flops = np.repeat([6e12, 6e14, 6e16], 5)
+    best = 1e5 * (flops / 6e12) ** 0.5
+    shift = np.tile([-2, -1, 0, 1, 3], 3)
+    table = tables.from_columns({"flops": flops, "params": best * np.exp(shift),
+                                 "loss": 3 - np.log10(flops / 6e12) / 4 + 0.1 * shift**2})
+    found = frontier.fit(approach, table, noise=0.01 if approach == "akima" else 0.0, draws=50)
+    np.testing.assert_allclose([o.loss for o in found.optima], [3, 2.5, 2], atol=1e-3)
+    np.testing.assert_allclose([o.params for o in found.optima], [1e5, 1e6, 1e7], rtol=0.02)
+    np.testing.assert_allclose([o.tokens for o in found.optima], [1e7, 1e8, 1e9], rtol=0.02)
+    assert found.exponents["N_of_C"] == pytest.approx(0.5, abs=2e-3)
+    assert found.params_at(6e14) == pytest.approx(1e6, rel=0.02)
+    low, high = found.intervals["N_of_C"]
+    assert low <= found.exponents["N_of_C"] <= high
+    assert all((o.spread > 0.02) == (approach == "akima") for o in found.optima)
+
+
+def test_the_envelope_takes_the_lowest_curve_at_each_budget():
+    rows = []
+    for size in np.logspace(4, 8, 33):
+        tokens = np.logspace(np.log10(size) - 1, np.log10(size) + 3, 60)
+        loss = 1 + 50 * size**-0.3 + 50 * tokens**-0.3
+        rows += [(size, 6 * size * d, y) for d, y in zip(tokens, loss, strict=True)]
+    params, flops, loss = map(np.array, zip(*rows, strict=True))
+    found = frontier.fit("envelope", tables.from_columns(
+        {"params": params, "flops": flops, "loss": loss}), draws=50)
+    # A and B equal, alpha = beta: N* = D* = sqrt(C/6).
+    assert found.exponents["N_of_C"] == pytest.approx(0.5, abs=0.03)
+    assert found.params_at(6e12) == pytest.approx(1e6, rel=0.15)
+    with pytest.raises(UserError, match="at least 3 runs"):
+        frontier.fit("envelope", tables.from_columns(
+            {"params": params[:60], "flops": flops[:60], "loss": loss[:60]}))
+
+
 # --- designs and input that cannot be -------------------------------------------------------------
 
 def test_designs_that_identify_nothing_are_refused():
