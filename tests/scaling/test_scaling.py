@@ -121,10 +121,12 @@ def test_the_lowest_points_of_drawn_parabolas(approach):
                                  "loss": 3 - np.log10(flops / 6e12) / 4 + 0.1 * shift**2})
     found = frontier.fit(approach, table, noise=0.01 if approach == "akima" else 0.0, draws=50)
     np.testing.assert_allclose([o.loss for o in found.optima], [3, 2.5, 2], atol=1e-3)
-    np.testing.assert_allclose([o.params for o in found.optima], [1e5, 1e6, 1e7], rtol=0.02)
-    np.testing.assert_allclose([o.tokens for o in found.optima], [1e7, 1e8, 1e9], rtol=0.02)
+    # Akima's curve through uneven points is not quite the parabola that they lie on.
+    near = 0.1 if approach == "akima" else 1e-6
+    np.testing.assert_allclose([o.params for o in found.optima], [1e5, 1e6, 1e7], rtol=near)
+    np.testing.assert_allclose([o.tokens for o in found.optima], [1e7, 1e8, 1e9], rtol=near)
     assert found.exponents["N_of_C"] == pytest.approx(0.5, abs=2e-3)
-    assert found.params_at(6e14) == pytest.approx(1e6, rel=0.02)
+    assert found.params_at(6e14) == pytest.approx(1e6, rel=0.1)
     low, high = found.intervals["N_of_C"]
     assert low <= found.exponents["N_of_C"] <= high
     assert all((o.spread > 0.02) == (approach == "akima") for o in found.optima)
