@@ -15,6 +15,7 @@ copyright = f"2026, {author}"
 extensions = ["myst_nb"]
 root_doc = "index"
 exclude_patterns = ["_build"]
+suppress_warnings = ["misc.highlighting_failure"]   # a notebook's cells may hold !commands
 
 # ## and ### get anchors, so that pages link to sections of one another.
 myst_heading_anchors = 3

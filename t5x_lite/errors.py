@@ -153,7 +153,7 @@ def check(value: Any, where: str = "", hint: Any = None) -> None:
 
 def _parts(value: Any, where: str, hint: Any) -> list[tuple[Any, str, Any]]:
     """(part, its dotted name, its annotation) of what holds parts."""
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         before = f"{where}." if where else ""
         return [(getattr(value, name), before + name, own)
                 for name, own in hints_of(type(value)).items()]
