@@ -1,6 +1,5 @@
 """What the mains share: flags, quiet third parties, processes, and errors on one screen."""
 
-import importlib.util
 import json
 import logging
 import os
@@ -17,7 +16,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 os.environ.setdefault("GLOG_minloglevel", "2")
 
-from t5x_lite import quiet as quiet_lib
+from t5x_lite import packages, quiet as quiet_lib
 
 with quiet_lib.stderr():   # JAX's CUDA plugin says already here that there is no GPU
     import jax
@@ -269,6 +268,7 @@ def _find_config(argument: str) -> str:
     Raises:
         UserError: there is no such file.
     """
+    folders = packages.folders("configs")
     prefix, _, rest = argument.partition("=")
     if prefix not in ("--config", "-config") or not rest:
         return argument
@@ -277,8 +277,6 @@ def _find_config(argument: str) -> str:
     path, colon, size = rest.partition(":")
     if pathlib.Path(path).exists() and path != "configs/hf.py":
         return argument
-    spec = importlib.util.find_spec("configs")
-    folders = [pathlib.Path(f) for f in (spec.submodule_search_locations if spec else ())]
     if path.startswith("configs/"):
         for folder in folders:
             shipped = folder.parent / path

@@ -283,29 +283,38 @@ def run(predictor: Predictor, params, items: Iterable[Item], output: Output, mod
     fresh = itertools.dropwhile(lambda item: item.line <= output.last_line, items)
     began = shown = time.monotonic()
     count = 0
+    results = _scored if mode == "score" else _predicted
     for batch in _batches(fresh, predictor.batch_size):
-        if mode == "score":
-            pairs = [(item.inputs, target) for item in batch for target in item.targets]
-            lines = [item.line for item in batch for _ in item.targets]
-            scores = iter(predictor.score(params, *zip(*pairs, strict=True), row_ids=lines))
-            found = [{"scores": list(itertools.islice(scores, len(item.targets)))}
-                     for item in batch]
-        else:
-            found = [{"predictions": list(p.texts), "scores": list(p.scores)}
-                     for p in predictor.predict(params, [item.inputs for item in batch],
-                                                [item.line for item in batch])]
         output.write([{"line": item.line, "inputs": item.text, **result,
                        "targets": list(item.targets), **item.about}
-                      for item, result in zip(batch, found, strict=True)])
+                      for item, result in zip(batch, results(predictor, params, batch), strict=True)])
         count += len(batch)
         if time.monotonic() - shown > _SECONDS_BETWEEN_REPORTS:
             shown = time.monotonic()
             log.say(f"line {batch[-1].line:,}: {count / (shown - began):.3g} lines/s")
     seconds = time.monotonic() - began
-    log.say(f"{count:,} lines in {seconds:.1f} s"
-               + (f", behind {output.last_line:,} of before" if output.last_line else ""))
+    before = f", behind {output.last_line:,} of before" if output.last_line else ""
+    log.say(f"{count:,} lines in {seconds:.1f} s{before}")
     predictor.say_misfits()
     return count
+
+
+def _predicted(predictor: Predictor, params, batch: Sequence[Item]) -> list[dict[str, Any]]:
+    """{"predictions", "scores"} of each item."""
+    predictions = predictor.predict(params, [item.inputs for item in batch],
+                                    [item.line for item in batch])
+    return [{"predictions": list(p.texts), "scores": list(p.scores)} for p in predictions]
+
+
+def _scored(predictor: Predictor, params, batch: Sequence[Item]) -> list[dict[str, Any]]:
+    """{"scores": of each target} of each item."""
+    inputs, targets, lines = [], [], []
+    for item in batch:
+        inputs += [item.inputs] * len(item.targets)
+        targets += item.targets
+        lines += [item.line] * len(item.targets)
+    scores = iter(predictor.score(params, inputs, targets, row_ids=lines))
+    return [{"scores": list(itertools.islice(scores, len(item.targets)))} for item in batch]
 
 
 def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

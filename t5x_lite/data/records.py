@@ -73,24 +73,29 @@ class RecordSource(DocumentSource):
     def __init__(self, name: str, files: Mapping[str, Sequence[str]] | Callable[[], Mapping],
                  read: Callable[[str], Iterable[Record]], splits: Iterable[str] = (),
                  version: str = "", keep: Callable[[str, int], bool] | None = None):
-        found = files if callable(files) else lambda: files
+        self._name, self._read, self._version = name, read, version
+        self._files = files if callable(files) else lambda: files
+        self._keep = keep or (lambda split, place: True)
+        super().__init__(self._digest, tuple(splits) or tuple(self._files()), self._records)
 
-        def key() -> str:
-            stats = [(split, os.path.abspath(p), os.path.getsize(p), os.stat(p).st_mtime_ns)
-                     for split, paths in sorted(found().items()) for p in paths]
-            what = repr((stats, getattr(read, "__qualname__", ""), version))
-            return f"{name}-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
+    def _digest(self) -> str:
+        """The cache folder's name: of the files as they are now and of what reads them."""
+        stats = []
+        for split, paths in sorted(self._files().items()):
+            stats += [(split, os.path.abspath(path), os.path.getsize(path),
+                       os.stat(path).st_mtime_ns) for path in paths]
+        what = repr((stats, getattr(self._read, "__qualname__", ""), self._version))
+        return f"{self._name}-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
 
-        def documents() -> Iterator[tuple[str, str]]:
-            for split, paths in found().items():
-                for path in paths:
-                    for place, record in enumerate(read(path)):
-                        if keep is None or keep(split, place):
-                            packed = pack(record)
-                            readers.check_text([packed], f"{path}, record {place + 1}")
-                            yield split, packed
-
-        super().__init__(key, tuple(splits) or tuple(found()), documents)
+    def _records(self) -> Iterator[tuple[str, str]]:
+        """(split, packed record) of every record that is kept."""
+        for split, paths in self._files().items():
+            for path in paths:
+                kept = (pair for pair in enumerate(self._read(path)) if self._keep(split, pair[0]))
+                for place, record in kept:
+                    packed = pack(record)
+                    readers.check_text([packed], f"{path}, record {place + 1}")
+                    yield split, packed
 
 
 # --- finding and reading files --------------------------------------------------------------

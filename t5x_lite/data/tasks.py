@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from t5x_lite import packages
 from t5x_lite.data import paths, rows as data_rows, vocabulary as data_vocabulary
 from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError, nearest
@@ -76,11 +77,12 @@ def _registered(config: DataConfig) -> dict[str, "seqio.Task | seqio.Mixture"]:
 
     from t5x_lite.data import document_cache
     document_cache.set_root(config.cache_dir)
-    for name in (ZOO, *filter(None, config.task_modules.split(","))):
+    packages.join(ZOO).register_all()
+    for name in filter(None, config.task_modules.split(",")):
         try:
             module = importlib.import_module(name)
         except ModuleNotFoundError as error:
-            if name == ZOO or not name.startswith(str(error.name)):
+            if not name.startswith(str(error.name)):
                 raise
             raise UserError(f"data.task_modules={config.task_modules!r}: no module named "
                             f"{error.name!r} on PYTHONPATH") from error
@@ -138,35 +140,44 @@ def train_mixture(config: DataConfig, objective: str) -> tuple["data_pipeline.We
     if not config.train:
         raise UserError("nothing to train on: set data.train to a task or mixture, or "
                         "data.train_files to text files")
+    weights: dict = {}
+    for provider, share in _shares(config):
+        for task, part in _subtasks(provider).items():
+            weights[task] = weights.get(task, 0.0) + share * part
+    mixture = tuple(pipeline.Weighted(_adapted(task, config, objective, "data.train"), weight)
+                    for task, weight in weights.items() if weight)
+    _check_mixture(mixture, data_rows.of(objective).features)
+    return mixture
+
+
+def _shares(config: DataConfig) -> list[tuple["seqio.Task | seqio.Mixture", float]]:
+    """The tasks and mixtures that data.train lists, each with its share of the rows."""
     entries = _entries(config)
     providers = [find(name, "data.train", config) for name, _, _ in entries]
     if config.temperature <= 0 or config.rate_cap < 0:
         raise UserError(f"data.temperature={config.temperature} must be positive and "
                         f"data.rate_cap={config.rate_cap} not negative")
-    if len(entries) == 1:
-        if config.temperature != 1 or config.rate_cap:
-            raise UserError(f"data.temperature={config.temperature} and data.rate_cap="
-                            f"{config.rate_cap} mix the entries of data.train, which has only "
-                            f"{config.train!r}; list the tasks, or leave them at 1.0 and 0.0")
-        shares = [1.0]
-    else:
+    if len(entries) > 1:
         sizes = [_size(entry, provider) for entry, provider in zip(entries, providers, strict=True)]
         shares = mixing_rates(sizes, config.temperature, config.rate_cap)
-    weights: dict = {}
-    for provider, share in zip(providers, shares, strict=True):
-        for task, part in _subtasks(provider).items():
-            weights[task] = weights.get(task, 0.0) + share * part
-    mixture = tuple(pipeline.Weighted(_adapted(task, config, objective, "data.train"), weight)
-                    for task, weight in weights.items() if weight)
-    features = data_rows.of(objective).features
+        return list(zip(providers, shares, strict=True))
+    if config.temperature != 1 or config.rate_cap:
+        raise UserError(f"data.temperature={config.temperature} and data.rate_cap="
+                        f"{config.rate_cap} mix the entries of data.train, which has only "
+                        f"{config.train!r}; list the tasks, or leave them at 1.0 and 0.0")
+    return [(providers[0], 1.0)]
+
+
+def _check_mixture(mixture: Sequence["data_pipeline.Weighted"], features: Sequence[str]) -> None:
+    """Raises UserError where a task lacks a feature, or two have another vocabulary."""
+    pipeline = tensorflow_side()
+    first = mixture[0].task
     for task, _ in mixture:
         pipeline.check_task(task, "train", features, "data.train")
         for name in features:
-            if task.output_features[name].vocabulary != (
-                    mixture[0].task.output_features[name].vocabulary):
+            if task.output_features[name].vocabulary != first.output_features[name].vocabulary:
                 raise UserError(f"data.train mixes vocabularies: {task.name!r} and "
-                                f"{mixture[0].task.name!r} differ; set data.vocabulary")
-    return mixture
+                                f"{first.name!r} differ; set data.vocabulary")
 
 
 def _published(config: DataConfig) -> tuple[str, dict[str, str]] | None:
@@ -239,22 +250,31 @@ def _cut(task: "seqio.Task", config: DataConfig, objective: str) -> Iterator[str
     pipeline = tensorflow_side()
     limits = data_rows.of(objective).task_lengths(
         task, config.inputs_length, config.targets_length)
-    features = sorted(limits.keys() & task.output_features.keys())
     given = pipeline.first_examples(task, "train", limits, _MEASURED)
     if "targets_pretokenized" not in given.element_spec:
         return   # it fills whatever lengths it is given, and may refuse longer ones
-    dataset = pipeline.first_examples(task, "train", dict.fromkeys(limits, pipeline.UNCUT), _MEASURED)
-    examples = list(dataset.as_numpy_iterator())
-    for name in features:
-        sizes = [len(e[name]) for e in examples]
-        rooms = [limits[name]] * len(examples)
-        if name == "targets" and "row" in limits:   # what the inputs leave of a row
-            rooms = [limits["row"] - min(len(e["inputs"]), limits["inputs"]) for e in examples]
-        cut = sum(size > room for size, room in zip(sizes, rooms, strict=True))
-        empty = sum(size <= 1 for size in sizes)   # EOS alone
-        counts = [f"{cut} are longer than {min(rooms)} tokens and cut"] if cut else []
-        counts += [f"{empty} are empty"] if empty and name == "targets" else []
-        yield f"  of the first {len(sizes)} {name}, {' and '.join(counts)}" if counts else ""
+    uncut = dict.fromkeys(limits, pipeline.UNCUT)
+    examples = list(pipeline.first_examples(task, "train", uncut, _MEASURED).as_numpy_iterator())
+    for name in sorted(limits.keys() & task.output_features.keys()):
+        sizes = [len(example[name]) for example in examples]
+        rooms = [_room(name, example, limits) for example in examples]
+        yield _misfits(name, sizes, rooms)
+
+
+def _room(name: str, example: dict, limits: dict[str, int]) -> int:
+    """Tokens that a feature of an example may have; targets have what inputs leave of a row."""
+    if name == "targets" and "row" in limits:
+        return limits["row"] - min(len(example["inputs"]), limits["inputs"])
+    return limits[name]
+
+
+def _misfits(name: str, sizes: Sequence[int], rooms: Sequence[int]) -> str:
+    """What to say of a feature's lengths, "" where all fit and no target is EOS alone."""
+    cut = sum(size > room for size, room in zip(sizes, rooms, strict=True))
+    empty = sum(size <= 1 for size in sizes) if name == "targets" else 0
+    counts = [f"{cut} are longer than {min(rooms)} tokens and cut"] if cut else []
+    counts += [f"{empty} are empty"] if empty else []
+    return f"  of the first {len(sizes)} {name}, {' and '.join(counts)}" if counts else ""
 
 
 def _shots_of(config: DataConfig) -> str:

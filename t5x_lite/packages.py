@@ -1,0 +1,55 @@
+"""Our packages `tasks` and `configs` beside a user's own of the same names.
+
+Both are top-level packages, and a user's folder tasks/ or configs/ in the working folder comes
+before ours on Python's path. `join` lets both be found: the user's modules first, then ours.
+"""
+
+import importlib
+import importlib.util
+import pathlib
+import sys
+import types
+
+from t5x_lite.errors import UserError
+
+_HOME = pathlib.Path(__file__).resolve().parent.parent
+
+
+def join(name: str) -> types.ModuleType:
+    """Our package of that name; from now on `name.module` is found in a user's and in ours.
+
+    Raises:
+        UserError: both packages have a module of the same name, which only one can have.
+    """
+    folder = _HOME / name
+    package = importlib.import_module(name)
+    if pathlib.Path(getattr(package, "__file__", None) or "").parent == folder:
+        return package
+    if str(folder) not in package.__path__:
+        _check_apart(name, [pathlib.Path(place) for place in package.__path__], folder)
+        package.__path__.append(str(folder))
+    return _under_another_name(f"_t5x_lite_{name}", folder)
+
+
+def folders(name: str) -> list[pathlib.Path]:
+    """Where `name.module` is looked for: a user's folders, then ours."""
+    join(name)
+    return [pathlib.Path(place) for place in importlib.import_module(name).__path__]
+
+
+def _check_apart(name: str, places: list[pathlib.Path], folder: pathlib.Path) -> None:
+    ours = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    for place in places:
+        both = sorted(ours & {path.stem for path in place.glob("*.py")})
+        if both:
+            raise UserError(f"your package {place} has modules of the same names as t5x_lite's own "
+                            f"{name}: {', '.join(both)}. Rename them, or the folder.")
+
+
+def _under_another_name(alias: str, folder: pathlib.Path) -> types.ModuleType:
+    """The module of a package's __init__.py, whose own imports by `name.module` work by now."""
+    if alias not in sys.modules:
+        spec = importlib.util.spec_from_file_location(alias, folder / "__init__.py")
+        sys.modules[alias] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[alias])
+    return sys.modules[alias]

@@ -1,0 +1,62 @@
+"""A user's own tasks/ and configs/ beside ours, as they stand in the working folder."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from t5x_lite import packages
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+USE = """
+from t5x_lite import cli, packages
+from t5x_lite.data import tasks
+from t5x_lite.data.config import DataConfig
+names = tasks.task_names(DataConfig(task_modules="tasks.mine"))
+assert "squad" in names and "mine" in names and "c4_span_corruption" in names
+import tasks.mine, tasks.glue
+assert cli._find_config("--config=configs/own.py") == "--config=configs/own.py"
+found = cli._find_config("--config=configs/quickstart.py").partition("=")[2]
+assert found != "configs/quickstart.py" and found.endswith("configs/quickstart.py"), found
+import configs.own, configs.quickstart
+configs.quickstart.get_config()
+print("both are there")
+"""
+MINE = """
+import seqio
+from t5x_lite.data import text_to_text
+text_to_text.register("mine", seqio.FunctionDataSource(lambda split, shuffle_files: None, ["train"]),
+                      lambda dataset: dataset)
+"""
+
+
+def run(folder, code=USE) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, text=True,
+                          capture_output=True, timeout=300, check=False)
+
+
+def test_packages_of_the_same_names_are_both_found(tmp_path):
+    for name, module, content in (("tasks", "mine.py", MINE), ("configs", "own.py", "")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+        (tmp_path / name / module).write_text(content)
+    done = run(tmp_path)
+    assert done.stdout == "both are there\n", done.stderr[-2000:]
+
+
+def test_modules_of_the_same_name_are_refused(tmp_path):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/__init__.py").touch()
+    (tmp_path / "tasks/glue.py").touch()
+    done = run(tmp_path, "from t5x_lite import packages\npackages.join('tasks')")
+    assert "has modules of the same names as t5x_lite's own tasks: glue. Rename" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["tasks", "configs"])
+def test_ours_alone_is_itself(name):
+    assert packages.join(name) is sys.modules[name]
+    assert packages.folders(name) == [ROOT / name]
