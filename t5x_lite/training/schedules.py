@@ -89,8 +89,14 @@ def schedule(config: ScheduleConfig) -> Callable[[jax.Array], jax.Array]:
 
 
 def until(config: ScheduleConfig, num_steps: int) -> ScheduleConfig:
-    """The schedule, which ends with the run's last step where it does not say when."""
-    return config if config.total_steps else dataclasses.replace(config, total_steps=num_steps)
+    """The schedule, which ends with the run's last step where it does not say when.
+
+    A run that ends within its warm-up never gets to what comes after it.
+    """
+    if config.total_steps:
+        return config
+    earliest = config.warmup_steps + max(1, config.decay_steps)
+    return dataclasses.replace(config, total_steps=max(num_steps, earliest))
 
 
 def _check_factor(config: ScheduleConfig, name: str) -> None:

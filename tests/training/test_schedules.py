@@ -117,7 +117,14 @@ def test_a_schedule_that_does_not_say_when_ends_with_the_run():
 
 def test_a_run_of_more_steps_has_a_longer_schedule():
     from t5x_lite.training import optimizers
-    config = optimizers.OptimizerConfig(groups=(optimizers.GroupConfig(
-        pattern=".*", schedule=ScheduleConfig(factors="constant * linear_to_floor")),))
+    schedule = ScheduleConfig(factors="constant * linear_to_floor", warmup_steps=0)
+    config = optimizers.OptimizerConfig(schedule=schedule, groups=(optimizers.GroupConfig(
+        pattern=".*", schedule=schedule),))
     ended = optimizers.until(config, 30)
     assert (ended.schedule.total_steps, ended.groups[0].schedule.total_steps) == (30, 30)
+
+
+def test_a_run_that_ends_within_its_warm_up_has_a_schedule():
+    config = ScheduleConfig(factors="constant * linear_warmup * linear_to_floor",
+                            base_learning_rate=1.0, warmup_steps=40)
+    assert float(schedules.schedule(schedules.until(config, 2))(20)) == 0.5
