@@ -1,11 +1,12 @@
 """Eight simulated CPU devices for every test, a cache of compiled programs, what was skipped.
 
-T5X_LITE_TEST_TIMES=FILE appends a line per test file: the CPU seconds of its tests, the processes
-that they started included. `sort -k2 -n FILE` then shows what `make test` spends its time on; unlike
-pytest's durations these hold on a busy machine.
+T5X_LITE_TEST_TIMES=FILE appends a line per test: its file, its CPU seconds (fixtures and the processes
+that it started included) and its name. Unlike pytest's durations these hold on a busy machine. The files
+that `make test` spends its time on:
+
+    awk '{s[$1] += $2} END {for (f in s) print s[f], f}' FILE | sort -rn | head
 """
 
-import collections
 import hashlib
 import os
 import pathlib
@@ -23,7 +24,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 MAX_CACHE_BYTES = 512 << 20
-PARITY = "parity vectors are absent"   # begins the reason of tests/helpers.py's skips
 
 
 def _cpu() -> str:
@@ -74,25 +74,20 @@ def text_cache(tmp_path_factory):
 
 pytest_plugins = ["tests.fixtures_tfds"]
 
-_cpu_seconds: collections.Counter = collections.Counter()   # of each test file
-
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
     before = sum(os.times()[:4])   # user and system, of this process and of finished children
     result = yield
-    _cpu_seconds[item.location[0]] += sum(os.times()[:4]) - before
-    return result
-
-
-def pytest_sessionfinish():
     if name := os.environ.get("T5X_LITE_TEST_TIMES"):
         with open(name, "a") as out:
-            out.writelines(f"{file} {seconds:.1f}\n" for file, seconds in _cpu_seconds.items())
+            out.write(f"{item.location[0]} {sum(os.times()[:4]) - before:.2f} {item.location[2]}\n")
+    return result
 
 
 def pytest_terminal_summary(terminalreporter):
     """How many comparisons with the references' own outputs did not run, and what runs instead."""
+    from tests.helpers import PARITY
     skipped = terminalreporter.stats.get("skipped", [])
     reasons = [report.longrepr[2] for report in skipped if isinstance(report.longrepr, tuple)]
     if count := sum(PARITY in reason for reason in reasons):
