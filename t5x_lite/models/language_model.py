@@ -188,17 +188,18 @@ def _real(batch: Batch, side: str, start: int = 0, *, training: bool = True) -> 
     tokens = batch[f"{side}_input_tokens"]
     if side != "decoder":
         return tokens != 0
-    weights = batch.get("decoder_loss_weights")
     first = jnp.arange(tokens.shape[1]) == start
-    if not training and weights is not None:
-        first = first & jnp.any(weights > 0, axis=1, keepdims=True)
-    real = (tokens != 0) | first
+    weights = batch.get("decoder_loss_weights")
     if weights is None:
-        return real
+        return (tokens != 0) | first
+    asked_BL = _as_keys(weights > 0)   # whole rows, also where the length is split over devices
+    if not training:
+        first = first & jnp.any(asked_BL, axis=1, keepdims=True)
     # Of vocabularies whose id 0 is a token: what stands before the last target that is asked for.
-    ends = jnp.cumsum((weights > 0)[:, ::-1], axis=1)[:, ::-1] > 0
-    return real | jnp.pad(ends, ((0, 0), (tokens.shape[1] - ends.shape[1], 0)),
-                          constant_values=True)
+    ends_BL = jnp.cumsum(asked_BL[:, ::-1], axis=1)[:, ::-1] > 0
+    before = tokens.shape[1] - ends_BL.shape[1]   # a trained prompt's places
+    read_BL = jnp.pad(ends_BL, ((0, 0), (before, 0)), constant_values=True) | first
+    return (tokens != 0) | sharding.shard(read_BL, "act_batch", "act_length")
 
 
 def _row_key(key: RowKey | jax.Array | None, batch: Batch) -> RowKey | None:

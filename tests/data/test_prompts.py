@@ -85,7 +85,7 @@ def test_choices_from_published_files(monkeypatch, tmp_path, name):
     ("mmlu", "x/val/a_val.csv", "q,a,b,c,d,E\n", "line 1 has the answer 'E'"),
     ("mmlu", "x/val/a_val.csv", "q,a,b,c,D\n", "line 1 has 5 fields; it must have 6"),
     ("siqa", "dev.jsonl", "{}\n", "has no dev-labels.lst beside it"),
-    ("fever", "paper_dev.jsonl", '{"label": "MAYBE"}\n', "line 1 has the label 'MAYBE'"),
+    ("fever", "paper_dev.jsonl", '{"claim": "x", "label": "MAYBE"}\n', "line 1 has the label 'MAYBE'"),
     ("multifc", "dev.tsv", "pomt-1\tx\n", "line 1 has 2 fields; it must have 3 or more"),
     ("raft", "train.csv", "a,b\n1,2\n", "has no column ID or Label"),
     ("truthfulqa", "mc_task.json", '[{"mc1_targets": {"a": 0}}]', "question 1 has not one true"),
