@@ -11,6 +11,7 @@ it registers its tasks; `register_all` imports them all.
     salient_spans     Wikipedia sentences with names and dates hidden (Guu et al. 2020)
     glue              GLUE, SuperGLUE, Winograd schemas, and their mixtures
     t5_benchmarks     SQuAD, XQuAD, CNN/DailyMail, XSum, SciTLDR, WMT with T5's prefixes
+    multilingual      XNLI, WikiANN, MLQA, TyDi QA as mT5 has them
     rank_classification   multiple choice by log-probability: PIQA, HellaSwag, ARC, MMLU …
     big_bench         BIG-bench and BIG-Bench Hard
     lm_evaluation     WikiText-103, PG-19, the Pile, LAMBADA
@@ -23,7 +24,7 @@ import importlib
 
 _MODULES = ("tasks.python_text", "tasks.c4", "tasks.wikipedia", "tasks.closed_book_qa",
             "tasks.facts_qa", "tasks.salient_spans", "tasks.scan", "tasks.big_bench", "tasks.glue",
-            "tasks.t5_benchmarks", "tasks.rank_classification", "tasks.lm_evaluation", "tasks.flan")
+            "tasks.t5_benchmarks", "tasks.multilingual", "tasks.rank_classification", "tasks.lm_evaluation", "tasks.flan")
 
 
 def register_all() -> None:

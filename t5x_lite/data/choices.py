@@ -9,8 +9,8 @@ from t5x_lite.data import preprocessors, readers, records, task_metrics, text_to
 from t5x_lite.errors import UserError
 
 _plain = tf.autograph.experimental.do_not_convert
-# question, choices [n], label: the strings that a record becomes, and the number of the right one
-# (or numbers [m] of those that are right)
+# question (or an input [n] for each choice), choices [n], label: the strings that a record becomes,
+# and the number of the right one (or numbers [m] of those that are right)
 Question = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
 Read = Callable[[dict], Question]
 
@@ -20,12 +20,12 @@ def choices(read: Read) -> preprocessors.Format:
     def format_fn(dataset: tf.data.Dataset) -> tf.data.Dataset:
         def of_question(number, record):
             question, texts, label = read(record)
-            count = tf.size(texts)
-            is_correct = _right(count, label)
-            return tf.data.Dataset.from_tensor_slices((texts, is_correct)).map(_plain(
-                lambda text, right: {"inputs": question, "targets": text, "question": number,
-                                     "is_correct": right,
-                                     "length": tf.strings.length(text)}))
+            is_correct = _right(tf.size(texts), label)
+            inputs = tf.broadcast_to(question, tf.shape(texts))   # one for all, or each its own
+            return tf.data.Dataset.from_tensor_slices((inputs, texts, is_correct)).map(_plain(
+                lambda inputs, text, right: {"inputs": inputs, "targets": text, "question": number,
+                                             "is_correct": right,
+                                             "length": tf.strings.length(text)}))
         return dataset.enumerate().flat_map(_plain(of_question))
     return format_fn
 
@@ -68,6 +68,14 @@ def register(name: str, source: seqio.DataSource, read: Read,
     return text_to_text.register(
         name, source, lambda dataset: choices(read)(before(dataset)), postprocess_fn=choice,
         metric_fns=[task_metrics.rank_classification])
+
+
+def register_partial(name: str, source: seqio.DataSource, read: Read) -> seqio.Task:
+    """Adds a task whose choices stand in the inputs, and whose target is what follows them: partial
+    evaluation (Trinh & Le 2018, arXiv:1806.02847). There is no NAME_choices, which would read one
+    input for all choices."""
+    return text_to_text.register(name, source, choices(read), postprocess_fn=choice,
+                                 metric_fns=[task_metrics.rank_classification])
 
 
 def _from_record(record) -> Question:

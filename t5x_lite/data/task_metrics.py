@@ -9,7 +9,9 @@ allowed answers, class numbers.
     squad, trivia_qa                     exact match and token F1, the best over all answers
     bleu, rouge                          sacrebleu and rouge-score, T5's settings
     f1, matthews, pearson, spearman …    scikit-learn and scipy, as GLUE and SuperGLUE ask
+    mlqa, span_f1                        answers in seven languages; lists of names
     rank_classification                  the choice of the highest log-probability
+    ranking_f1_and_auc                   the same of yes and no, and over all thresholds
     bits_per_byte, last_word_accuracy    language models (tasks/lm_evaluation.py)
 """
 
@@ -17,9 +19,12 @@ import collections
 import math
 import re
 import string
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+
+from t5x_lite.errors import UserError
 
 Metrics = dict[str, float]
 
@@ -155,6 +160,52 @@ def exact_match(targets: Sequence[Sequence[str]], predictions: Sequence[str]) ->
                                     for answers, p in zip(targets, predictions, strict=True))}
 
 
+# Articles of MLQA's normalisation (Lewis et al. 2020, arXiv:1910.07475), patterns of whole words; ""
+# where it takes none away.
+MLQA_ARTICLES = {
+    "ar": r"\bال", "de": r"\b(?:ein|eine|einen|einem|eines|einer|der|die|das|den|dem|des)\b",
+    "en": r"\b(?:a|an|the)\b", "es": r"\b(?:un|una|unos|unas|el|la|los|las)\b", "hi": "",
+    "vi": r"\b(?:của|là|cái|chiếc|những)\b", "zh": ""}
+
+
+def mlqa(language: str) -> Callable[..., Metrics]:
+    """A metric: exact match and F1 over all answers after MLQA's normalisation of a language.
+
+    Small letters, no punctuation of any script, no articles; in Chinese each character is a word.
+    """
+    def normalize(answer: str) -> str:
+        text = "".join(c for c in answer.lower() if c not in string.punctuation
+                       and not unicodedata.category(c).startswith("P"))
+        if MLQA_ARTICLES[language]:
+            text = re.sub(MLQA_ARTICLES[language], " ", text)
+        if language == "zh":
+            text = re.sub(r"([\u4e00-\u9fff])", r" \1 ", text)
+        return " ".join(text.split())
+
+    def metric(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> Metrics:
+        return _best_answers(targets, predictions, normalize)
+
+    metric.__name__ = f"mlqa_{language}"
+    return metric
+
+
+def span_f1(targets: Sequence[str], predictions: Sequence[str]) -> Metrics:
+    """F1 of names as "PER: rick $$ LOC: york" lists them, over all examples, in per cent.
+
+    A name is right where its text and kind stand among the target's; one written twice counts
+    twice.
+    """
+    hits = wanted = given = 0
+    for target, prediction in zip(targets, predictions, strict=True):
+        expected, written = (collections.Counter(
+            " ".join(span.split()) for span in text.split("$$") if span.strip())
+            for text in (target, prediction))
+        hits += (expected & written).total()
+        wanted += expected.total()
+        given += written.total()
+    return {"span_f1": 200.0 * hits / (wanted + given) if wanted + given else 100.0}
+
+
 def squad(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> Metrics:
     """Exact match and F1 after SQuAD's normalisation, each the best over the answers."""
     return _best_answers(targets, predictions, normalize_squad)
@@ -221,6 +272,27 @@ def rank_classification(targets: Sequence[Mapping], scores: Sequence[float]) -> 
         best = max(choices, key=lambda c: c[1] / max(c[0]["length"], 1))
         by_length.append(best[0]["is_correct"])
     return {"accuracy": _percent(plain), "accuracy_by_length": _percent(by_length)}
+
+
+def ranking_f1_and_auc(targets: Sequence[Mapping], scores: Sequence[float]) -> Metrics:
+    """Of questions with two choices, the second being "yes": F1 of the higher score, and the areas
+    under the ROC and the precision-recall curve (average precision) of the second's log-odds.
+
+    targets, scores: as rank_classification takes them. Raises UserError for other questions.
+    """
+    questions: dict = collections.defaultdict(list)
+    for target, score in zip(targets, scores, strict=True):
+        questions[_hashable(target["question"])].append((bool(target["is_correct"]), float(score)))
+    if any(len(choices) != 2 for choices in questions.values()):
+        raise UserError("F1 and AUC by ranking are of questions with two choices: no and yes")
+    from sklearn import metrics
+    labels = np.array([yes[0] for _, yes in questions.values()])
+    odds = np.array([yes[1] - no[1] for no, yes in questions.values()])
+    values = {"f1_by_ranking": f1(labels, odds > 0)["f1"]}
+    if 0 < labels.sum() < len(labels):   # areas are defined where both answers are right somewhere
+        values["auc_roc"] = 100 * float(metrics.roc_auc_score(labels, odds))
+        values["auc_pr"] = 100 * float(metrics.average_precision_score(labels, odds))
+    return values
 
 
 def bits_per_byte(targets: Sequence[str], scores: Sequence[float]) -> Metrics:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from t5x_lite.data import task_metrics
+from t5x_lite.errors import UserError
 from tests.helpers import golden
 
 
@@ -101,3 +102,33 @@ def test_language_model_metrics():
         "bits_per_byte": pytest.approx(2.0)}
     assert task_metrics.last_word_accuracy(["door", "signs."], ["door.", "sign"]) == {
         "last_word_accuracy": 50}
+
+
+def test_f1_and_areas_of_yes_and_no_by_hand():
+    """Log-odds of yes 2, 1, 0 and -1, of which the first and third are right to be yes."""
+    scores = [(-3, -1, True), (-2, -1, False), (-1, -1, True), (-1, -2, False)]
+    targets = [{"question": n, "is_correct": yes == (place == 1), "length": 1}
+               for n, (_, _, yes) in enumerate(scores) for place in (0, 1)]
+    found = task_metrics.ranking_f1_and_auc(targets, [s for no, yes, _ in scores for s in (no, yes)])
+    assert found["auc_roc"] == 75.0                       # 3 of 4 pairs are in order
+    assert found["auc_pr"] == pytest.approx(100 * (1 + 2 / 3) / 2)
+    assert found["f1_by_ranking"] == pytest.approx(50.0)  # yes to the first two
+    with pytest.raises(UserError, match="two choices"):
+        task_metrics.ranking_f1_and_auc(targets[:3], [0.0] * 3)
+
+
+def test_names_are_counted_over_all_examples():
+    found = task_metrics.span_f1(["PER: a b $$ LOC: c", "", "PER: d"],
+                                 ["LOC: c$$PER:  a  b", "ORG: x", "LOC: d"])
+    assert found == {"span_f1": pytest.approx(200 * 2 / (3 + 4))}
+    assert task_metrics.span_f1([""], [""]) == {"span_f1": 100.0}
+
+
+@pytest.mark.parametrize("language, target, prediction, em, f1", [
+    ("en", "the Eiffel Tower", "Eiffel tower!", 100, 100), ("de", "das Haus", "Haus", 100, 100),
+    ("zh", "北京大学", "北京", 0, 100 * 2 / 3), ("zh", "北京，大学。", "北京大学", 100, 100),
+    ("hi", "the a", "the", 0, 100 * 2 / 3), ("es", "¿la casa?", "casa", 100, 100),
+    ("ar", "الكتاب", "كتاب", 100, 100)])
+def test_answers_as_mlqa_normalises_them(language, target, prediction, em, f1):
+    found = task_metrics.mlqa(language)([[target, "other"]], [prediction])
+    assert (found["em"], found["f1"]) == (pytest.approx(em), pytest.approx(f1))

@@ -30,6 +30,10 @@ MULTIRC = {"question": "Who?", "answer": "Ann", "paragraph": "<b>S 1: </b>Ann sa
 _SQUAD_CONTEXT = "Ada ( 1815 ) won , twice . "
 _NLI = "hypothesis: It is wet. premise: It rains."
 # task: (record, [(inputs, targets), …])
+COPA = {"premise": "I fell. ", "choice1": "It was icy.", "choice2": "É was I.", "question": "cause",
+        "label": 0}
+XNLI = {"premise": {"de": "Ja.", "en": "Yes."}, "label": 1, "hypothesis": {
+    "language": ["de", "en"], "translation": ["Nein.", "No."]}}
 CASES = {
     "natural_questions_open": ({"question": "who", "answer": ["a", "b"]}, [("nq question: who", "a")]),
     "web_questions_open": ({"question": "who?", "answers": ["a"]}, [("wq question: who?", "a")]),
@@ -82,6 +86,18 @@ CASES = {
                   [("He", "sits."), ("He", "is é.")]),
     "winogrande": ({"sentence": "Ann saw _ cry.", "option1": "Bob", "option2": "Eve", "label": 0},
                    [("", "Ann saw Bob cry."), ("", "Ann saw Eve cry.")]),
+    "winogrande_partial": (
+        {"sentence": "Ann saw _ cry.", "option1": "Bob", "option2": "Eve", "label": 0},
+        [("Ann saw Bob", "cry."), ("Ann saw Eve", "cry.")]),
+    "copa_ranked": (COPA, [("I fell because", "it was icy."), ("I fell because", "é was I.")]),
+    "copa_partial": (COPA, [("It was icy so", "I fell."), ("É was I so", "I fell.")]),
+    "xnli_train": ({"premise": "A.", "hypothesis": "B.", "label": 2}, [
+        ("xnli: premise: A. hypothesis: B.", "2")]),
+    "xnli_de": (XNLI, [("xnli: premise: Ja. hypothesis: Nein.", "1")]),
+    "xnli_en": (XNLI, [("xnli: premise: Yes. hypothesis: No.", "1")]),
+    "wikiann_en": ({"tokens": ["rick", "is", "here"], "tags": [1, 0, 0], "langs": ["en"] * 3,
+                    "spans": ["PER: rick", "LOC: here"]}, [
+        ("tag: rick is here", "PER: rick $$ LOC: here")]),
     "arc_easy": ({"question": "Why?", "answerKey": 1, "choices": {
         "text": ["a", "b"], "label": [0, 1]}},
         [("Question: Why?\nAnswer:", "a"), ("Question: Why?\nAnswer:", "b")]),
@@ -101,6 +117,8 @@ SAME = {   # task: another whose format it has
     "web_questions_open_test": "web_questions_open", "trivia_qa_open_test": "trivia_qa_open",
     "arc_challenge": "arc_easy", "race_middle": "race_high",
     "wmt15_enfr": "wmt14_enfr", "wmt_t2t_ende": "wmt14_ende",
+    **{f"mlqa_{code}": "squad" for code in "ar de en es hi vi zh".split()}, "tydiqa": "squad",
+    **{f"tydiqa_{code}": "squad" for code in "ar bn en fi id ko ru sw te".split()},
     **{f"xquad_{code}": "squad" for code in "ar de el en es hi ru th tr vi zh".split()},
 }
 FROM_FILES = {"scan_simple", "scitldr", "piqa", "mmlu", "siqa", "truthfulqa", "fever", "multifc",
@@ -115,13 +133,15 @@ def names() -> set[str]:
     """Every text-to-text task that is registered; the rest is in test_registered, and what the
     shipped facts make in test_facts_qa."""
     from t5x_lite.data import choice_files
-    from tasks import big_bench, flan
+    from tasks import big_bench, flan, multilingual
     facts = {"fact_passages", "fact_passages_permuted", "fact_passages_salient",
              "closed_book_qa", "closed_book_qa_dev"}
-    ranked = {*choice_files.PUBLISHED, "hellaswag", "winogrande", "arc_easy", "arc_challenge",
+    languages = {*(f"xnli_{code}" for code in multilingual.XNLI_LANGUAGES),
+                 *(f"wikiann_{code}" for code in multilingual.WIKIANN_LANGUAGES)}
+    ranked = {*choice_files.PUBLISHED, "copa_ranked", "hellaswag", "winogrande", "arc_easy", "arc_challenge",
               "openbookqa", "race_middle", "race_high"}
     ranked |= {f"bigbench_{name}_ranked" for name in big_bench.RANKED}
-    return {*CASES, *SAME, *FROM_FILES, *OTHERS, *facts, *(f"{name}_choices" for name in ranked),
+    return {*CASES, *SAME, *languages, *FROM_FILES, *OTHERS, *facts, *(f"{name}_choices" for name in ranked),
             "flan", *(f"flan_{name}" for name in flan.DATASETS),
             *(f"bigbench_{name}" for name in big_bench.HARD),
             *(f"bigbench_{name}_ranked" for name in big_bench.RANKED)}
