@@ -123,7 +123,7 @@ def language_model(name: str, model: ModelConfig, *, length: int, batch_size: in
         train=TrainConfig(num_steps=num_steps, global_batch_size=batch_size,
                           accumulation=accumulation, batch_ramp=batch_ramp, log_every=100),
         mesh=mesh(model.embed_dim),
-        eval=EvalConfig(every=5000, num_batches=50),
+        eval=EvalConfig(every=5000, num_examples=50 * batch_size),
         checkpoint=CheckpointConfig(every=5000, keep_last=3))
 
 

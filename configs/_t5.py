@@ -60,5 +60,5 @@ def pretraining(name: str, model_config: ModelConfig, *, batch_size: int, num_st
         train=TrainConfig(num_steps=num_steps, global_batch_size=batch_size,
                           accumulation=accumulation, log_every=100),
         mesh=mesh(model_config.embed_dim),
-        eval=EvalConfig(every=5000, num_batches=50),
+        eval=EvalConfig(every=5000, num_examples=50 * batch_size),
         checkpoint=CheckpointConfig(every=5000, keep_last=3))

@@ -57,7 +57,7 @@ def run(size: str | None = "base") -> RunConfig:
             factors="constant * linear_warmup * linear_to_floor", base_learning_rate=1e-4,
             warmup_steps=10_000, floor_fraction=0.0)),
         train=TrainConfig(num_steps=1_000_000, global_batch_size=256, log_every=100),
-        eval=EvalConfig(every=5000, num_batches=50),
+        eval=EvalConfig(every=5000, num_examples=50 * 256),
         checkpoint=CheckpointConfig(every=5000, keep_last=3))
 
 

@@ -52,7 +52,7 @@ def run(arg: str | None = None) -> RunConfig:
                                     base_learning_rate=0.03, warmup_steps=40,
                                     floor_fraction=0.02)),
         train=TrainConfig(num_steps=_STEPS, global_batch_size=32, log_every=20),
-        eval=EvalConfig(every=200, num_batches=16, samples=3),
+        eval=EvalConfig(every=200, num_examples=16 * 32, samples=3),
         checkpoint=CheckpointConfig(every=200, keep_last=2))
 
 

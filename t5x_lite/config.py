@@ -66,7 +66,10 @@ class EvalConfig:
 
     every: Count = 1000               # steps between evaluations; the last step always evaluates
     batch_size: int = 0             # sequences; 0: train.global_batch_size
-    num_batches: int = 0            # at most so many; 0: the whole split
+    # At most so many rows of each task, whatever the batch size, so that the held-out text is the
+    # same in all runs; 0: the whole split.
+    num_examples: int = 0
+    num_batches: int = 0            # at most so many batches, if that is less; 0: no such limit
     samples: int = 0                # inputs completed on the screen after training
     metrics: bool = True            # decode and score for the metric functions of the tasks
     # infer: gather the parameters over mesh.fsdp once and not at every token; False where a

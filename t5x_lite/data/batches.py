@@ -231,7 +231,7 @@ def _global_array(rows, shape: tuple[int, ...], sharding) -> jax.Array:
 
 def eval_batches(config: DataConfig, task: str, *, objective: str, batch_size: int,
                  sharding: jax.sharding.Sharding, split: str = "validation",
-                 max_batches: int | None = None) -> Iterator[Batch]:
+                 max_batches: int | None = None, max_rows: int | None = None) -> Iterator[Batch]:
     """The split once, in the source's order, the same on every process count and every call.
 
     Every process reads all of it and keeps its devices' rows. The last batch is filled up
@@ -239,6 +239,7 @@ def eval_batches(config: DataConfig, task: str, *, objective: str, batch_size: i
     runs and steps are measured on the same targets.
 
     task: one of validation_tasks(config), or any registered task.
+    max_batches, max_rows: how much of the split; the last batch of max_rows is filled up as well.
     Raises UserError (on the first batch) for an unknown task or an empty split.
     """
     pipeline = data_tasks.tensorflow_side()
@@ -249,7 +250,7 @@ def eval_batches(config: DataConfig, task: str, *, objective: str, batch_size: i
     pipeline.check_documents(mixture, split, 1)
     dataset = pipeline.rows_dataset(
         mixture, split, kind, config, pipeline.EVAL_SEED, training=False)
-    blocks = pipeline.finite_batches(dataset, batch_size)
+    blocks = pipeline.finite_batches(dataset, batch_size, max_rows)
     count = 0
     for count, batch in enumerate(blocks, 1):
         yield {name: _global_array(lambda a, b, v=value: v[a:b], value.shape, sharding)

@@ -349,19 +349,34 @@ class ShardReader:
         self._pending = arrays
 
 
-def finite_batches(dataset: tf.data.Dataset, batch_size: int
+def finite_batches(dataset: tf.data.Dataset, batch_size: int, max_rows: int | None = None
                    ) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of exactly batch_size rows; the last one filled up with rows of zeros."""
+    """Batches of exactly batch_size rows, of the first max_rows; the last one filled up with rows
+    of zeros."""
     pending: dict[str, np.ndarray] = {}
-    for block in dataset.as_numpy_iterator():
-        pending = ({name: np.concatenate([pending[name], block[name]]) for name in block}
-                   if pending else block)
+    for block in _first_rows(dataset.as_numpy_iterator(), max_rows):
+        if pending:
+            block = {name: np.concatenate([pending[name], block[name]]) for name in block}
+        pending = block
         while _num_rows(pending) >= batch_size:
             yield {name: value[:batch_size] for name, value in pending.items()}
             pending = {name: value[batch_size:] for name, value in pending.items()}
     if pending and _num_rows(pending):
         missing = batch_size - _num_rows(pending)
         yield {name: np.pad(value, [(0, missing), (0, 0)]) for name, value in pending.items()}
+
+
+def _first_rows(blocks: Iterator[dict[str, np.ndarray]], max_rows: int | None
+                ) -> Iterator[dict[str, np.ndarray]]:
+    """The blocks up to so many rows, the last of them cut; None: all."""
+    left = max_rows
+    for block in blocks:
+        if left is not None:
+            block = {name: value[:left] for name, value in block.items()}
+            left -= _num_rows(block)
+        yield block
+        if left == 0:
+            return
 
 
 def _num_rows(block: dict[str, np.ndarray]) -> int:

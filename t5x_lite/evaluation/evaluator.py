@@ -10,6 +10,7 @@ import numpy as np
 
 from t5x_lite import report
 from t5x_lite.build import Program
+from t5x_lite.config import RunConfig
 from t5x_lite.data import (
     batches as data_batches,
     rows as data_rows,
@@ -21,6 +22,14 @@ from t5x_lite.evaluation import predictor
 from t5x_lite.training import metrics
 
 ALL = "all"   # the key of the metrics over every task together
+
+
+def max_rows(config: RunConfig) -> int | None:
+    """Rows of each task that are evaluated at most: the lesser of eval.num_examples and
+    eval.num_batches batches, of which 0 is no limit; None: the whole split."""
+    size = config.eval.batch_size or config.train.global_batch_size
+    limits = [n for n in (config.eval.num_examples, config.eval.num_batches * size) if n]
+    return min(limits, default=None)
 
 
 class Evaluator:
@@ -46,7 +55,7 @@ class Evaluator:
                 config.data, task, objective=config.objective.rows,
                 batch_size=config.eval.batch_size or config.train.global_batch_size,
                 sharding=program.batch_sharding,
-                max_batches=config.eval.num_batches or None))
+                max_rows=max_rows(config)))
             for task in names}
         self._unigram_entropy = {
             name: data_batches.unigram_entropy(batches) for name, batches in self._groups()}
@@ -63,13 +72,12 @@ class Evaluator:
         config = self._program.config
         if not config.eval.metrics or not data_rows.of(config.objective.rows).pairs:
             return {}
-        size = config.eval.batch_size or config.train.global_batch_size
         found = {}
         for name in self._batches:
             task, examples = data_tasks.eval_examples(config.data, name, objective=config.objective.rows)
             if task.predict_metric_fns or task.score_metric_fns:
                 found[name] = task, list(itertools.islice(
-                    examples, config.eval.num_batches * size or None))
+                    examples, max_rows(config)))
         return found
 
     @property

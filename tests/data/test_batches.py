@@ -18,6 +18,7 @@ from t5x_lite.data import (
 from t5x_lite.data.batches import ShardedRows, TrainIterator
 from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError
+from t5x_lite.evaluation import evaluator
 
 TASK = "data_test_count"
 SMALL = DataConfig(train=TASK, validation=TASK, inputs_length=8, targets_length=8, num_shards=4,
@@ -411,6 +412,24 @@ def test_eval_batches_are_the_split_in_order_padded_with_weight_zero():
     weights = np.concatenate([b["decoder_loss_weights"] for b in batches])
     assert weights[200:].sum() == 0 and (weights[:200, 0] == 1).all()
     assert len(_evaluate(max_batches=2)) == 2
+
+
+@pytest.mark.parametrize("batch_size", [8, 24, 48, 240])
+def test_so_many_rows_are_evaluated_whatever_the_batch(batch_size):
+    for rows in (1, 50, 200, 1000):
+        batches = _evaluate(batch_size=batch_size, max_rows=rows)
+        inputs = np.concatenate([b["encoder_input_tokens"] for b in batches])[:, 0]
+        assert inputs[inputs > 0].tolist() == list(range(1, min(rows, 200) + 1))
+        assert len(batches) == -(-min(rows, 200) // batch_size)
+
+
+def test_the_lesser_limit_of_examples_and_batches_holds():
+    from tests import tiny
+    run = tiny.seq2seq()   # 16 rows a batch
+    for examples, batches, rows in ((0, 0, None), (40, 0, 40), (0, 2, 32), (40, 2, 32), (20, 2, 20)):
+        config = dataclasses.replace(run, eval=dataclasses.replace(
+            run.eval, num_examples=examples, num_batches=batches))
+        assert evaluator.max_rows(config) == rows
 
 
 def test_eval_batches_are_the_same_on_any_devices_and_every_time():
