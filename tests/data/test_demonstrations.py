@@ -78,9 +78,8 @@ def test_training_examples_are_shown_before_all_of_the_rest(registered, files):
 
 
 def scan_lines(split):
-    from t5x_lite.data import example_files
     from tasks import scan
-    return scan.read_scan(example_files._scan_files()[split][0])
+    return scan.read_scan(scan._scan_files()[split][0])
 
 
 def test_tasks_of_one_split_hold_out_what_they_show(registered, files, pairs):

@@ -182,10 +182,10 @@ def test_p3_templates_of_every_file_render_real_records(tmp_path):
 def test_a_task_for_each_template_and_their_mixture(registered, tmp_path):
     import seqio
 
-    from t5x_lite.data import prompts, records
+    from t5x_lite.data import prompts, readers
     path = tmp_path / "nq.jsonl"
     path.write_text(json.dumps({"question": "who ran", "answer": ["Ann", "Eve"]}) + "\n")
-    read = lambda p: (record for _, record in records.json_lines(p))
+    read = lambda p: (record for _, record in readers.json_lines(p))
     names = prompts.register_templates(
         "data_test_p3_nq", str(shared_data("templates/p3_nq_open.yaml")),
         {"validation": [str(path)]}, read, original_only=True)
