@@ -33,8 +33,7 @@ def corpus_of(name: str, split: str, document: str, modules: str) -> run.Corpus:
     Raises:
         UserError: there is neither.
     """
-    is_files = any(character in name for character in "./*?[,") or os.path.exists(name)
-    if not is_files:
+    if not documents.names_files(name):
         return lambda: documents.of_task(name, split, modules)
     from t5x_lite.data import text_files
     files = text_files.find_files(name, "audit")

@@ -15,12 +15,11 @@ folders that match, `--config=FILE:ARG` hands ARG to get_runs.
 """
 
 import dataclasses
-import fnmatch
 import importlib.util
 import json
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 
 from absl import flags
@@ -29,6 +28,7 @@ from t5x_lite import cli, config as configs, log, train
 from t5x_lite.checkpoints import manager
 from t5x_lite.config import RunConfig
 from t5x_lite.errors import UserError
+from t5x_lite.reporting import figure, runs as reporting_runs
 from t5x_lite.training import metrics
 
 
@@ -103,17 +103,11 @@ def final_values(runs: Sequence[Run], workdir: pathlib.Path) -> dict[str, dict[s
     return results
 
 
-def value(values: Mapping[str, float], metric: str) -> float | None:
-    """The first value of this name, in which "*" stands for anything: "*/metric/em"."""
-    return next((values[name] for name in fnmatch.filter(values, metric)
-                 if values[name] is not None), None)
-
-
 def curve(path: pathlib.Path, metric: str) -> list[tuple[int, float]]:
     """(step, value) of one metric of a metrics.jsonl."""
     if not path.is_file():
         return []
-    found = [(line["step"], value(line, metric)) for line in metrics.read_metrics(path)]
+    found = [(line["step"], reporting_runs.value(line, metric)) for line in metrics.read_metrics(path)]
     return [(step, number) for step, number in found if number is not None]
 
 
@@ -133,7 +127,7 @@ def summary(runs: Sequence[Run], workdir: pathlib.Path, shown: Sequence[str]) ->
         found = [values[r.folder] for r in members if r.folder in values]
         cells = []
         for metric in shown:
-            numbers = [n for v in found if (n := value(v, metric)) is not None]
+            numbers = [n for v in found if (n := reporting_runs.value(v, metric)) is not None]
             cells.append(f"{sum(numbers) / len(numbers):.4g} ({min(numbers):.4g} … "
                          f"{max(numbers):.4g})" if numbers else "–")
         lines.append(f"| {arm} | {len(found)} | " + " | ".join(cells) + " |")
@@ -141,28 +135,15 @@ def summary(runs: Sequence[Run], workdir: pathlib.Path, shown: Sequence[str]) ->
 
 
 def draw(runs: Sequence[Run], workdir: pathlib.Path, metric: str, path: pathlib.Path) -> None:
-    """Plots `metric` over the steps: an arm's mean as a line, its seeds' range shaded."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(7, 4.2))
-    for arm, members in by_arm(runs).items():
-        curves = [dict(curve(workdir / r.folder / "metrics.jsonl", metric)) for r in members]
-        curves = [c for c in curves if c]
-        if not curves:
-            continue
-        steps = sorted(set.intersection(*map(set, curves)))
-        means = [sum(c[s] for c in curves) / len(curves) for s in steps]
-        (line,) = axes.plot(steps, means, label=f"{arm} ({len(curves)} seeds)")
-        axes.fill_between(steps, [min(c[s] for c in curves) for s in steps],
-                          [max(c[s] for c in curves) for s in steps],
-                          color=line.get_color(), alpha=0.2)
-    axes.set_xlabel("step")
-    axes.set_ylabel(metric)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    """Plots `metric` over the steps: an arm's mean as a line, its seeds' range shaded. Says so where
+    no run has the metric, instead of drawing nothing."""
+    folders = {workdir / run.folder for run in runs}
+    read = [run for run in reporting_runs.find([str(workdir)]) if run.folder in folders]
+    if not any(reporting_runs.curve(run, metric) for run in read):
+        known = ", ".join(reporting_runs.metrics_of(read)) or "none"
+        log.say(f"{path.name} is not drawn: no run has PLOTTED={metric!r}; there are {known}")
+        return
+    figure.drawn(read, metric).savefig(path, dpi=120)
 
 
 def run(path: str, workdir: pathlib.Path, *, overrides: Sequence[str] = (), only: str = "") -> str:

@@ -7,6 +7,7 @@ import pytest
 from t5x_lite import experiment
 from t5x_lite.errors import UserError
 from tests import tiny_config
+from tests.reporting.test_page import write_run
 
 CONFIG = '''
 import dataclasses
@@ -59,3 +60,11 @@ def test_bad_input(tmp_path):
         experiment.run(f"{tmp_path}/compare.py:{text}", tmp_path, only="seed_9")
     with pytest.raises(UserError, match="names no field"):
         experiment.run(f"{tmp_path}/compare.py:{text}", tmp_path, overrides=["train.steps=3"])
+
+
+def test_a_metric_that_no_run_has_is_said_and_not_drawn(tmp_path, capsys):
+    run = experiment.Run("a", 0, None)
+    write_run(tmp_path / run.folder, 0, [2.0])
+    experiment.draw([run], tmp_path, "eval/all/los", tmp_path / "curves.png")
+    assert "no run has PLOTTED='eval/all/los'; there are eval/all/loss" in capsys.readouterr().out
+    assert not (tmp_path / "curves.png").exists()

@@ -46,6 +46,7 @@ from t5x_lite.errors import UserError, nearest
 from t5x_lite.experiment import Run
 from t5x_lite.layers.config import AttentionConfig, MLPConfig
 from t5x_lite.models.config import BlockConfig, ModelConfig, SegmentConfig, StackConfig
+from t5x_lite.reporting import runs as reporting_runs
 from t5x_lite.training.methods import OptimizerConfig
 from t5x_lite.training.schedules import ScheduleConfig
 
@@ -166,7 +167,7 @@ def conclude(runs: Sequence[Run], workdir: pathlib.Path) -> str:
     found: dict[str, dict[int, float]] = {}
     for run in runs:
         if run.stage == "finetune" and run.folder in values:
-            score = experiment.value(values[run.folder], SHOWN[0])
+            score = reporting_runs.value(values[run.folder], SHOWN[0])
             if score is not None:
                 found.setdefault(run.arm, {})[run.seed] = score
     lines = [f"Exact match on {runs[-1].config.data.validation}, per cent:", "",

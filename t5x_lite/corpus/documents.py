@@ -6,7 +6,6 @@ source, domain, date, created.
 """
 
 import dataclasses
-import itertools
 import pathlib
 import re
 import urllib.parse
@@ -144,6 +143,11 @@ def _year(record: Mapping) -> str:
     return year[0] if year else ""
 
 
+def names_files(name: str) -> bool:
+    """Whether a name means files (a path, a glob, a list) and not a task."""
+    return any(character in name for character in "./*?[,") or pathlib.Path(name).exists()
+
+
 def texts_of(name: str, modules: str = "") -> list[str]:
     """The examples of an evaluation set, a text each: of a task its validation or test split, of a
     file its records.
@@ -151,22 +155,28 @@ def texts_of(name: str, modules: str = "") -> list[str]:
     Raises:
         UserError: nothing is called so, or it holds no texts.
     """
-    from t5x_lite.data import text_files
-    if not pathlib.Path(name).suffix and not any(c in name for c in "*/"):
-        from t5x_lite.data import tasks as data_tasks
-        from t5x_lite.data.config import DataConfig
-        task = data_tasks.find(name, "--against", DataConfig(task_modules=modules))
-        split = next((s for s in ("validation", "test") if s in task.splits), None)
-        if split is None:
-            raise UserError(f"--against={name}: the task has neither a validation nor a test "
-                            f"split, only {', '.join(sorted(task.splits))}.")
-        texts = [document.text for document in of_task(name, split, modules)]
-    else:
-        files = text_files.find_files([name], "--against")
-        texts = list(itertools.chain.from_iterable(
-            (text_of(record) for _, record in _records(file)) if _holds_records(file)
-            else text_files.read_documents([file], "line") for file in files))
-    texts = [text for text in texts if text.strip()]
+    examples = _file_texts(name) if names_files(name) else _task_texts(name, modules)
+    texts = [text for text in examples if text.strip()]
     if not texts:
         raise UserError(f"--against={name}: the evaluation set holds no texts.")
     return texts
+
+
+def _file_texts(name: str) -> Iterator[str]:
+    from t5x_lite.data import text_files
+    for file in text_files.find_files([name], "--against"):
+        if _holds_records(file):
+            yield from (text_of(record) for _, record in _records(file))
+        else:
+            yield from text_files.read_documents([file], "line")
+
+
+def _task_texts(name: str, modules: str) -> Iterator[str]:
+    from t5x_lite.data import tasks as data_tasks
+    from t5x_lite.data.config import DataConfig
+    task = data_tasks.find(name, "--against", DataConfig(task_modules=modules))
+    split = next((split for split in ("validation", "test") if split in task.splits), None)
+    if split is None:
+        raise UserError(f"--against={name}: the task has neither a validation nor a test "
+                        f"split, only {', '.join(sorted(task.splits))}.")
+    return (document.text for document in of_task(name, split, modules))

@@ -2,52 +2,70 @@
 
 import contextlib
 import pathlib
+import statistics
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from t5x_lite.errors import UserError, one_of
 from t5x_lite.reporting import runs as reporting_runs
-from t5x_lite.reporting.runs import AXES, Run, by_arm, is_number
+from t5x_lite.reporting.runs import AXES, Run, by_arm
 
 
 def curves(paths: Sequence[str | pathlib.Path], metric: str = "eval/all/loss", axis: str = "step",
            *, logx: bool = False, logy: bool = False):
-    """A matplotlib figure of one metric of the runs in these folders: a line a seed, a colour an arm.
+    """A matplotlib figure of one metric of the runs in these folders, a colour an arm.
 
-    metric: as metrics.jsonl calls it. axis: a key of runs.AXES.
+    metric: as metrics.jsonl calls it, "*" for anything. axis: a key of runs.AXES.
 
     Raises:
         UserError: no runs there, an unknown axis, or no run has the metric.
     """
     one_of("axis", axis, AXES)
     runs = reporting_runs.find([str(path) for path in paths])
-    known = reporting_runs.metrics_of(runs)
-    if metric not in known:
-        one_of("metric", metric, known)
-    return _drawn(runs, metric, axis, logx, logy)
+    if not any(reporting_runs.curve(run, metric, axis) for run in runs):
+        one_of("metric", metric, reporting_runs.metrics_of(runs))
+    return drawn(runs, metric, axis, logx=logx, logy=logy)
 
 
-def _drawn(runs: Sequence[Run], metric: str, axis: str, logx: bool, logy: bool):
+def drawn(runs: Sequence[Run], metric: str, axis: str = "step", *, logx: bool = False,
+          logy: bool = False):
+    """The figure of `curves` for runs that have been read: an arm's mean as a line and its seeds'
+    range shaded; where its seeds share no place on the axis, as with hours, a line a seed."""
     from matplotlib.figure import Figure  # not pyplot: a notebook's own figures stay as they are
     figure = Figure(figsize=(7.5, 4), layout="constrained")
     axes = figure.subplots()
-    field, unit = AXES[axis]
     for number, (arm, members) in enumerate(by_arm(runs).items()):
-        for seed, run in enumerate(members):
-            points = [(line[field], line[metric]) for line in run.lines
-                      if is_number(line.get(field)) and is_number(line.get(metric))]
-            if points:
-                axes.plot(*zip(*points, strict=True), color=f"C{number % 10}", alpha=0.9,
-                          marker="." if len(points) < 40 else "", label=arm if seed == 0 else None)
+        points = [reporting_runs.curve(run, metric, axis) for run in members]
+        _draw_arm(axes, arm, [curve for curve in points if curve], f"C{number % 10}")
+    unit = AXES[axis][1]
     axes.set_xlabel(f"{axis} ({unit})" if unit else axis)
     axes.set_ylabel(f"{metric} (nats a token)" if metric.endswith("loss") else metric)
     axes.set_xscale("log" if logx else "linear")
     axes.set_yscale("log" if logy else "linear")
     axes.grid(alpha=0.3)
-    if len(by_arm(runs)) > 1:
+    if axes.lines:
         axes.legend(frameon=False, bbox_to_anchor=(1.02, 1), loc="upper left")
     return figure
+
+
+def _draw_arm(axes, arm: str, curves: Sequence[Mapping[float, float]], color: str) -> None:
+    """One arm's lines on matplotlib's axes; curves: {place: value} of each of its seeds."""
+    if not curves:
+        return
+    label = f"{arm} ({len(curves)} seeds)" if len(curves) > 1 else arm
+    shared = sorted(set.intersection(*map(set, curves)))
+    if not shared:
+        for number, curve in enumerate(curves):
+            axes.plot(list(curve), list(curve.values()), color=color,
+                      label=None if number else label)
+        return
+    means = [statistics.fmean(curve[place] for curve in curves) for place in shared]
+    axes.plot(shared, means, color=color, label=label, marker="." if len(shared) < 40 else "")
+    if len(curves) > 1:
+        axes.fill_between(shared, [min(curve[place] for curve in curves) for place in shared],
+                          [max(curve[place] for curve in curves) for place in shared],
+                          color=color, alpha=0.2, linewidth=0)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ Nothing here needs the run's code, its devices or TensorFlow.
 """
 
 import dataclasses
+import fnmatch
 import json
 import math
 import pathlib
@@ -47,6 +48,19 @@ class Run:
 def is_number(value: Any) -> bool:
     """Whether a JSON value is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def value(values: Mapping[str, Any], metric: str) -> float | None:
+    """The first finite number of this name, in which "*" stands for anything: "*/metric/em"."""
+    return next((values[name] for name in fnmatch.filter(values, metric)
+                 if is_number(values[name])), None)
+
+
+def curve(run: Run, metric: str, axis: str = "step") -> dict[float, float]:
+    """{place on the axis: value} of one metric of a run. axis: a key of AXES."""
+    field, _ = AXES[axis]
+    points = ((line.get(field), value(line, metric)) for line in run.lines)
+    return {place: number for place, number in points if is_number(place) and number is not None}
 
 
 def find(paths: Sequence[str]) -> list[Run]:

@@ -68,7 +68,10 @@ def test_another_hosts_signs_of_life_count_for_a_while(tmp_path, monkeypatch, lo
 @pytest.mark.parametrize("content", ["", "null", "[]", "{", '{"host": 3, "pid": "x", "alive": "y"}'])
 def test_what_the_file_holds_never_stops_a_start(tmp_path, content):
     (tmp_path / "run.lock").write_text(content)
-    WorkdirLock(tmp_path, 0.0).release()
+    lock = WorkdirLock(tmp_path, 0.0)
+    assert holder(tmp_path)["pid"] == os.getpid()
+    lock.release()
+    assert (tmp_path / "run.lock").read_text() == ""
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
@@ -82,4 +85,7 @@ def test_waits_for_the_one_that_ends(tmp_path):
     fcntl.flock(first, fcntl.LOCK_EX)
     import threading
     threading.Timer(0.3, first.close).start()
-    WorkdirLock(tmp_path, 30.0, lambda _: None).release()
+    said = []
+    lock = WorkdirLock(tmp_path, 30.0, said.append)
+    assert first.closed and len(said) == 1 and "waiting up to 30 s" in said[0]
+    lock.release()

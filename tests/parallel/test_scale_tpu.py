@@ -134,8 +134,12 @@ def test_between_slices_each_device_sends_its_share_of_the_gradients(mesh, setti
     crossing = [c for c in step.collectives if c.network == "dcn" and c.bytes_per_device > 4096]
     assert {(c.kind, c.count_per_step) for c in crossing} == {("all-reduce", 1)}
     total = sum(c.bytes_per_step for c in crossing)
-    # The pipeline sends 3 % more since groups with device ids are read as they are printed.
-    assert total == pytest.approx(4 * step.program.num_params / 8, rel=0.04)
+    share = 4 * step.program.num_params / 8
+    # The tables are split over fsdp and not over the stages. Since the step looks whether what it
+    # made is finite (steps.make_train_step), libtpu no longer splits the embedding's gradient over
+    # the stages before it crosses: half of what a device holds of it more, whatever the look reads.
+    held = 4 * VOCAB * WIDTH / mesh["fsdp"] if "stage" in mesh else 0
+    assert total == pytest.approx(share + held * (1 - 1 / mesh.get("stage", 1)), rel=0.02)
 
 
 # --- pipelines --------------------------------------------------------------------------------------

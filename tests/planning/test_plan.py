@@ -89,7 +89,8 @@ def test_a_step_compiled_for_eight_tpus(topology, hbm):
     assert gathers.calls_per_step == LAYERS * 2 * 6 + 1
     assert gathers.bytes_per_step == LAYERS * 2 * layer + VOCAB * WIDTH
     # Megatron: two sums over tensor a layer in each of forward, recomputation and backward; one
-    # more for the embedding's lookup, one for the loss, and one of a few bytes for norms.
+    # more for the embedding's lookup, one for the loss, one of a few bytes for norms, and one of the
+    # look whether the updated state is finite.
     reduces = by_kind(plan)["all-reduce", ("tensor",)]
     assert reduces.calls_per_step == LAYERS * 6 + 4
     assert not any(line.replaces_gather or line.network == "dcn" for line in plan.collectives)
