@@ -140,6 +140,20 @@ def test_a_run_of_words_is_found_wherever_it_stands():
         assert bool(by_words) == hit, text
 
 
+def test_thirteen_words_of_a_longer_example_are_enough_and_twelve_are_not():
+    words = [f"word{i}" for i in range(20)]
+    example = overlap.evaluation_set("e", [" ".join(words)])
+    for count, hit in ((13, True), (12, False)):
+        text = " ".join(["before", *words[4:4 + count], "after"])
+        by_words, _ = overlap.examples_in(ngrams.word_hashes(text), text, example)
+        assert bool(by_words) == hit, count
+
+
+def test_account_numbers_have_check_digits():
+    assert patterns.personal_data("GB82 WEST 1234 5698 7654 32") == {"IBAN": 1}
+    assert patterns.personal_data("GB82 WEST 1234 5698 7654 33") == {}
+
+
 def test_three_sentences_are_found_as_t5_does():
     asked = "It rained all day long. We stayed. Nobody came to us."
     example = overlap.evaluation_set("e", [asked])

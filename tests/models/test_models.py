@@ -20,6 +20,7 @@ from t5x_lite.layers.config import (
     PositionConfig,
 )
 from t5x_lite.layers.position import relative_position_bucket
+from t5x_lite.models import language_model
 from t5x_lite.models.cache import take_rows
 from t5x_lite.models.config import BlockConfig, ModelConfig, SegmentConfig, StackConfig
 from t5x_lite.models.language_model import Model
@@ -443,3 +444,13 @@ def test_the_norm_config_of_a_stack_reaches_its_norms():
     paths = Model(config).table
     assert "decoder/final_norm/bias" in paths
     assert "decoder/segment_0/block_0/pre_mlp_norm/bias" in paths
+
+
+def test_a_token_of_id_0_before_the_last_target_is_no_padding():
+    """Vocabularies such as GPT-2's have a word at id 0; T5's start a decoder with it."""
+    batch = {"decoder_input_tokens": jnp.array([[0, 5, 0, 7, 0, 0], [0, 0, 0, 0, 0, 0]]),
+             "decoder_loss_weights": jnp.array([[0., 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]])}
+    real = language_model._real(batch, "decoder")
+    assert real.tolist() == [[True] * 4 + [False] * 2, [True] + [False] * 5]
+    held_out = language_model._real(batch, "decoder", training=False)   # a row that fills a batch
+    assert held_out.tolist() == [[True] * 4 + [False] * 2, [False] * 6]

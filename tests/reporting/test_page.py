@@ -84,6 +84,13 @@ def test_text_of_runs_cannot_end_the_script(experiment):
     assert text.count("</script>") == 2 and "&lt;/script&gt;&lt;b&gt;&amp;" in text
 
 
+def test_names_of_runs_cannot_leave_the_script_either(tmp_path):
+    write_run(tmp_path / "a<!--<script>" / "seed_0", 0, [2.0])
+    text = page.render(reporting_runs.find([str(tmp_path)]), "t")
+    points = next(line for line in text.splitlines() if line.startswith("const points"))
+    assert "\\u003c!--\\u003cscript>" in points and "<" not in points
+
+
 @pytest.mark.parametrize("make, message", [
     (lambda d: page.write([], "o.html"), "which runs"),
     (lambda d: page.write([str(d / "none")], "o.html"), "is no folder"),
