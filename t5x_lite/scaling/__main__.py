@@ -1,6 +1,7 @@
 """`python -m t5x_lite.scaling COMMAND --flag=…`, without JAX or TensorFlow.
 
     fit      a law, or the frontier, to any table of runs
+    compare  two methods: how much compute one saves over the other
     laws     names, formulas and sources
 """
 
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from t5x_lite.errors import UserError, at_least, between, one_of, positive
-from t5x_lite.scaling import fits, frontier, tables
+from t5x_lite.scaling import comparing, fits, frontier, tables
 from t5x_lite.scaling.laws import LAWS
 
 
@@ -21,21 +22,10 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help.")
 
 
-def pairs(text: str, flag: str) -> dict[str, str]:
-    """{"a": "b"} of "a=b,…"."""
-    found = {}
-    for part in filter(None, text.split(",")):
-        name, equals, value = part.partition("=")
-        if not equals or not value.strip():
-            raise UserError(f"--{flag}: {part!r} must be NAME=VALUE.")
-        found[name.strip()] = value.strip()
-    return found
-
-
 def numbers(text: str, flag: str) -> dict[str, float]:
     """{"a": 1.0} of "a=1,…"."""
     found = {}
-    for name, value in pairs(text, flag).items():
+    for name, value in tables.pairs(text, flag).items():
         try:
             found[name] = float(value)
         except ValueError as error:
@@ -46,8 +36,8 @@ def numbers(text: str, flag: str) -> dict[str, float]:
 def _table(options: argparse.Namespace) -> tables.Table:
     if not options.table:
         raise UserError("--table is missing: a CSV, a .jsonl or a folder of workdirs.")
-    table = tables.read(options.table, pairs(options.columns, "columns"),
-                        where=pairs(options.where, "where"), skip_bad=options.skip_bad)
+    table = tables.read(options.table, tables.pairs(options.columns, "columns"),
+                        where=tables.pairs(options.where, "where"), skip_bad=options.skip_bad)
     return table.without_highest(options.drop_highest) if options.drop_highest else table
 
 
@@ -135,8 +125,10 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--at", default="", help="params=N,tokens=D: predict there")
 
 
-COMMANDS: dict[str, tuple[Callable, Callable]] = {
-    "fit": (_add_fit, fit), "laws": (lambda parser: None, laws)}
+# {command: (adds its flags, what it prints as JSON, that for people)}
+COMMANDS: dict[str, tuple[Callable, Callable, Callable]] = {
+    "fit": (_add_fit, fit, show), "laws": (lambda parser: None, laws, show),
+    "compare": (comparing.add_flags, comparing.compare, comparing.show)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -144,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="python -m t5x_lite.scaling", description=__doc__,
                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-    for name, (add, _) in COMMANDS.items():
+    for name, (add, _, _) in COMMANDS.items():
         chosen = commands.add_parser(name, allow_abbrev=False)
         add(chosen)
         chosen.add_argument("--json", action="store_true", help="print one JSON object")
@@ -154,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(found) if options.json else show(found))
+    print(json.dumps(found) if options.json else COMMANDS[options.command][2](found))
     return 0
 
 

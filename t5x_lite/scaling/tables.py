@@ -58,6 +58,17 @@ class Table:
         return self.rows(np.sort(order[:len(self) - count]))
 
 
+def pairs(text: str, flag: str) -> dict[str, str]:
+    """{"a": "b"} of "a=b,…", as --columns and --where are written."""
+    found = {}
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.partition("=")
+        if not equals or not value.strip():
+            raise UserError(f"--{flag}: {part!r} must be NAME=VALUE.")
+        found[name.strip()] = value.strip()
+    return found
+
+
 def from_columns(columns: Mapping[str, Iterable[float]]) -> Table:
     """A table of numbers that are at hand, checked as files are."""
     arrays = {n: np.asarray(list(v), float) for n, v in columns.items()}
