@@ -73,9 +73,10 @@ def fields_named(text: str) -> list[str]:
 # --- what there is ------------------------------------------------------------------------------
 
 def flags_of(file: pathlib.Path) -> set[str]:
-    """The flags that a main defines, by absl or argparse, with those that cli.py defines."""
+    """The flags that a main, or a folder with one, defines by absl or argparse, and cli.py's."""
     names = set()
-    for source in {file, ROOT / "t5x_lite" / "cli.py"}:
+    own = set(file.parent.glob("*.py")) if file.name == "__main__.py" else {file}
+    for source in {*own, ROOT / "t5x_lite" / "cli.py"}:
         for node in ast.walk(ast.parse(source.read_text())):
             if not isinstance(node, ast.Call) or not node.args:
                 continue
