@@ -14,6 +14,12 @@ stand in it, what a block list removes and of whom, personal data.
     --processes=2 --nolanguages
 """
 
+if __name__ == "__main__":   # --help is answered before what is slow to import
+    import sys
+
+    from t5x_lite import manual
+    manual.answer(__file__, sys.argv)
+
 import json
 import os
 import pathlib

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import sys
 import time
 import traceback
@@ -16,7 +17,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 os.environ.setdefault("GLOG_minloglevel", "2")
 
-from t5x_lite import packages, quiet as quiet_lib
+from t5x_lite import gin_spelling, manual, packages, quiet as quiet_lib
 
 with quiet_lib.stderr():   # JAX's CUDA plugin says already here that there is no GPU
     import jax
@@ -38,7 +39,10 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process, from 0.")
 
 
 def define_config() -> flags.FlagHolder:
-    """The --config flag: a file of configs/, its fields edited by --config.a.b=c."""
+    """The --config flag: a file of configs/, its fields edited by --config.a.b=c; and what edits the
+    config of a workdir as well, --override=a.b=c and T5X's spelling, --gin.NAME=c."""
+    flags.DEFINE_multi_string("override", [], "field=value of the run's config.")
+    flags.DEFINE_multi_string("gin", [], "NAME=value, as T5X binds it; see gin_spelling.py.")
     return config_flags.DEFINE_config_file(
         "config", None, "A config file and its argument, such as configs/t5_1_1.py:base.",
         lock_config=True)
@@ -48,7 +52,12 @@ def run_config(holder: flags.FlagHolder) -> RunConfig:
     """The edited config as dataclasses. Raises UserError naming what does not fit."""
     if holder.value is None:
         raise UserError("--config is missing; try --config=configs/quickstart.py.")
-    return from_mapping(RunConfig, holder.value)
+    return _edited(from_mapping(RunConfig, holder.value))
+
+
+def _edited(run: RunConfig) -> RunConfig:
+    """The run with what --gin and then --override say."""
+    return override(gin_spelling.apply(run, flags.FLAGS["gin"].value), flags.FLAGS["override"].value)
 
 
 def workdir(value: str | None) -> pathlib.Path:
@@ -58,7 +67,7 @@ def workdir(value: str | None) -> pathlib.Path:
     return pathlib.Path(value)
 
 
-def saved_or_given(value: str | None, overrides: Sequence[str], holder: flags.FlagHolder
+def saved_or_given(value: str | None, holder: flags.FlagHolder
                    ) -> tuple[RunConfig, pathlib.Path | None]:
     """The config that --workdir holds, and the workdir; or --config, whose init_from names the
     parameters, and None. Raises UserError where neither is given, or both."""
@@ -67,7 +76,7 @@ def saved_or_given(value: str | None, overrides: Sequence[str], holder: flags.Fl
             raise UserError("--workdir holds its config: change fields of it with --override=a.b=c "
                             "instead of --config.")
         folder = workdir(value)
-        return saved_config(folder, overrides), folder
+        return _edited(saved_config(folder)), folder
     config = run_config(holder)
     if not config.init_from:
         raise UserError("--config without --workdir takes its parameters from init_from: set "
@@ -75,7 +84,7 @@ def saved_or_given(value: str | None, overrides: Sequence[str], holder: flags.Fl
     return config, None
 
 
-def saved_config(folder: pathlib.Path, overrides: Sequence[str] = ()) -> RunConfig:
+def saved_config(folder: pathlib.Path) -> RunConfig:
     """The config of a workdir: its config.json, or that of its newest checkpoint where the file
     is torn. Raises UserError as config.load does."""
     path = folder / "config.json"
@@ -85,10 +94,10 @@ def saved_config(folder: pathlib.Path, overrides: Sequence[str] = ()) -> RunConf
         record = manager.read_record(folder)
         print(f"warning: {path} is damaged ({error}): using the config in the checkpoint of step "
               f"{record.step}", file=sys.stderr)
-        return override(from_mapping(RunConfig, record.config), overrides)
+        return from_mapping(RunConfig, record.config)
     except OSError:   # what load says of it
         pass
-    return load(path, overrides)
+    return load(path)
 
 
 def run(main: Callable[[], None], alone: bool = False) -> None:
@@ -209,13 +218,14 @@ def process_start() -> float:
 def _parse(argv: list[str]) -> list[str]:
     """absl's parser, with a one-line error for what a user mistyped."""
     try:
-        argv = [_find_config(a) for a in _joined(argv)]
+        argv = [_edit(_find_config(gin_spelling.rewritten(a))) for a in _joined(argv)]
+        sys.argv = argv   # where ml_collections looks for --config.a.b=c
         return flags.FLAGS(argv)
     except UserError as error:
         _exit(error)
     except flags.UnrecognizedFlagError as error:
-        _exit(UserError(f"unknown flag --{error.flagname}."
-                        f"{nearest(error.flagname, list(flags.FLAGS))}"))
+        given = any(a.startswith("--config=") for a in argv) or "workdir" not in flags.FLAGS
+        _exit(UserError(f"unknown flag --{error.flagname}.{meant(error.flagname, list(flags.FLAGS), given)}"))
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         if (ours := _user_error(error)) is not None:
             _exit(ours)
@@ -227,6 +237,31 @@ def _parse(argv: list[str]) -> list[str]:
             raise
         _exit(UserError(_describe(argv, error)))
     return []
+
+
+def meant(flag: str, known: Sequence[str], given: bool) -> str:
+    """" did you mean …?" for a flag that is not there: another flag, or a field of the config.
+
+    known: the door's flags. given: whether --config names the config, else a workdir holds it.
+    """
+    own = nearest(flag, [name for name in known if "." not in name])
+    if own or not {"config", "override"} <= set(known):
+        return own
+    field = manual.suggestion(flag, "--config." if given else "--override=")
+    return f" {field}" if field else " --help lists the flags."
+
+
+def _edit(argument: str) -> str:
+    """--config.a.b=c as --override=a.b=c where ml_collections cannot say it: None, a field that may be
+    None, or an item of a list."""
+    name, equals, value = argument.partition("=")
+    path = name.removeprefix("--config.")
+    if path == name or not equals:
+        return argument
+    plain = re.sub(r"\[\d+\]", "", path)
+    is_loose = value == "None" or any(plain == field or plain.startswith(field + ".")
+                                      for field in manual.loose_fields())
+    return f"--override={path}={value}" if is_loose else argument
 
 
 def _user_error(error: BaseException | None) -> UserError | None:
@@ -256,6 +291,7 @@ def _describe(argv: list[str], error: Exception) -> str:
     message = " ".join(str(a) for a in error.args) or type(error).__name__
     if isinstance(error, (AttributeError, KeyError)):
         name, _, hint = message.partition("\n")
+        hint = hint or manual.suggestion(name.strip("'"))
         message = f"the config has no field {name}. {hint}".rstrip()
     where = f" (among {' '.join(overrides)})" if overrides else ""
     return f"{message}{where}"

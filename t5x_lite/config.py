@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import ml_collections
 
 from t5x_lite import errors
-from t5x_lite.checkpoints.manager import CheckpointConfig
+from t5x_lite.checkpoints.config import CheckpointConfig
 from t5x_lite.data.config import DataConfig
 from t5x_lite.decoding.decode import DecodeConfig
 from t5x_lite.errors import Bounds, Count, Seed, UserError, at_least, nearest, one_of, refuse
@@ -240,6 +240,16 @@ def replace(config: Any, path: str, value: Any) -> Any:
         config, **{head: replace(getattr(config, head), rest, value) if rest else value})
 
 
+def field_names(run: RunConfig) -> list[str]:
+    """The dotted names of all that a config holds, sections and items of lists left out."""
+    def visit(value: Any, where: str):
+        parts = ((f".{name}", part) for name, part in value.items()) if isinstance(value, dict) \
+            else ((f"[{i}]", part) for i, part in enumerate(value)) if isinstance(value, list) else ()
+        inner = [name for suffix, part in parts for name in visit(part, where + suffix)]
+        return inner or [where.removeprefix(".")]
+    return visit(json.loads(to_json(run)), "")
+
+
 def load(path: pathlib.Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The config that a run wrote, with overrides as `override` takes them.
 
@@ -252,8 +262,12 @@ def load(path: pathlib.Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def override(run: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """The run with "dotted.field=value" overrides; a value is JSON, a constant or tuple of Python
-    (as --config.field=value takes them), or else a string.
+    """The run with "dotted.field=value" overrides, an item of a list by its number in brackets:
+
+        train.num_steps=10    model.decoder.segments[0].repeats=4    checkpoint.keep_every=None
+
+    A value is JSON, a constant or tuple of Python (as --config.field=value takes them), or else a
+    string.
 
     Raises:
         UserError: an override that names no field or does not fit its type.
@@ -261,19 +275,43 @@ def override(run: RunConfig, overrides: Sequence[str]) -> RunConfig:
     config = json.loads(to_json(run))
     for text in overrides:
         field, equals, value = text.partition("=")
-        *parents, last = field.split(".")
-        section = config
-        for name in parents:
-            section = section.get(name) if isinstance(section, dict) else None
-        if not equals or not isinstance(section, dict) or last not in section:
-            known = section if isinstance(section, dict) else config
-            raise UserError(f"override {text!r} names no field of the config."
-                            f"{nearest(last, known)} Write section.field=value.")
-        section[last] = _parse(value)
+        if not equals:
+            raise UserError(f"override {text!r} names no field of the config. Write "
+                            "section.field=value.")
+        section, last = _holder(config, field, text)
+        parsed = parse_value(value)
+        plain = isinstance(section[last], str) and not isinstance(parsed, (str, type(None)))
+        section[last] = value if plain else parsed   # a name may look like a number
     return from_mapping(RunConfig, config)
 
 
-def _parse(text: str) -> Any:
+def _holder(config: dict, field: str, text: str) -> tuple[Any, str | int]:
+    """(the section or list, the name or number in it) of a dotted field in a config of JSON."""
+    steps = [int(part) if part.isdigit() else part
+             for part in field.replace("[", ".").replace("]", "").split(".")]
+    section: Any = config
+    for i, step in enumerate(steps):
+        where = "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in steps[:i])[1:]
+        if section is None:
+            raise UserError(f"override {text!r}: {where} is None here; give the whole section, "
+                            f"{where}={{…}} in JSON.")
+        if isinstance(step, int) or isinstance(section, list):
+            if not isinstance(section, list) or not isinstance(step, int):
+                raise UserError(f"override {text!r}: {where} is "
+                                f"{'a list: take an item, ' + where + '[0]' if isinstance(section, list) else 'no list'}.")
+            if step >= len(section):
+                raise UserError(f"override {text!r}: {where} has {len(section)} items, counted "
+                                "from 0.")
+        elif not isinstance(section, dict) or step not in section:
+            known = section if isinstance(section, dict) else config
+            raise UserError(f"override {text!r} names no field of the config."
+                            f"{nearest(step, known)} Write section.field=value.")
+        if i < len(steps) - 1:
+            section = section[step]
+    return section, steps[-1]
+
+
+def parse_value(text: str) -> Any:
     """The value of an override: JSON, True, False, None, a tuple in parentheses, or the text."""
     try:
         return json.loads(text)

@@ -6,6 +6,7 @@ prints docs/config_reference.md from them; tests/test_docs.py holds that page cu
 
 import ast
 import dataclasses
+import functools
 import inspect
 import io
 import textwrap
@@ -38,6 +39,7 @@ class Field:
     kind: Any      # the type itself
 
 
+@functools.cache
 def fields(kind: type) -> list[Field]:
     """The fields of a config dataclass in the order of their definition."""
     comments = _comments(kind)
@@ -60,20 +62,20 @@ def sections(kind: type = RunConfig, where: str = "") -> Iterator[tuple[list[str
         if seen:
             return
         for field in fields(kind):
-            for inner, suffix in _inner_sections(field.kind):
+            for inner, suffix in inner_sections(field.kind):
                 visit(inner, f"{where}.{field.name}{suffix}".lstrip("."))
 
     visit(kind, where)
     return ((where, kind) for kind, where in places.items())
 
 
-def _inner_sections(kind: Any) -> list[tuple[type, str]]:
+def inner_sections(kind: Any) -> list[tuple[type, str]]:
     """[(dataclass, "" or "[i]")] that a field of this type holds."""
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return [(kind, "")]
     suffix = "[i]" if typing.get_origin(kind) is tuple else ""
     return [(inner, suffix + deeper) for part in typing.get_args(kind)
-            for inner, deeper in _inner_sections(part)]
+            for inner, deeper in inner_sections(part)]
 
 
 def _comments(kind: type) -> dict[str, str]:
@@ -141,9 +143,9 @@ def _default(field: dataclasses.Field) -> str:
     return repr(value)
 
 
-def _summary(field: Field) -> str:
+def summary(field: Field) -> str:
     """The first sentence that a section's dataclass says of itself, "" for other fields."""
-    inner = [kind for kind, _ in _inner_sections(field.kind)][:1]
+    inner = [kind for kind, _ in inner_sections(field.kind)][:1]
     return inspect.cleandoc(inner[0].__doc__ or "").split("\n\n")[0] if inner else ""
 
 
@@ -160,7 +162,7 @@ def page() -> str:
                   "| field | type | default | what it is |", "|---|---|---|---|"]
         for field in fields(kind):
             default = f"`{_cell(field.default)}`" if field.default else ""
-            comment = field.comment or _summary(field)
+            comment = field.comment or summary(field)
             lines.append(f"| `{field.name}` | {field.type} | {default} | {_cell(comment)} |")
         lines.append("")
     rules = dataclasses.fields(RunConfig)

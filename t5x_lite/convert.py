@@ -20,6 +20,12 @@ Mesh TensorFlow checkpoint the model that it does not describe itself. Tokenizer
 along between hf:DIR and WORKDIR/hf.
 """
 
+if __name__ == "__main__":   # --help is answered before what is slow to import
+    import sys
+
+    from t5x_lite import manual
+    manual.answer(__file__, sys.argv)
+
 import dataclasses
 import functools
 import json

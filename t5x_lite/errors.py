@@ -47,12 +47,17 @@ def refuse(field: str, value: Any, allowed: str) -> UserError:
     return UserError(f"{field}={shown}: must be {allowed}.")
 
 
-def one_of(field: str, value: Any, allowed: Iterable[Any]) -> Any:
-    """The value, one of `allowed`. Raises UserError that lists them and the nearest."""
+def one_of(field: str, value: Any, allowed: Iterable[Any],
+           elsewhere: Mapping[Any, Any] | None = None) -> Any:
+    """The value, one of `allowed`. Raises UserError that lists them and the nearest.
+
+    elsewhere: names that others give to what is allowed, {theirs: ours}.
+    """
     allowed = list(allowed)
     if value not in allowed:
-        raise UserError(f"{refuse(field, value, 'one of ' + ', '.join(map(str, allowed)))}"
-                        f"{nearest(value, allowed)}")
+        ours = elsewhere.get(value) if elsewhere else None
+        hint = f" did you mean {ours!r}?" if ours else nearest(value, allowed)
+        raise UserError(f"{refuse(field, value, 'one of ' + ', '.join(map(str, allowed)))}{hint}")
     return value
 
 

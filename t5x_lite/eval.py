@@ -8,6 +8,12 @@ Without a workdir, a config's own init_from is evaluated (see init_from.py) and 
 `python -m t5x_lite.eval --config=configs/t5_1_1.py:small --config.init_from=hf:DIR`.
 """
 
+if __name__ == "__main__":   # --help is answered before what is slow to import
+    import sys
+
+    from t5x_lite import manual
+    manual.answer(__file__, sys.argv)
+
 import json
 import math
 import pathlib
@@ -69,11 +75,10 @@ def write(workdir: pathlib.Path, results: dict[int, dict[str, dict[str, float]]]
 if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run to evaluate.")
     _STEP = flags.DEFINE_string("step", "last", "all, last or the number of a step.")
-    _OVERRIDE = flags.DEFINE_multi_string("override", [], "field=value of the run's config.")
     _CONFIG = cli.define_config()
 
     def main() -> None:
-        config, workdir = cli.saved_or_given(_WORKDIR.value, _OVERRIDE.value, _CONFIG)
+        config, workdir = cli.saved_or_given(_WORKDIR.value, _CONFIG)
         if workdir is None:
             run(config, None, [0])
         else:

@@ -14,6 +14,12 @@ metrics.jsonl of all runs become a table and a plot:
 folders that match, `--config=FILE:ARG` hands ARG to get_runs.
 """
 
+if __name__ == "__main__":   # --help is answered before what is slow to import
+    import sys
+
+    from t5x_lite import manual
+    manual.answer(__file__, sys.argv)
+
 import dataclasses
 import importlib.util
 import json

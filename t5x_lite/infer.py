@@ -9,7 +9,8 @@
     --step=last         or a number: which checkpoint of the workdir
     --config=…          instead of a workdir: a config with --config.init_from=hf:DIR, t5x:DIR
                         or a workdir (see init_from.py)
-    --decode.method=beam --decode.beam_size=4 …    over the config's eval.decode
+    --decode.method=beam --decode.beam_size=4 …    over the config's eval.decode, whose fields
+                        --help=eval.decode lists
     --on_error=refuse   or skip: what to do with a malformed line, which is reported either way
 
 Writes one JSON object a line, in the order of the input: {"line", "inputs", "predictions",
@@ -18,6 +19,12 @@ Started again with the same command it goes on behind the last complete line of 
 OUT.jsonl.run says what the output belongs to. With several processes the mesh splits each batch,
 all processes read the same input, process 0 writes and tells the others where the output ends.
 """
+
+if __name__ == "__main__":   # --help is answered before what is slow to import
+    import sys
+
+    from t5x_lite import manual
+    manual.answer(__file__, sys.argv)
 
 import dataclasses
 import functools
@@ -400,7 +407,6 @@ def _items(config: RunConfig, values: Any) -> tuple[Iterator[Item], str]:
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "The folder of the run whose model predicts.")
     flags.DEFINE_string("step", "last", "last or the number of a step.")
-    flags.DEFINE_multi_string("override", [], "field=value of the run's config.")
     flags.DEFINE_string("input", "", "A .jsonl, .json, .tsv or text file; - for standard input.")
     flags.DEFINE_string("format", "", "jsonl, json, tsv or text; default: by the file's ending.")
     flags.DEFINE_string("task", "", "A seqio task to read instead of a file.")
@@ -415,7 +421,7 @@ if __name__ == "__main__":
         values = flags.FLAGS
         if not values.output:
             raise UserError("--output is missing: the .jsonl file to write.")
-        config, workdir = cli.saved_or_given(values.workdir, values.override, given_config)
+        config, workdir = cli.saved_or_given(values.workdir, given_config)
         given = config_flags.get_override_values(values["decode"])
         decode = dataclasses.replace(config.eval.decode, **given)
         items, source = _items(config, values)

@@ -11,6 +11,12 @@ many do not fit, and how many targets are empty.
     --list                     instead of NAME: the names of all tasks and mixtures
 """
 
+if __name__ == "__main__":   # --help is answered before what is slow to import
+    import sys
+
+    from t5x_lite import manual
+    manual.answer(__file__, sys.argv)
+
 import itertools
 import re
 import sys

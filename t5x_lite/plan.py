@@ -9,6 +9,12 @@ Three kinds of figures stand apart: the compiler's (memory, collectives), the bo
 no step is faster), and an assumption (--mfu), from which time, energy and price follow.
 """
 
+if __name__ == "__main__":   # --help is answered before what is slow to import
+    import sys
+
+    from t5x_lite import manual
+    manual.answer(__file__, sys.argv)
+
 import json
 import logging
 

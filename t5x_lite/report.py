@@ -5,6 +5,12 @@ over steps, tokens, FLOPs or hours, final values with their ranges over seeds, s
 cost. It needs no network. A folder that holds runs, such as an experiment's, stands for all of them.
 """
 
+if __name__ == "__main__":   # --help is answered before what is slow to import
+    import sys
+
+    from t5x_lite import manual
+    manual.answer(__file__, sys.argv)
+
 import math
 import os
 import re

@@ -16,6 +16,12 @@ from the newest checkpoint of the workdir and ends as if it had never stopped.
 What happens to a run from outside stands in running/: signals, steps that are not finite, a hang.
 """
 
+if __name__ == "__main__":   # --help is answered before what is slow to import
+    import sys
+
+    from t5x_lite import manual
+    manual.answer(__file__, sys.argv)
+
 import dataclasses
 import functools
 import json

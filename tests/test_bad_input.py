@@ -13,6 +13,7 @@ from t5x_lite import build as build_lib, cli, config as configs, train
 from t5x_lite.checkpoints import manager
 from t5x_lite.errors import UserError
 from t5x_lite.parallel.sharding import MeshConfig
+from t5x_lite.training import precision
 from tests import tiny_config
 from tests.test_train import ROOT, command
 
@@ -93,6 +94,7 @@ def test_heads_are_checked_in_units(config):
     ("--config.train.num_steps=many", "num_steps"),
     ("--confg=x", "config"),
     ("--config.mesh.data=5", "mesh"),
+    ("--num_steps=5", "unknown flag --num_steps. did you mean --config.train.num_steps?"),
 ])
 def test_the_command_line_exits_with_one_screen(tmp_path, override, message):
     text = tiny_config.write_text(tmp_path / "words.txt")
@@ -102,6 +104,42 @@ def test_the_command_line_exits_with_one_screen(tmp_path, override, message):
     assert done.returncode == 2, done.stderr
     assert message in done.stderr and done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 15
+
+
+@pytest.mark.parametrize(("given", "flag"), [
+    ("--config.checkpoint.keep_every=5", "--override=checkpoint.keep_every=5"),
+    ("--config.model.encoder=None", "--override=model.encoder=None"),
+    ("--config.model.decoder.segments[0].repeats=4", "--override=model.decoder.segments[0].repeats=4"),
+    ("--config.train.num_steps=None", "--override=train.num_steps=None"),
+    ("--config.init_map=(('a','b'),)", "--override=init_map=(('a','b'),)"),
+    ("--config.train.num_steps=4", "--config.train.num_steps=4"),
+    ("--config=configs/t5_1_1.py:base", "--config=configs/t5_1_1.py:base"),
+    ("--workdir=x=None", "--workdir=x=None"),
+])
+def test_what_ml_collections_cannot_say_is_an_override(given, flag):
+    assert cli._edit(given) == flag
+
+
+@pytest.mark.parametrize(("flag", "hint"), [
+    ("workdr", "did you mean 'workdir'?"), ("num_steps", "did you mean --config.train.num_steps?"),
+    ("train.num_steps", "did you mean --config.train.num_steps?"),
+    ("lr", "did you mean --config.optimizer.schedule.base_learning_rate?"),
+    ("batch_size", "did you mean --config.train.global_batch_size?"),
+    ("qqq", "--help lists the flags"),
+])
+def test_an_unknown_flag_names_the_field_that_it_means(flag, hint):
+    own = ["config", "override", "workdir"]
+    assert hint in cli.meant(flag, own, given=True)
+    assert cli.meant("num_steps", own, given=False) == " did you mean --override=train.num_steps?"
+    assert cli.meant("num_steps", ["workdir", "only"], given=True) == ""
+
+
+@pytest.mark.parametrize(("name", "ours"), [("bfloat16", "bf16"), ("float16", "fp16"), ("fp32", "float32"),
+                                            ("flaot32", "float32")])
+def test_another_programs_name_of_a_precision_names_ours(name, ours):
+    with pytest.raises(UserError, match=f"did you mean '{ours}'"):
+        precision.policy(name)
+    assert set(precision.ELSEWHERE.values()) <= set(precision.POLICIES)
 
 
 @pytest.mark.parametrize("field", ["nm_steps", "eval_every"])

@@ -164,3 +164,48 @@ def test_overrides_take_what_flags_take():
     assert (run.train.batch_ramp.stages, run.init_map) == ((), ((".*", ""),))
     with pytest.raises(UserError, match="train.seed='False'|train.seed=False"):
         configs.override(run, ["train.seed=False"])
+
+
+@pytest.mark.parametrize(("text", "path", "value"), [
+    ("model.decoder.segments[0].repeats=4", ("model", "decoder", "segments", 0, "repeats"), 4),
+    ("model.decoder.segments[0].blocks[0].mlp.mlp_dim=48",
+     ("model", "decoder", "segments", 0, "blocks", 0, "mlp", "mlp_dim"), 48),
+    ("checkpoint.keep_every=100", ("checkpoint", "keep_every"), 100),
+    ("checkpoint.keep_every=None", ("checkpoint", "keep_every"), None),
+    ("model.encoder=None", ("model", "encoder"), None),
+    ("init_map=(('a','b'),)", ("init_map",), (("a", "b"),)),
+    ("sharding.rules.mlp=data,tensor", ("sharding", "rules", "mlp"), ("data", "tensor")),
+    ("sharding.rules.mlp=('data','tensor')", ("sharding", "rules", "mlp"), ("data", "tensor")),
+    ("name=7", ("name",), "7"),
+    ("train.bad_steps=skip", ("train", "bad_steps"), "skip"),
+    ("eval.metrics=False", ("eval", "metrics"), False),
+])
+def test_an_override_reaches_items_none_and_tuples(text, path, value):
+    found = configs.override(tiny.seq2seq(), [text])
+    for step in path:
+        found = found[step] if isinstance(step, int) or isinstance(found, dict) else getattr(
+            found, step)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("model.decoder.segments[1].repeats=4", "model.decoder.segments has 1 items, counted from 0"),
+    ("model.decoder.segments.repeats=4", "is a list: take an item, model.decoder.segments[0]"),
+    ("model.decoder[0].causal=True", "model.decoder is no list"),
+    ("model.decoder.segments[0].blocks[0].moe.num_experts=4",
+     "model.decoder.segments[0].blocks[0].moe is None here; give the whole section"),
+    ("train.sed=1", "did you mean 'seed'?"), ("train.num_steps", "Write section.field=value"),
+    ("train.num_steps=None", "config.train.num_steps=None: must be int"),
+])
+def test_an_override_that_reaches_nothing_says_why(text, message):
+    with pytest.raises(UserError) as error:
+        configs.override(tiny.seq2seq(), [text])
+    assert message in str(error.value)
+
+
+def test_a_whole_section_is_given_in_json():
+    run = configs.override(tiny.seq2seq(), [
+        'model.decoder.segments[0].blocks[0].moe={"num_experts": 4}'])
+    assert run.model.decoder.segments[0].blocks[0].moe == MoEConfig(num_experts=4)
+    names = configs.field_names(run)
+    assert "model.decoder.segments[0].blocks[0].moe.num_experts" in names and "train" not in names

@@ -11,7 +11,16 @@ import jax
 import numpy as np
 import pytest
 
-from t5x_lite import build, eval as eval_main, init_from, interactive, same_vocabulary, train, tree
+from t5x_lite import (
+    build,
+    config as configs,
+    eval as eval_main,
+    init_from,
+    interactive,
+    same_vocabulary,
+    train,
+    tree,
+)
 from t5x_lite.config import RunConfig, from_mapping, to_json
 from t5x_lite.errors import UserError
 from t5x_lite.formats import assignment
@@ -229,3 +238,22 @@ def test_train_and_eval_start_from_it(tmp_path, capsys):
         config.model, vocab_size=4096), data=dataclasses.replace(config.data, vocabulary="python"))
     with pytest.raises(UserError, match="python has 4096 ids and .*run 384 rows"):
         init_from.restore(build.build(other), None)
+
+
+def test_another_shape_says_which_fields_to_set():
+    run = tiny.seq2seq()
+    table = Model(run.model).table
+    other = configs.override(run, [
+        "model.embed_dim=24", "model.decoder.segments[0].blocks[0].mlp.mlp_dim=40",
+        "model.decoder.segments[0].blocks[0].self_attention.num_heads=2",
+        "model.encoder.segments[0].repeats=3"])
+    held = {path: info.shape for path, info in Model(other.model).table.items()}
+    with pytest.raises(UserError) as error:
+        assignment.assign(table, held, (), "hf:x")
+    message = str(error.value)
+    for part in ("model.embed_dim to 24 (now 16)", "num_heads of attention in model.decoder to 2 (now 4)",
+                 "mlp_dim of mlp or moe in model.decoder to 40 (now 32)",
+                 "repeats of segments in model.encoder to 3 (now 2)"):
+        assert part in message
+    assert "model.vocab_size" not in message
+    assert assignment.fields_to_set(()) == ""

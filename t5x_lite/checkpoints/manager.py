@@ -25,33 +25,15 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from t5x_lite.checkpoints import format as checkpoint_format
+from t5x_lite.checkpoints.config import CheckpointConfig
 from t5x_lite.checkpoints.format import Record, Restored, Unreadable
 from t5x_lite.checkpoints.lock import WorkdirLock
-from t5x_lite.errors import Count, UserError, at_least, nearest
+from t5x_lite.errors import UserError, nearest
 
 _log = logging.getLogger(__name__)
 
 # Orbax's own limit, 600 s, is short for a large model on a slow shared disk.
 _COMMIT_TIMEOUT_SECONDS = 3600
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    """When to save and what to keep. The last step of a run is always saved."""
-
-    every: Count = 1000  # steps between two checkpoints
-    keep_last: int = 3  # the newest ones that stay
-    keep_every: int | None = None  # steps divisible by this stay for good
-    async_save: bool = True  # write in the background while training goes on
-    # Seconds that a start waits for another job in the same workdir to end (see lock.py).
-    wait_for_workdir: float = 60.0
-
-    def __post_init__(self):
-        for name, lowest in (("every", 1), ("keep_last", 1), ("keep_every", 1),
-                             ("wait_for_workdir", 0)):
-            value = getattr(self, name)
-            if value is not None:
-                at_least(f"checkpoint.{name}", value, lowest)
 
 
 # --- finding checkpoints (reads only) ------------------------------------------------------

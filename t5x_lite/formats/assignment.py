@@ -7,7 +7,7 @@ copied to every expert.
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -65,7 +65,7 @@ def assign(table: Mapping[str, ParamInfo], held: Mapping[str, Shape], init_map: 
     if difference:
         raise UserError(
             f"{where} does not hold the parameters that the model needs (expected: the model's; "
-            f"found: the source's):\n{difference}\nLoad a part of them with "
+            f"found: the source's):\n{difference}\n{fields_to_set(difference.mismatched)}Load a part of them with "
             "--config.init_map=\"((regex, source path or ''), …)\", where '' leaves fresh.")
     fresh = tuple(path for path, source in sources.items() if not source)
     return Assignment(loaded, fresh, skipped)
@@ -81,6 +81,33 @@ def _source_of(path: str, init_map: InitMap) -> tuple[int | None, str]:
         except (re.error, IndexError) as error:
             raise UserError(f"init_map[{i}]=({pattern!r}, {replacement!r}): {error}.") from error
     return None, path
+
+
+# Which field of a config makes a dim of this logical axis so long.
+_FIELD_OF = {"embed": "model.embed_dim", "vocab": "model.vocab_size", "mlp": "mlp_dim of mlp or moe",
+             "heads": "num_heads of attention", "kv_heads": "num_kv_heads of attention",
+             "head_dim": "head_dim of attention", "expert": "num_experts of moe",
+             "layers": "repeats of segments", "position": "max_length of position",
+             "buckets": "num_buckets of position", "lora": "peft.rank"}
+
+
+def fields_to_set(mismatched: Iterable[tuple[str, "_Wanted", Shape]]) -> str:
+    """"To take them as they are, set …" with each field and value that the found shapes ask for, and
+    an end of line; "" where the shapes do not say."""
+    asked: dict[str, None] = {}
+    for path, wanted, found in mismatched:
+        info, stack = wanted.info, path.partition("/")[0]
+        if len(found) != len(info.shape):
+            continue
+        for axis, ours, theirs, unit in zip(info.logical_axes, info.shape, found, info.units,
+                                            strict=True):
+            if ours == theirs or axis not in _FIELD_OF:
+                continue
+            field, size = _FIELD_OF[axis], ours // unit   # of a head, where heads are merged
+            where = "" if field.startswith(("model.", "peft.")) else f" in model.{stack}"
+            count = theirs // size if theirs % size == 0 else f"{theirs} / head_dim"
+            asked[f"{field}{where} to {count} (now {unit})"] = None
+    return f"To take them as they are, set {'; '.join(asked)}.\n" if asked else ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,9 +54,16 @@ POLICIES: dict[str, Policy] = {p.name: p for p in (
 )}
 
 
+# What other programs call them: PyTorch's and JAX's dtypes, transformers' and DeepSpeed's flags.
+ELSEWHERE = {"bfloat16": "bf16", "bf16_mixed": "bf16", "bf16-mixed": "bf16", "mixed": "bf16",
+             "float16": "fp16", "half": "fp16", "16": "fp16", "16-mixed": "fp16",
+             "fp32": "float32", "f32": "float32", "float": "float32", "32": "float32",
+             "float8": "fp8", "float8_e4m3fn": "fp8", "bf16_full": "bf16_params"}
+
+
 def policy(name: str) -> Policy:
     """The policy of this name. Raises UserError naming the nearest one."""
-    return POLICIES[one_of("precision", name, POLICIES)]
+    return POLICIES[one_of("precision", name, POLICIES, ELSEWHERE)]
 
 
 def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:

@@ -1,0 +1,82 @@
+"""T5X's names set our fields, as docs/from_t5x.md says, and what cannot be is refused by name."""
+
+import re
+import shlex
+
+import pytest
+
+from t5x_lite import config as configs, gin_spelling
+from t5x_lite.errors import UserError
+from tests import tiny
+from tests.test_imports import ROOT
+
+PAGE = (ROOT / "docs" / "from_t5x.md").read_text()
+ROWS = re.findall(r"^\| `--gin\.(.+?)` \| (.+) \|$", PAGE, flags=re.M)
+
+
+def bound(*arguments: str) -> configs.RunConfig:
+    """A tiny run with what a command line says."""
+    words = [gin_spelling.rewritten(a) for a in arguments]
+    assert all(word.startswith("--gin=") for word in words)
+    return gin_spelling.apply(tiny.seq2seq(), [word.removeprefix("--gin=") for word in words])
+
+
+@pytest.mark.parametrize(("theirs", "ours"), ROWS, ids=[name.partition("=")[0] for name, _ in ROWS])
+def test_every_row_of_the_page_sets_what_it_says(theirs, ours):
+    fields = re.findall(r"`--config\.([^`]+)`", ours)
+    if not fields:
+        assert gin_spelling.rewritten(f"--gin.{theirs}") == "--workdir=DIR"
+        return
+    expected = configs.override(tiny.seq2seq(), [shlex.split(field)[0] for field in fields])
+    found = bound(f"--gin.{theirs}")
+    if "and so on" in ours:
+        found_at = configs.field_names(found)
+        rates = [name for name in found_at if name.endswith(".dropout_rate")]
+        assert len(rates) > 4 and found.model.encoder.dropout_rate == 0.1
+        assert found.model.decoder.segments[0].blocks[0].mlp.dropout_rate == 0.1
+        assert found.model.decoder.segments[0].blocks[0].self_attention.dropout_rate == 0.1
+        return
+    assert found == expected and found != tiny.seq2seq()
+
+
+def test_the_page_has_a_row_for_each_name():
+    shown = {name.partition("=")[0].rpartition("/")[2] for name, _ in ROWS}
+    shorts = {".".join(name.split(".")[-2:]) for name in shown}
+    refused = {"LOSS_NORMALIZING_FACTOR", "USE_CACHED_TASKS"}
+    assert {*gin_spelling.BINDINGS, *gin_spelling.FLAGS} == shorts | refused | {
+        "train.random_seed"} - refused | refused
+
+
+def test_our_own_fields_and_several_at_once():
+    run = bound("--gin.train.num_steps=10", "--gin.model.decoder.segments[0].blocks[0].mlp.mlp_dim=48",
+                "--gin.TRAIN_STEPS=20")
+    assert run.train.num_steps == 20
+    assert run.model.decoder.segments[0].blocks[0].mlp.mlp_dim == 48
+
+
+@pytest.mark.parametrize(("argument", "message"), [
+    ("--gin.TRAIN_STEP=3", "did you mean 'TRAIN_STEPS'"),
+    ("--gin.utils.SaveCheckpointConfig.periods=3", "did you mean 'SaveCheckpointConfig.period'"),
+    ("--gin.nonsense=3", "docs/from_t5x.md"),
+    ("--gin.TRAIN_STEPS=%OTHER", "references of gin"),
+    ("--gin.BATCH_SIZE='many'", "config.train.global_batch_size='many': must be int, not str"),
+    ("--gin.BATCH_SIZE=0", "at least 1"),
+    ("--gin.TASK_FEATURE_LENGTHS=512", "must be {'inputs'"),
+    ("--gin.LOSS_NORMALIZING_FACTOR=1", "means over the tokens"),
+    ("--gin.USE_CACHED_TASKS=True", "data.cached_tasks"),
+    ("--gin.network.T5Config.dtype='int8'", "one of bfloat16"),
+])
+def test_what_does_not_fit_is_named(argument, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        bound(argument)
+
+
+@pytest.mark.parametrize("argument", ["--gin_file=base.gin", "--gin_bindings=A=3",
+                                      "--gin_search_paths=."])
+def test_gin_files_are_refused_with_what_to_do(argument):
+    with pytest.raises(UserError, match="write a Python file with get_config"):
+        gin_spelling.rewritten(argument)
+    assert gin_spelling.rewritten("--ginger=3") == "--ginger=3"
+    assert gin_spelling.rewritten("plain") == "plain"
+    with pytest.raises(UserError, match="write --gin.NAME=VALUE"):
+        gin_spelling.rewritten("--gin.TRAIN_STEPS")
