@@ -34,7 +34,8 @@ setuptools.setup(
     packages=setuptools.find_packages(include=["t5x_lite*", "configs*", "tasks*"]),
     # The tables of facts and the vocabularies, whatever their suffix.
     package_data={"tasks": ["**/*"], "t5x_lite": ["py.typed"], "t5x_lite.data": ["vocab/*"],
-                  "t5x_lite.corpus": ["lists/*"], "t5x_lite.reporting": ["*.j2"]},
+                  "t5x_lite.corpus": ["lists/*"], "t5x_lite.reporting": ["*.j2"],
+                  "t5x_lite.scaling": ["*.j2"]},
     entry_points={"console_scripts": [
         f"t5x-lite-{script} = t5x_lite.console:{function}" for script, function in _SCRIPTS.items()]},
     install_requires=[

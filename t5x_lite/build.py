@@ -25,6 +25,7 @@ from t5x_lite.models.params import ParamInfo
 from t5x_lite.models.peft import Tuning
 from t5x_lite.parallel import pipeline, sharding
 from t5x_lite.parallel.sharding import Rules
+from t5x_lite.running import counts
 from t5x_lite.training import objectives, precision, state, steps
 from t5x_lite.training.optimizers import Optimizer, make_optimizer, until
 
@@ -91,10 +92,38 @@ class Program:
         """Model FLOPs of forward and backward of one row, from the structure: what MFU counts."""
         return sum(self.step_flops(1).values())
 
+    @property
+    def row_cost(self) -> counts.RowCost:
+        """What one row costs, by every way of counting that a run records."""
+        parts = self.step_flops(1)
+        half = flops.step_flops(self.config.model, self.table, self._trained, 1, *self.lengths,
+                                causal_half=True)
+        total, tokens = sum(parts.values()), self.tokens_per_sequence
+        found = self._counted
+        return counts.RowCost(
+            tokens, total, sum(half.values()), total - parts["logits"],
+            flops.six_nd(found.non_embedding_active + found.head, tokens))
+
+    @property
+    def parameter_counts(self) -> dict[str, int | float]:
+        """The parameters by every way of counting, as running/counts.py names them."""
+        found = self._counted
+        return {"params": found.total, "params_no_embed": found.non_embedding,
+                "params_no_embed_head": found.non_embedding + found.head,
+                "params_active": found.active}
+
+    @property
+    def _counted(self) -> flops.ParameterCounts:
+        return flops.parameter_counts(self.config.model, self.table, length=self.lengths[-1] or
+                                      self.lengths[0])
+
+    @property
+    def _trained(self) -> frozenset[str]:
+        return frozenset(self.trainable.keys() - self.optimizer.frozen)
+
     def step_flops(self, rows: int, least: bool = False) -> dict[str, float]:
         """Model FLOPs of a step over so many rows by part, see cost.flops.step_flops."""
-        return flops.step_flops(self.config.model, self.table,
-                                self.trainable.keys() - self.optimizer.frozen, rows,
+        return flops.step_flops(self.config.model, self.table, self._trained, rows,
                                 *self.lengths, least=least)
 
     @property

@@ -116,6 +116,10 @@ class RunConfig:
     # them come from where, see init_from.py.
     init_from: str = ""
     init_map: tuple[tuple[str, str], ...] = ()
+    # Another run's workdir, or WORKDIR/checkpoints/STEP of it, to go on from with its parameters,
+    # optimizer, place in the data and counts, as if it were this run's own: another schedule from
+    # there on, say. "": none.
+    branch_from: str = ""
 
 
 def to_config_dict(value: Any) -> ml_collections.ConfigDict:

@@ -11,7 +11,8 @@ metrics.jsonl of all runs become a table and a plot:
     DIR/curves.png          the metric over the steps, a line an arm, the seeds' range shaded
 
 `--override=train.num_steps=50` changes a field of every run, `--only=REGEX` runs the
-folders that match, `--config=FILE:ARG` hands ARG to get_runs.
+folders that match, `--config=FILE:ARG` hands ARG to get_runs, `--over=FLOPs --log=xy` chooses the
+plot's axes (step, tokens, FLOPs, parameters or hours).
 """
 
 if __name__ == "__main__":   # --help is answered before what is slow to import
@@ -33,7 +34,7 @@ from absl import flags
 from t5x_lite import cli, config as configs, log, train
 from t5x_lite.checkpoints import manager
 from t5x_lite.config import RunConfig
-from t5x_lite.errors import UserError
+from t5x_lite.errors import UserError, one_of
 from t5x_lite.reporting import figure, runs as reporting_runs
 from t5x_lite.training import metrics
 
@@ -47,6 +48,8 @@ class Run:
     config: RunConfig
     stage: str = ""             # where an arm has several: pretrain, finetune, …
     after: str = ""             # the stage of the same arm and seed whose last parameters start it
+    at: int = 0                 # of `after`: the step whose whole state it goes on from instead, as
+                                # a branch; 0: its last parameters alone
 
     @property
     def folder(self) -> str:
@@ -83,7 +86,9 @@ def execute(runs: Sequence[Run], workdir: pathlib.Path) -> None:
         config = run.config
         if run.after:
             source = workdir / dataclasses.replace(run, stage=run.after).folder
-            config = dataclasses.replace(config, init_from=str(source))
+            begin = {"branch_from": f"{source}/checkpoints/{run.at}"} if run.at else {
+                "init_from": str(source)}
+            config = dataclasses.replace(config, **begin)
         if is_finished(folder, config):
             log.say(f"[{number}/{len(runs)}] {run.folder}: finished before")
             continue
@@ -140,27 +145,39 @@ def summary(runs: Sequence[Run], workdir: pathlib.Path, shown: Sequence[str]) ->
     return "\n".join(lines) + "\n"
 
 
-def draw(runs: Sequence[Run], workdir: pathlib.Path, metric: str, path: pathlib.Path) -> None:
-    """Plots `metric` over the steps: an arm's mean as a line, its seeds' range shaded. Says so where
-    no run has the metric, instead of drawing nothing."""
+def draw(runs: Sequence[Run], workdir: pathlib.Path, metric: str, path: pathlib.Path,
+         over: str = "step", log_axes: str = "") -> None:
+    """Plots `metric`: an arm's mean as a line, its seeds' range shaded. Says so where no run has the
+    metric, instead of drawing nothing.
+
+    over: a key of reporting/runs.AXES. log_axes: "x", "y" or "xy" have logarithmic scales.
+    """
     folders = {workdir / run.folder for run in runs}
     read = [run for run in reporting_runs.find([str(workdir)]) if run.folder in folders]
-    if not any(reporting_runs.curve(run, metric) for run in read):
+    if not any(reporting_runs.curve(run, metric, over) for run in read):
         known = ", ".join(reporting_runs.metrics_of(read)) or "none"
-        log.say(f"{path.name} is not drawn: no run has PLOTTED={metric!r}; there are {known}")
+        log.say(f"{path.name} is not drawn over {over}: no run has PLOTTED={metric!r}; there are "
+                f"{known}")
         return
-    figure.drawn(read, metric).savefig(path, dpi=120)
+    figure.drawn(read, metric, over, logx="x" in log_axes, logy="y" in log_axes).savefig(
+        path, dpi=120)
 
 
-def run(path: str, workdir: pathlib.Path, *, overrides: Sequence[str] = (), only: str = "") -> str:
+def run(path: str, workdir: pathlib.Path, *, overrides: Sequence[str] = (), only: str = "",
+        over: str = "", log_axes: str | None = None) -> str:
     """Runs an experiment and returns its table; the config may define
 
         SHOWN       the metrics of the table, "TASK/METRIC", or "*/METRIC" where the task is an
                     argument (default: all/loss)
         PLOTTED     the metric of the plot (default: eval/ and the first of SHOWN)
+        OVER        its x axis: step (default), tokens, FLOPs, parameters or hours
+        LOG_AXES    "x", "y" or "xy": what is logarithmic (default: nothing)
         conclude    (runs, workdir) -> Markdown that is added below the table
     """
     module, argument = load(path)
+    over = one_of("--over", over or getattr(module, "OVER", "step"), reporting_runs.AXES)
+    log_axes = one_of("--log", getattr(module, "LOG_AXES", "") if log_axes is None else log_axes,
+                      ("", "x", "y", "xy"))
     runs = [dataclasses.replace(r, config=configs.override(r.config, overrides))
             for r in (module.get_runs(argument) if argument else module.get_runs())]
     chosen = [r for r in runs if re.search(only, r.folder)]
@@ -176,7 +193,7 @@ def run(path: str, workdir: pathlib.Path, *, overrides: Sequence[str] = (), only
         (workdir / "results.json").write_text(
             json.dumps(final_values(runs, workdir), indent=1) + "\n")
         draw(runs, workdir, getattr(module, "PLOTTED", f"eval/{shown[0]}"),
-             workdir / "curves.png")
+             workdir / "curves.png", over, log_axes)
     log.say(text)
     return text
 
@@ -186,11 +203,13 @@ if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs and results go.")
     _OVERRIDE = flags.DEFINE_multi_string("override", [], "field=value for every run's config.")
     _ONLY = flags.DEFINE_string("only", "", "Regex: only the runs whose folder it finds.")
+    _OVER = flags.DEFINE_string("over", "", "The plot's x axis: step, tokens, FLOPs, parameters …")
+    _LOG = flags.DEFINE_string("log", None, "Logarithmic axes of the plot: x, y or xy.")
 
     def main() -> None:
         if not _CONFIG.value:
             raise UserError("--config is missing: a file of configs/experiments/.")
         run(_CONFIG.value, cli.workdir(_WORKDIR.value), overrides=_OVERRIDE.value,
-            only=_ONLY.value)
+            only=_ONLY.value, over=_OVER.value, log_axes=_LOG.value)
 
     cli.run(main)

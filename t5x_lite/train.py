@@ -25,6 +25,7 @@ if __name__ == "__main__":   # --help is answered before what is slow to import
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import time
@@ -58,8 +59,8 @@ from t5x_lite.running.clock import LOST, Clock, Watchdog
 from t5x_lite.running.counts import Counts
 from t5x_lite.running.health import Fault, Health, Step
 from t5x_lite.running.signals import Stop, stopped_status
-from t5x_lite.training import batch_ramp, metrics
-from t5x_lite.training.steps import FINITE
+from t5x_lite.training import batch_ramp, metrics, schedules
+from t5x_lite.training.steps import FILLED, FINITE
 
 # Load entropy of a mixture, as a share of a uniform load's, below which a run warns: 8 experts
 # of which two share everything have a third.
@@ -132,9 +133,11 @@ def _start(session: _Session) -> Start:
         start = restore_or_init(
             checkpointer, program.abstract_state, program.init_state,
             init_from_fn if program.config.init_from else None,
-            functools.partial(init_from.frozen, program))
+            functools.partial(init_from.frozen, program), program.config.branch_from)
         if start.iterator_states is not None:
             session.train_data.restore(start.iterator_states)
+        if start.branched and log.is_main():
+            metrics.inherit(program.config.branch_from, session.workdir)
     except UserError as error:
         steps = checkpointer.all_steps()
         changed = _changed(read_record(checkpointer.directory, steps[-1]), program.config) \
@@ -279,8 +282,9 @@ class _Meter:
         program, train = session.program, session.program.config.train
         memory = record.progress if record is not None else {}
         spent = memory.get("spent") or _spent_until(record, program)
-        self.counts = Counts.resumed(spent, program.tokens_per_sequence,
-                                     program.flops_per_sequence)
+        self.counts = Counts.resumed(spent, program.row_cost, memory.get("tokens"))
+        self._parameters = program.parameter_counts
+        self._batch, self._rate = 0, math.nan   # of the last step that was read
         self.health = Health(train, program.config.loss_scale.minimum, memory.get("health"))
         self._sums: dict = {name: tuple(pair) for name, pair in memory.get("sums", {}).items()}
         self._skipped_in_line = memory.get("skipped_in_line", 0)
@@ -299,15 +303,17 @@ class _Meter:
 
     def memory(self) -> dict[str, Any]:
         """What the next life of the run goes on from, as JSON values; stands in the checkpoint."""
-        return {"spent": self.counts.spent, "sums": self._sums, "health": self.health.memory(),
+        return {"spent": self.counts.spent, "tokens": self.counts.token_counts,
+                "sums": self._sums, "health": self.health.memory(),
                 "skipped_in_line": self._skipped_in_line,
                 "usage": self._usage.so_far(), "seconds": self._session.clock.seconds(),
                 "saved_at": time.time()}
 
     def stamp(self, step: int) -> dict[str, float]:
-        """What every line of metrics.jsonl carries."""
-        return {"step": step, "tokens_seen": self.counts.tokens, "flops": self.counts.flops,
-                "non_embedding_params": self._program.num_non_embedding_params}
+        """What every line of metrics.jsonl carries, as running/counts.py says."""
+        schedule = self._program.optimizer.config.schedule
+        return {"step": step, **self.counts.stamp(), **self._parameters, "batch": self._batch,
+                "lr": self._rate, "phase": schedules.phase(schedule, step - 1)}
 
     def _used(self) -> dict[str, float | str]:
         """Chip-hours, energy, carbon and MFU, as usage.UsageMeter gives them."""
@@ -326,7 +332,9 @@ class _Meter:
         sums = dict(jax.device_get(sums))
         step = Step.read(number, sums, bound)
         del sums[FINITE]
-        self.counts.add(rows)
+        self.counts.add(rows, float(sums["loss"][1]), int(sums.pop(FILLED)[0]))
+        self._batch = rows * self._program.tokens_per_sequence
+        self._rate = float(sums["learning_rate"][0])
         fault = self.health.judge(step)
         if fault is not None and fault.stops:
             raise self._stopped_by(step, fault)

@@ -62,6 +62,25 @@ def test_bad_input(tmp_path):
         experiment.run(f"{tmp_path}/compare.py:{text}", tmp_path, overrides=["train.steps=3"])
 
 
+def test_a_plot_has_the_axes_that_are_asked_for(tmp_path, monkeypatch):
+    runs = [experiment.Run(arm, 0, None) for arm in "ab"]
+    for run in runs:
+        write_run(tmp_path / run.folder, 0, [2.0, 1.0])
+    drawn = []
+    original = experiment.figure.drawn
+    monkeypatch.setattr(experiment.figure, "drawn", lambda *args, **options: drawn.append(
+        original(*args, **options)) or drawn[-1])
+    experiment.draw(runs, tmp_path, "eval/all/loss", tmp_path / "curves.png", "FLOPs", "xy")
+    [axes] = drawn[0].axes
+    assert axes.get_xlabel() == "FLOPs (FLOP)"
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert axes.lines[0].get_xdata().tolist() == [1e9, 2e9]
+    config = tmp_path / "c.py"
+    config.write_text("def get_runs():\n    return ()\n")
+    with pytest.raises(UserError, match="--over='flops': must be one of step, tokens, FLOPs"):
+        experiment.run(str(config), tmp_path, over="flops")
+
+
 def test_a_metric_that_no_run_has_is_said_and_not_drawn(tmp_path, capsys):
     run = experiment.Run("a", 0, None)
     write_run(tmp_path / run.folder, 0, [2.0])

@@ -380,24 +380,28 @@ class Start(NamedTuple):
 
     state: Any
     iterator_states: dict[int, bytes] | None   # None: the data start at their beginning
-    record: Record | None                      # of the checkpoint that the run resumes from
+    record: Record | None                      # of the checkpoint that the run goes on from
+    branched: bool = False                     # whether that is another run's
 
 
 def restore_or_init(checkpointer: Checkpointer, abstract_state: Any, init_fn: Callable[[], Any],
                     init_from_fn: Callable[[], Any] | None = None,
-                    frozen_fn: Callable[[], Mapping] | None = None) -> Start:
+                    frozen_fn: Callable[[], Mapping] | None = None,
+                    branch_from: str = "") -> Start:
     """Where a run starts. The first of these that there is, which is also logged:
 
     1. the newest readable checkpoint in the run's own workdir: the run goes on. A preempted
        fine-tuning must not start over from the pre-trained model;
-    2. init_from_fn(), the state from another checkpoint, at step 0 and with a new optimizer;
-    3. init_fn(), the state from the seed.
+    2. the checkpoint of branch_from: the run goes on from another's as if it were its own;
+    3. init_from_fn(), the state from another checkpoint, at step 0 and with a new optimizer;
+    4. init_fn(), the state from the seed.
 
     Args:
+      branch_from: a workdir, whose newest readable checkpoint is taken, or the folder of one step.
       frozen_fn: state["frozen"] of the first case, where the abstract state has it.
 
     Raises:
-      UserError: see Checkpointer.restore_latest. Never falls from 1 to 2 or 3 because the
+      UserError: see Checkpointer.restore_latest. Never falls from 1 to the others because the
         workdir's checkpoints are damaged.
     """
     restored = checkpointer.restore_latest(abstract_state, frozen_fn)
@@ -405,11 +409,24 @@ def restore_or_init(checkpointer: Checkpointer, abstract_state: Any, init_fn: Ca
         _say(logging.INFO, "resumed from step %s of %s", restored.record.step,
              checkpointer.directory)
         return Start(restored.state, restored.iterator_states, restored.record)
+    if branch_from:
+        restored = _branch(branch_from, abstract_state, frozen_fn)
+        _say(logging.INFO, "branched from step %s of %s", restored.record.step, branch_from)
+        return Start(restored.state, restored.iterator_states, restored.record, branched=True)
     if init_from_fn is not None:
         _say(logging.INFO, "started from init_from")
         return Start(init_from_fn(), None, None)
     _say(logging.INFO, "started from scratch")
     return Start(init_fn(), None, None)
+
+
+def _branch(source: str, abstract_state: Any, frozen_fn: Callable[[], Mapping] | None) -> Restored:
+    """The checkpoint that a branch begins with. Raises UserError where there is none."""
+    where, step = _absolute(source), "last"
+    if where.name.isdigit() and where.parent.name == "checkpoints":   # to list what else there is
+        where, step = where.parents[1], int(where.name)
+    return _first_readable(where, step, lambda folder: checkpoint_format.read_step(
+        folder, abstract_state, frozen_fn))
 
 
 def _say(level: int, message: str, *args):

@@ -117,7 +117,7 @@ def train_flops(config: "ModelConfig", rows: int, encoder_length: int, decoder_l
 
 def step_flops(config: "ModelConfig", table: Mapping[str, "ParamInfo"], trained: Collection[str],
                rows: int, encoder_length: int, decoder_length: int, *,
-               least: bool = False) -> dict[str, float]:
+               least: bool = False, causal_half: bool = False) -> dict[str, float]:
     """FLOPs of a training step: {"encoder", "decoder", "logits"}, train_flops in sum where
     everything trains.
 
@@ -127,13 +127,15 @@ def step_flops(config: "ModelConfig", table: Mapping[str, "ParamInfo"], trained:
         least: only what no implementation can leave out: the pairs that causality and windows
             let through, and of a mixture's choices those that surely find room. Rows are taken
             to be full. False: as MFU counts.
+        causal_half: as MFU counts, but for the pairs that causality and windows hide.
     """
     found = {}
     for side in ("encoder", "decoder"):
         stack = getattr(config, side)
         if stack is None:
             continue
-        layers = list(_layer_flops(config, stack, rows, encoder_length, decoder_length, least))
+        layers = list(_layer_flops(config, stack, rows, encoder_length, decoder_length, least,
+                                   causal_half=causal_half))
         above = layers[_lowest_trained(config, side, trained) + 1:]
         found[side] = sum(layer.total for layer in layers) \
             + sum(layer.total + layer.attention for layer in above)
@@ -271,11 +273,17 @@ class ParameterCounts:
     embedding: int     # token and position embeddings
     logits: int        # the projection to the vocabulary, where it is not the embedding
     active: float      # total, with only the experts that one token visits
+    head: int          # the kernel that makes logits, also where it is the token embedding
 
     @property
     def non_embedding(self) -> int:
         """Kaplan et al. 2020's N: without embeddings, positions and the projection to logits."""
         return self.total - self.embedding - self.logits
+
+    @property
+    def non_embedding_active(self) -> float:
+        """Those of them that one token meets."""
+        return self.active - self.embedding - self.logits
 
 
 def parameter_counts(config: "ModelConfig", table: Mapping[str, "ParamInfo"], *,
@@ -290,7 +298,9 @@ def parameter_counts(config: "ModelConfig", table: Mapping[str, "ParamInfo"], *,
         elif {"vocab", "position"} & set(info.logical_axes):
             embedding += info.size
         active += info.size * _active_share(config, info, length)
-    return ParameterCounts(total, embedding, logits, active)
+    own = table.get("logits/kernel")
+    head = config.embed_dim * config.vocab_size if own is None else own.size
+    return ParameterCounts(total, embedding, logits, active, head)
 
 
 def six_nd(non_embedding: float, tokens: int) -> float:

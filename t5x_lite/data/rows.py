@@ -62,6 +62,11 @@ class Rows:
         """Whether attention looks both ways over the inputs in the decoder's row."""
         return "decoder_prefix" in self.made.get("decoder", {})
 
+    @property
+    def token_arrays(self) -> list[str]:
+        """The array of each side that holds its tokens."""
+        return [next(iter(arrays)) for arrays in self.made.values()]
+
     def lengths(self, config: DataConfig) -> dict[str, int]:
         """{side: L}."""
         return {side: getattr(config, field) for side, field in self.sides.items()}

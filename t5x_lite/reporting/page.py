@@ -3,6 +3,7 @@
 import json
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from t5x_lite.errors import UserError
 from t5x_lite.reporting import runs as reporting_runs, tables
@@ -17,26 +18,35 @@ def render(runs: Sequence[Run], title: str) -> str:
     Raises:
         UserError: what draws the curves is not installed.
     """
+    metrics = reporting_runs.metrics_of(runs)
+    if not metrics:
+        raise UserError(f"{runs[0].folder}: the lines of metrics.jsonl hold no metric yet.")
+    arms = reporting_runs.by_arm(runs)
+    lead = f"{len(runs)} run{'s' * (len(runs) > 1)}, {len(arms)} arm{'s' * (len(arms) > 1)}"
+    return rendered(
+        _TEMPLATE, title=title, lead=lead, runs=runs, metrics=metrics, axes=list(AXES),
+        final=tables.final(runs, metrics), differing=tables.differing(runs),
+        cost=tables.cost(runs), load=tables.expert_load(runs), settings=tables.settings,
+        remarks=_remarks(runs), points=script(tables.points(runs, metrics)),
+        units=script({axis: unit for axis, (_, unit) in AXES.items()}))
+
+
+def rendered(template: pathlib.Path, **values: Any) -> str:
+    """A template of ours with these values and, as "library", what draws its charts.
+
+    Raises:
+        UserError: what draws is not installed.
+    """
     try:
         import jinja2
         import vl_convert
     except ImportError as error:
         raise UserError(f"a report needs {error.name}: pip install 't5x_lite[report]'.") from error
-    metrics = reporting_runs.metrics_of(runs)
-    if not metrics:
-        raise UserError(f"{runs[0].folder}: the lines of metrics.jsonl hold no metric yet.")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True,
                                      undefined=jinja2.StrictUndefined)
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    arms = reporting_runs.by_arm(runs)
-    lead = f"{len(runs)} run{'s' * (len(runs) > 1)}, {len(arms)} arm{'s' * (len(arms) > 1)}"
-    return template.render(
-        title=title, lead=lead, runs=runs, metrics=metrics, axes=list(AXES),
-        final=tables.final(runs, metrics), differing=tables.differing(runs),
-        cost=tables.cost(runs), load=tables.expert_load(runs), settings=tables.settings,
-        remarks=_remarks(runs), points=_script(tables.points(runs, metrics)),
-        units=_script({axis: unit for axis, (_, unit) in AXES.items()}),
-        library=_markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")))
+    library = _markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
+    return environment.from_string(template.read_text(encoding="utf-8")).render(
+        library=library, **values)
 
 
 def _remarks(runs: Sequence[Run]) -> list[str]:
@@ -46,7 +56,7 @@ def _remarks(runs: Sequence[Run]) -> list[str]:
                       if not run.settings]
 
 
-def _script(value):
+def script(value: Any):
     """JSON as it may stand inside <script>: "</script>" in a text must not end it."""
     return _markup(json.dumps(value).replace("<", "\\u003c"))
 
@@ -62,8 +72,12 @@ def write(paths: Sequence[str], output: str, title: str = "") -> pathlib.Path:
         raise UserError("which runs? python -m t5x_lite.report WORKDIR… [--output=report.html]")
     runs = reporting_runs.find(paths)
     name = title or ", ".join(pathlib.Path(path).resolve().name for path in paths)
+    return saved(render(runs, name), output)
+
+
+def saved(text: str, output: str) -> pathlib.Path:
+    """Writes a page; returns its path. Raises UserError where it cannot be written."""
     file = pathlib.Path(output)
-    text = render(runs, name)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")

@@ -16,10 +16,13 @@ from t5x_lite.errors import UserError
 
 # The x axes of every curve: name -> (field of a line of metrics.jsonl, unit).
 AXES = {"step": ("step", ""), "tokens": ("tokens_seen", ""), "FLOPs": ("flops", "FLOP"),
+        "parameters": ("params_no_embed_head", "without embeddings, with the head"),
         "hours": ("hours", "h")}
+SIZES = ("parameters",)   # axes on which a run is one point: its last value
 _SEED = re.compile(r"seed_(\d+)")
 # Fields of a config in which runs of one arm differ: their seeds, and where they lie.
-_NOT_SETTINGS = ("train.seed", "data.seed", "name", "data.cache_dir", "init_from")
+_NOT_SETTINGS = ("train.seed", "data.seed", "name", "data.cache_dir", "init_from",
+                 "branch_from")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +60,10 @@ def value(values: Mapping[str, Any], metric: str) -> float | None:
 
 
 def curve(run: Run, metric: str, axis: str = "step") -> dict[float, float]:
-    """{place on the axis: value} of one metric of a run. axis: a key of AXES."""
+    """{place on the axis: value} of one metric of a run; of an axis of SIZES its last value alone.
+
+    axis: a key of AXES.
+    """
     field, _ = AXES[axis]
     points = ((line.get(field), value(line, metric)) for line in run.lines)
     return {place: number for place, number in points if is_number(place) and number is not None}

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from t5x_lite.log import si
-from t5x_lite.reporting.runs import Run, by_arm, is_number
+from t5x_lite.reporting.runs import AXES, SIZES, Run, by_arm, is_number
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]   # column heads, rows
 _NONE = "–"   # nothing to show
@@ -90,14 +90,14 @@ def expert_load(runs: Sequence[Run]) -> Table:
 
 def points(runs: Sequence[Run], metrics: Sequence[str]) -> list[Mapping[str, Any]]:
     """What the page's curves are drawn from: {"run", "arm", "metric", "value", x axes} a point."""
-    from t5x_lite.reporting.runs import AXES
-    wanted = set(metrics)
     result = []
     for run in runs:
-        for line in run.lines:
-            place = {axis: line.get(field) for axis, (field, _) in AXES.items()}
-            for name in wanted & line.keys():
-                if is_number(line[name]):
-                    result.append({"run": run.name, "arm": run.arm, "metric": name,
-                                   "value": line[name], **place})
+        for name in metrics:
+            lines = [line for line in run.lines if is_number(line.get(name))]
+            for line in lines:
+                place = {axis: line.get(field) for axis, (field, _) in AXES.items()}
+                if line is not lines[-1]:   # over its size a run is one point
+                    place |= dict.fromkeys(SIZES)
+                result.append({"run": run.name, "arm": run.arm, "metric": name,
+                               "value": line[name], **place})
     return result

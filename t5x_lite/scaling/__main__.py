@@ -1,8 +1,10 @@
-"""`python -m t5x_lite.scaling COMMAND --flag=…`, without JAX or TensorFlow.
+"""`python -m t5x_lite.scaling COMMAND --flag=…`; fit, laws and page need neither JAX nor TensorFlow.
 
     fit      a law, or the frontier, to any table of runs
     compare  two methods: how much compute one saves over the other
     laws     names, formulas and sources
+    ladder   solve, price, train and fit the runs that identify a law
+    page     a table of runs drawn: frontier, parabolas, optimal N and D, residuals
 """
 
 import argparse
@@ -11,8 +13,9 @@ import sys
 from collections.abc import Callable, Sequence
 
 from t5x_lite.errors import UserError, at_least, between, one_of, positive
-from t5x_lite.scaling import comparing, fits, frontier, tables
+from t5x_lite.scaling import comparing, fits, frontier, ladder_command, ladder_page, tables
 from t5x_lite.scaling.laws import LAWS
+from t5x_lite.scaling.numbers_in import numbers
 
 
 class _Parser(argparse.ArgumentParser):
@@ -22,22 +25,12 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help.")
 
 
-def numbers(text: str, flag: str) -> dict[str, float]:
-    """{"a": 1.0} of "a=1,…"."""
-    found = {}
-    for name, value in tables.pairs(text, flag).items():
-        try:
-            found[name] = float(value)
-        except ValueError as error:
-            raise UserError(f"--{flag}={name}={value}: {value!r} must be a number.") from error
-    return found
-
-
 def _table(options: argparse.Namespace) -> tables.Table:
     if not options.table:
         raise UserError("--table is missing: a CSV, a .jsonl or a folder of workdirs.")
     table = tables.read(options.table, tables.pairs(options.columns, "columns"),
-                        where=tables.pairs(options.where, "where"), skip_bad=options.skip_bad)
+                        where=tables.pairs(options.where, "where"), skip_bad=options.skip_bad,
+                        curves=options.law in frontier.OF_CURVES)
     return table.without_highest(options.drop_highest) if options.drop_highest else table
 
 
@@ -125,10 +118,28 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--at", default="", help="params=N,tokens=D: predict there")
 
 
+def page(options: argparse.Namespace) -> dict:
+    """Draws a table of runs."""
+    if not options.table:
+        raise UserError("--table is missing: a CSV, a .jsonl or a folder of workdirs.")
+    file = ladder_page.write(options.table, options.output, columns=tables.pairs(options.columns, "columns"),
+                             where=tables.pairs(options.where, "where"), skip_bad=options.skip_bad,
+                             title=options.title)
+    return {"written": str(file)}
+
+
+def _add_page(parser: argparse.ArgumentParser) -> None:
+    _add_table(parser)
+    parser.add_argument("--output", default="ladder.html", help="the page to write")
+    parser.add_argument("--title", default="", help="its heading")
+
+
 # {command: (adds its flags, what it prints as JSON, that for people)}
 COMMANDS: dict[str, tuple[Callable, Callable, Callable]] = {
     "fit": (_add_fit, fit, show), "laws": (lambda parser: None, laws, show),
-    "compare": (comparing.add_flags, comparing.compare, comparing.show)}
+    "compare": (comparing.add_flags, comparing.compare, comparing.show),
+    "ladder": (ladder_command.add, ladder_command.ladder, show),
+    "page": (_add_page, page, show)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

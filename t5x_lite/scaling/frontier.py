@@ -18,6 +18,7 @@ from t5x_lite.errors import UserError, one_of
 from t5x_lite.scaling.tables import Table
 
 APPROACHES = ("parabola", "akima", "envelope")
+OF_CURVES = ("envelope",)   # those that want a row an evaluation and not a row a run
 _GAP = np.log(1.15)        # budgets nearer than this are one
 _DRAWS = 200
 _GRID = 400
@@ -47,6 +48,7 @@ class Frontier:
     warnings: list[str]
     sources: Mapping[str, str]
     runs: int
+    counted: Mapping[str, str]      # what N, D and C are, in words
 
     def as_json(self) -> dict:
         """One object for programs."""
@@ -54,8 +56,8 @@ class Frontier:
                 "intervals": {n: list(i) for n, i in self.intervals.items()},
                 "parameters": {f"{n}_factor": v for n, v in self.factors.items()},
                 "optima": [dataclasses.asdict(o) for o in self.optima], "runs": self.runs,
-                "budgets": len(self.optima), "columns": dict(self.sources), "objective":
-                None, "warnings": self.warnings}
+                "budgets": len(self.optima), "columns": dict(self.sources),
+                "counted": self.counted, "objective": None, "warnings": self.warnings}
 
     def params_at(self, flops: float) -> float:
         """N* of a budget."""
@@ -102,7 +104,7 @@ def fit(approach: str, table: Table, *, points: int = 0, noise: float = 0.0, dra
     exponents, factors = power_laws(optima)
     intervals = _intervals(optima, draws, level, rng)
     return Frontier(approach, optima, exponents, intervals, factors, warnings, table.sources,
-                    len(table))
+                    len(table), table.counted)
 
 
 def _optima(approach: str, table: Table, points: int, noise: float, rng
@@ -206,8 +208,16 @@ def _akima(runs: Table, noise: float, flops: float, rng) -> Optimum | str:
         drawn = [lowest(loss * np.exp(noise * rng.standard_normal(len(loss))))[0]
                  for _ in range(_DRAWS)]
         spread = float(np.std(drawn))
-    return Optimum(flops, float(np.exp(best)), flops / (6 * float(np.exp(best))), float(level),
+    return Optimum(flops, float(np.exp(best)), _tokens_at(runs, best, flops), float(level),
                    max(spread, float(grid[1] - grid[0]) / 2) if noise else 0.0, len(runs))
+
+
+def _tokens_at(runs: Table, log_size: float, flops: float) -> float:
+    """D at a size of one budget: between its runs' own, where they say; else by C = 6 N D."""
+    if not _measured(runs, "tokens"):
+        return flops / (6 * float(np.exp(log_size)))
+    size, first = np.unique(np.log(runs.columns["params"]), return_index=True)
+    return float(np.exp(np.interp(log_size, size, np.log(runs.columns["tokens"][first]))))
 
 
 def envelope(table: Table, per_decade: int = 20) -> tuple[list[Optimum], list[str]]:
@@ -236,8 +246,11 @@ def envelope(table: Table, per_decade: int = 20) -> tuple[list[Optimum], list[st
         inside = sizes.min() < sizes[winner] < sizes.max()
         if np.isfinite(values).sum() >= 2 and inside:
             flops, size = float(np.exp(place)), float(sizes[winner])
-            best.append(Optimum(flops, size, flops / (6 * size), float(values[winner]),
-                                runs=len(curves)))
+            curve = list(curves.values())[winner]
+            tokens = float(np.exp(np.interp(place, log_c[curve], np.log(
+                table.columns["tokens"][curve])))) if _measured(table, "tokens") else \
+                flops / (6 * size)
+            best.append(Optimum(flops, size, tokens, float(values[winner]), runs=len(curves)))
     warnings = []
     if len({o.params for o in best}) < 3:
         warnings.append("the envelope touches fewer than 3 sizes between the smallest and the "

@@ -3,6 +3,9 @@
 Columns are named by what laws call them: params=COL, flops=COL, tokens=COL, loss=COL, …; a column
 may carry a factor, params=N*1e6. Where tokens, params or flops is missing and the other two are
 there, it follows from C = 6 N D.
+
+A folder of workdirs has the columns of metrics.jsonl, by the names of running/counts.py, and one
+choice of them where nothing else is said: WORKDIR_COLUMNS.
 """
 
 import csv
@@ -16,11 +19,16 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from t5x_lite.errors import UserError, nearest
+from t5x_lite.running.counts import MEANINGS
 
 # Columns that a logarithm is taken of, or that count something.
 _POSITIVE = ("params", "tokens", "flops", "loss", "unique_tokens", "steps", "lr", "batch", "std",
              "budget", "experts", "granularity", "error", "accuracy")
+# What a law's N, D, C and loss are of a folder of workdirs, unless --columns says otherwise.
+WORKDIR_COLUMNS = {"params": "params_no_embed_head", "tokens": "tokens_seen", "flops": "flops",
+                   "loss": "loss"}
 _THIRDS = {"tokens": ("flops", "params"), "params": ("flops", "tokens")}
+_DERIVED = ("flops / (6 params)", "flops / (6 tokens)", "6 params tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +41,13 @@ class Table:
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), ()))
+
+    @property
+    def counted(self) -> dict[str, str]:
+        """What N, D and C are, in words: {"params": "all parameters", …}."""
+        return {name: MEANINGS.get(source.partition("*")[0], f"as {source!r} of the table counts")
+                if source not in _DERIVED else source
+                for name, source in self.sources.items() if name in ("params", "tokens", "flops")}
 
     def rows(self, chosen: np.ndarray) -> "Table":
         """Those runs alone: a mask or indices."""
@@ -78,7 +93,7 @@ def from_columns(columns: Mapping[str, Iterable[float]]) -> Table:
 
 def read(path: str | pathlib.Path, columns: Mapping[str, str], *,
          where: Mapping[str, str] | None = None, skip_bad: bool = False,
-         labels: Sequence[str] = ()) -> Table:
+         labels: Sequence[str] = (), curves: bool = False) -> Table:
     """A table from a file or a folder.
 
     Args:
@@ -88,14 +103,18 @@ def read(path: str | pathlib.Path, columns: Mapping[str, str], *,
         skip_bad: leave out rows with empty cells, or with numbers that are not finite and
             positive, instead of refusing them.
         labels: the file's columns to keep as words.
+        curves: of a folder of workdirs a row an evaluation, told apart by the column run, and not a
+            row a run.
 
     Raises:
         UserError: no such file or column, no rows, or rows that hold no numbers, by line.
     """
-    rows = _read_rows(pathlib.Path(path))
+    path = pathlib.Path(path)
+    rows = _read_rows(path, curves)
     if not rows:
         raise UserError(f"--table={path} has no rows: it needs a line of names and a line a run.")
-    columns = dict(columns) or {n: n for n in rows[0] if n in _POSITIVE}
+    columns = _workdir_columns(path, rows, columns, curves) if path.is_dir() else \
+        dict(columns) or {n: n for n in rows[0] if n in _POSITIVE}
     _check_names(path, rows, [*columns.values(), *(where or {}), *labels])
     numbers = [i for i, row in enumerate(rows) if _matches(row, where or {})]
     if not numbers:
@@ -111,11 +130,11 @@ def read(path: str | pathlib.Path, columns: Mapping[str, str], *,
     return _complete(arrays, sources, lines, words, skip_bad=skip_bad)
 
 
-def _read_rows(path: pathlib.Path) -> list[dict]:
+def _read_rows(path: pathlib.Path, curves: bool) -> list[dict]:
     if not path.exists():
         raise UserError(f"--table={path} does not exist: a CSV, a .jsonl or a folder of workdirs.")
     if path.is_dir():
-        return _workdirs(path)
+        return _workdirs(path, curves)
     raw = path.read_bytes()
     try:
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
@@ -143,37 +162,58 @@ def _json_rows(path: pathlib.Path, text: str) -> list[dict]:
     return found
 
 
-def _workdirs(folder: pathlib.Path) -> list[dict]:
-    """A row for every run below the folder: its last evaluation, as "_run_row" says."""
+def _workdirs(folder: pathlib.Path, curves: bool) -> list[dict]:
+    """A row for every run below the folder, its last evaluation; or a row for every evaluation."""
     rows = []
-    for path in sorted(folder.rglob("metrics.jsonl")):
-        last = _last_evaluation(path)
-        if last:
-            rows.append(_run_row(last, str(path.parent.relative_to(folder))))
+    for number, path in enumerate(sorted(folder.rglob("metrics.jsonl"))):
+        found = _evaluations(path)
+        where = {"workdir": str(path.parent.relative_to(folder)), "run": number}
+        rows += [{**line, **where, "loss": _loss(line)} for line in
+                 (found if curves else found[-1:])]
     if not rows:
         raise UserError(f"--table={folder} has no metrics.jsonl with an evaluation below it: a "
                         f"workdir, or a folder of them, that t5x_lite.train wrote.")
     return rows
 
 
-def _last_evaluation(path: pathlib.Path) -> dict:
-    """What the lines of the last evaluation's step hold; {} where there was none. A line that a
-    kill cut off does not count."""
-    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    last: dict = {}
-    for line in map(json.loads, whole):
-        if any(name.startswith("eval/") for name in line):
-            last = {**last, **line} if last.get("step") == line["step"] else line
-    return last
+def _evaluations(path: pathlib.Path) -> list[dict]:
+    """What the lines of each evaluation's step hold, of all its tasks. Lines that a kill or a full
+    disk damaged do not count."""
+    found: dict[int, dict] = {}
+    for text in path.read_text(errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue   # of a log: training itself goes on over such lines
+        if isinstance(line, dict) and any(name.startswith("eval/") for name in line):
+            found[line["step"]] = {**found.get(line["step"], {}), **line}
+    return list(found.values())
 
 
-def _run_row(last: Mapping, workdir: str) -> dict:
-    """What laws call the columns of metrics.jsonl: loss (eval/all/loss, else the first task's),
-    tokens, flops, and params, which are those without embeddings."""
-    losses = [v for n, v in last.items() if n.startswith("eval/") and n.endswith("/loss")]
-    return {**last, "loss": last.get("eval/all/loss", losses[0] if losses else None),
-            "tokens": last.get("tokens_seen"), "params": last.get("non_embedding_params"),
-            "workdir": workdir}
+def _loss(line: Mapping) -> float | None:
+    """eval/all/loss, else the first task's."""
+    losses = [v for n, v in line.items() if n.startswith("eval/") and n.endswith("/loss")]
+    return line.get("eval/all/loss", losses[0] if losses else None)
+
+
+def _workdir_columns(path: pathlib.Path, rows: list[dict], columns: Mapping[str, str],
+                     curves: bool) -> dict[str, str]:
+    """The columns of a folder of workdirs: those asked for, and WORKDIR_COLUMNS for the rest.
+
+    Raises:
+        UserError: runs of before those columns were recorded, by name.
+    """
+    chosen = {**WORKDIR_COLUMNS, **({"run": "run"} if curves else {}), **columns}
+    for law, column in WORKDIR_COLUMNS.items():
+        old = [row["workdir"] for row in rows if column not in row]
+        if law not in columns and old:
+            raise UserError(
+                f"--table={path}: {', '.join(old[:5])}{' …' if old[5:] else ''} "
+                f"{'has' if len(old) == 1 else 'have'} no {column}: written before runs recorded "
+                f"it. Name a column that all runs have, such as "
+                f"--columns=params=non_embedding_params (which leaves the head out), or leave such "
+                f"runs out of the folder.")
+    return chosen
 
 
 def _check_names(path, rows: list[dict], names: Iterable[str]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from etils import epath
 
 from t5x_lite import files, log
 from t5x_lite.errors import UserError
@@ -153,6 +154,23 @@ class MetricsWriter:
                 file.close()
             except OSError as error:
                 self._complain(error)
+
+
+def inherit(source: os.PathLike | str, workdir: pathlib.Path) -> None:
+    """Copies the lines of the run that a branch starts from, so that the branch's curve begins where
+    its parameters do; MetricsWriter then leaves out what that run wrote after the branch.
+
+    source: a workdir, its checkpoints folder or the folder of one step.
+    """
+    folder = epath.Path(os.path.abspath(os.path.expanduser(os.fspath(source)))
+                        if "://" not in os.fspath(source) else source)
+    places = [parent / "metrics.jsonl" for parent in (folder, *folder.parents[:2])]
+    found = next((place for place in places if place.exists()), None)
+    if found is None:
+        log.say(f"warning: {source} has no metrics.jsonl; the branch's begins with the branch")
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "metrics.jsonl").write_bytes(found.read_bytes())
 
 
 def _drop_after(path: pathlib.Path, resume_step: int) -> None:

@@ -88,6 +88,29 @@ def schedule(config: ScheduleConfig) -> Callable[[jax.Array], jax.Array]:
     return learning_rate
 
 
+# factor -> the step from which it falls; "constant" never does, and what is not here rises no more
+# after the warm-up.
+_FALLS_FROM: dict[str, Callable[[ScheduleConfig], int]] = {
+    **dict.fromkeys(("linear_decay", "rsqrt_decay", "rsqrt_normalized_decay", "cosine_decay",
+                     "cosine_to_floor", "linear_to_floor"), lambda c: c.warmup_steps),
+    "decay_every": lambda c: c.steps_per_decay,
+    "stable_then_decay": lambda c: c.total_steps - c.decay_steps}
+_WARM_UP = ("linear_warmup", "linear_decay")
+
+
+def phase(config: ScheduleConfig, step: int) -> str:
+    """"warmup", "stable" or "decay": what the learning rate does at a step (before the update).
+
+    config: with its total_steps, as `until` gives it.
+    """
+    step = max(0, step - config.step_offset)
+    names = [name.strip() for name in config.factors.split("*")]
+    if step < config.warmup_steps and any(name in _WARM_UP for name in names):
+        return "warmup"
+    falls = [_FALLS_FROM[name](config) for name in names if name in _FALLS_FROM]
+    return "decay" if falls and step >= min(falls) else "stable"
+
+
 def until(config: ScheduleConfig, num_steps: int) -> ScheduleConfig:
     """The schedule, which ends with the run's last step where it does not say when.
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from t5x_lite import tree
+from t5x_lite.data import rows as data_rows
 from t5x_lite.decoding import decode as decoding
 from t5x_lite.decoding.decode import DecodeConfig, Decoded
 from t5x_lite.layers.linear import RowKey
@@ -29,6 +30,7 @@ from t5x_lite.training.state import State
 Batch = Mapping[str, jax.Array]
 _ROWS = "rows"   # beside a batch's features: where each row stands in the global batch
 FINITE = "finite"   # the metric that says whether the updated state is; see make_train_step
+FILLED = "filled"   # the metric of positions that are not padding
 _FEATURE_AXES = ("act_batch", "act_length")   # of every feature; of _ROWS the first
 
 
@@ -167,7 +169,7 @@ def make_train_step(of: Differentiated, optimizer: Optimizer, seed: int, *,
                     skip_bad: bool = False) -> Callable[..., tuple[State, Sums]]:
     """(state, batch, loss_bound=inf) -> (state after one update, {metric: (sum, count)}).
 
-    The metric FINITE is 1 where the parameters and moments after the update hold no NaN and no
+    The metric FILLED counts the positions of the batch that are not padding. FINITE is 1 where the parameters and moments after the update hold no NaN and no
     infinity (gradients that overflow under loss scaling are skipped by the optimizer and count as
     finite). The loss speaks of the parameters before it.
 
@@ -191,10 +193,22 @@ def make_train_step(of: Differentiated, optimizer: Optimizer, seed: int, *,
             info = {**info, "skipped": jnp.maximum(info.get("skipped", 0.0), 1.0 - good)}
         info = {**info, FINITE: finite}
         one = jnp.float32(1.0)
-        sums = {**sums, **{name: (jnp.float32(x), one) for name, x in info.items()}}
+        sums = {**sums, **{name: (jnp.float32(x), one) for name, x in info.items()},
+                FILLED: (_filled(of.objective, batch), one)}
         return {**state, "step": state["step"] + 1, "params": params,
                 "opt_state": opt_state}, sums
     return train_step
+
+
+def _filled(objective: ObjectiveConfig, batch: Batch) -> jax.Array:
+    """int32 scalar: the positions of all sides that hold a token or bear loss."""
+    total = jnp.int32(0)
+    for name in data_rows.of(objective.rows).token_arrays:
+        held = batch[name] != 0
+        if name == "decoder_target_tokens":   # a vocabulary's id 0 may be a token like others
+            held |= batch["decoder_loss_weights"] > 0
+        total += jnp.sum(held, dtype=jnp.int32)
+    return total
 
 
 def _all_finite(updated: Any) -> jax.Array:

@@ -121,3 +121,27 @@ def test_a_finished_run_says_nothing_new_and_writes_no_history(config, tmp_path,
     assert "changed" not in capsys.readouterr().out
     assert [p.name for p in (tmp_path / "configs").iterdir()] == ["0.json"]
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_line_counts_by_every_way_and_hand(config, tmp_path):
+    run = replaced(config, {"train.num_steps": 2, "data.packing": False})
+    train.run(run, tmp_path)
+    last = metrics.read_metrics(tmp_path / "metrics.jsonl")[-1]
+    width, heads, dim, hidden, vocab, length, rows = 8, 2, 4, 16, 384, 24, 16
+    kernels = 4 * width * heads * dim + 2 * width * hidden
+    norms_and_bias = last["params_no_embed"] - kernels
+    assert 0 < norms_and_bias < 200
+    assert last["params"] == last["params_active"] == last["params_no_embed"] + vocab * width
+    head = vocab * width   # tied: the same numbers, whose products are counted all the same
+    assert last["params_no_embed_head"] == last["params_no_embed"] + head
+    assert last["tokens_seen"] == rows * length
+    attention = 4 * length * length * heads * dim
+    per_row = 3 * (2 * length * (kernels + head) + attention)
+    assert last["flops"] == rows * per_row
+    assert last["flops_no_head"] == rows * (per_row - 6 * length * head)
+    hidden_pairs = length * (length - 1) / 2 * 4 * heads * dim
+    assert last["flops_causal_half"] == rows * (per_row - 3 * hidden_pairs)
+    assert last["flops_6nd"] == 6 * last["params_no_embed_head"] * rows * length
+    assert (last["batch"], last["phase"]) == (8 * length, "stable")
+    assert last["lr"] == pytest.approx(run.optimizer.schedule.base_learning_rate)
+    assert last["tokens_loss"] == last["tokens_filled"] <= last["tokens_seen"]

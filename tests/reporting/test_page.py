@@ -78,6 +78,16 @@ def test_damaged_lines_and_configs_are_left_out_and_named(tmp_path):
     assert "3 lines of metrics.jsonl" in text and "config.json could not be read" in text
 
 
+def test_over_its_size_a_run_is_one_point(tmp_path):
+    write_run(tmp_path / "a", 0, [3.0, 2.0], params_no_embed_head=1000)
+    found = reporting_runs.find([str(tmp_path / "a")])
+    points = tables.points(found, ["train/loss"])
+    assert [(p["step"], p["parameters"], p["value"]) for p in points] == [
+        (10, None, 4.0), (20, 1000, 3.0)]
+    assert reporting_runs.curve(found[0], "train/loss", "parameters") == {1000: 3.0}
+    assert "<option>parameters</option>" in page.render(found, "t")
+
+
 def test_text_of_runs_cannot_end_the_script(experiment):
     (experiment / "wide" / "seed_0" / "samples.txt").write_text("</script><b>&")
     text = page.render(reporting_runs.find([str(experiment)]), "</script>")

@@ -209,13 +209,38 @@ def test_tables_follow_units_choices_and_six_n_d(tmp_path):
 def test_a_folder_of_workdirs_is_a_table(tmp_path):
     for i, size in enumerate((1000, 2000)):
         (tmp_path / f"run{i}").mkdir()
-        line = {"step": 4, "tokens_seen": 5e4, "flops": 1e9, "non_embedding_params": size}
+        line = {"step": 4, "tokens_seen": 5e4, "flops": 1e9, "non_embedding_params": size,
+                "params": 9 * size, "params_no_embed_head": 2 * size}
         (tmp_path / f"run{i}" / "metrics.jsonl").write_text(
             json.dumps({**line, "step": 2, "eval/a/loss": 9.0}) + "\n"
             + json.dumps({**line, "eval/a/loss": 3.0 - i}) + "\n" + '{"step": 5, "eval')
     table = tables.read(tmp_path, {})
-    np.testing.assert_allclose(table.columns["params"], [1000, 2000])
+    np.testing.assert_allclose(table.columns["params"], [2000, 4000])
     np.testing.assert_allclose(table.columns["loss"], [3, 2])
+    assert table.sources["params"] == "params_no_embed_head"
+    assert table.counted == {
+        "params": "parameters without embeddings, with the head",
+        "tokens": "positions, padding included",
+        "flops": "FLOPs as counted, with the head and causal attention whole"}
+    # Other columns where they are asked for, and the usual ones for the rest.
+    table = tables.read(tmp_path, {"params": "params"})
+    np.testing.assert_allclose(table.columns["params"], [9000, 18000])
+    assert table.counted["params"] == "all parameters" and "flops" in table.columns
+    curves = tables.read(tmp_path, {}, curves=True)
+    np.testing.assert_allclose(curves.columns["loss"], [9, 3, 9, 2])
+    np.testing.assert_allclose(curves.columns["run"], [0, 0, 1, 1])
+
+
+def test_runs_of_before_the_convention_are_named_and_can_still_be_read(tmp_path):
+    for name, also in (("old", {}), ("new", {"params_no_embed_head": 5e3})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps({
+            "step": 4, "tokens_seen": 5e4, "flops": 1e9, "non_embedding_params": 1e3, **also,
+            "eval/all/loss": 3.0}) + "\n")
+    with pytest.raises(UserError, match="old has no params_no_embed_head.*non_embedding_params"):
+        tables.read(tmp_path, {})
+    table = tables.read(tmp_path, {"params": "non_embedding_params"})
+    np.testing.assert_allclose(table.columns["params"], [1e3, 1e3])
 
 
 # --- the command ----------------------------------------------------------------------------------

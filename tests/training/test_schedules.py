@@ -128,3 +128,20 @@ def test_a_run_that_ends_within_its_warm_up_has_a_schedule():
     config = ScheduleConfig(factors="constant * linear_warmup * linear_to_floor",
                             base_learning_rate=1.0, warmup_steps=40)
     assert float(schedules.schedule(schedules.until(config, 2))(20)) == 0.5
+
+
+@pytest.mark.parametrize("factors, phases", [
+    ("constant * linear_warmup", "warmup stable stable stable"),
+    ("constant * linear_warmup * cosine_to_floor", "warmup decay decay decay"),
+    ("constant * linear_warmup * stable_then_decay", "warmup stable stable decay"),
+    ("constant", "stable stable stable stable"),
+    ("constant * rsqrt_decay", "stable decay decay decay")])
+def test_a_phase_is_what_the_rate_does(factors, phases):
+    config = schedules.ScheduleConfig(factors, 1.0, warmup_steps=10, total_steps=100,
+                                      decay_steps=20)
+    assert [schedules.phase(config, step) for step in (9, 10, 79, 80)] == phases.split()
+    rate, places = schedules.schedule(config), (5, 50, 90)
+    change = {"warmup": 1, "stable": 0, "decay": -1}
+    for step in places:
+        found = np.sign(float(rate(step + 1)) - float(rate(step)))
+        assert found == change[schedules.phase(config, step)], step

@@ -1,0 +1,77 @@
+"""A ladder of small models on your own Python installation's source, by bytes: IsoFLOP budgets.
+
+Papers: Hoffmann et al. 2022 (arXiv:2203.15556), approaches 1 to 3; Porian et al. 2024
+(arXiv:2406.19146): what is counted, warm-up in proportion; Bi et al. 2024 (arXiv:2401.02954): batch and
+learning rate from the budget.
+Expected: docs/experiments.md has the exponents, their intervals and a prediction that was written down
+before its run was trained.
+Command: python -m t5x_lite.scaling ladder --config=configs/experiments/ladder.py:lm \\
+    --budgets=6e9,2.8e10,1.3e11,6e11 --ratio=60 --unit=4 --predict=4 --max_hours=2 \\
+    --workdir=runs/ladder
+
+`…ladder.py:lm` is a causal LM and `…ladder.py:t5` a T5 with span corruption; any other config's run may
+stand in their place. `python -m t5x_lite.experiment --config=configs/experiments/ladder.py:lm` trains the
+same runs without the prediction, and `…ladder.py:RUNS/ladder.json` those that a ladder's folder holds.
+"""
+
+import pathlib
+
+from t5x_lite.checkpoints.manager import CheckpointConfig
+from t5x_lite.config import EvalConfig, RunConfig, TrainConfig, to_config_dict
+from t5x_lite.data.config import DataConfig
+from t5x_lite.errors import UserError
+from t5x_lite.experiment import Run
+from t5x_lite.layers.config import AttentionConfig, MLPConfig, PositionConfig
+from t5x_lite.models.config import BlockConfig, ModelConfig, SegmentConfig, StackConfig
+from t5x_lite.scaling import ladders
+from t5x_lite.training.methods import OptimizerConfig
+from t5x_lite.training.objectives import ObjectiveConfig
+
+SHOWN = ("all/loss",)
+OVER, LOG_AXES = "FLOPs", "xy"
+LADDER = ladders.Ladder(budgets=(6e9, 2.8e10, 1.3e11, 6e11), ratio=60.0, unit=4)
+_ATTENTION, _MLP = AttentionConfig(num_heads=4, head_dim=8), MLPConfig(mlp_dim=128, gated=False)
+_WIDTH, _BYTES = 32, 384     # ByT5's ids, padded
+
+
+def _stack(*, decoder: bool, cross: bool = False) -> StackConfig:
+    block = BlockConfig(_ATTENTION, _ATTENTION if cross else None, _MLP)
+    return StackConfig((SegmentConfig((block,), 1),), causal=decoder,
+                       position=PositionConfig("rotary"), scan=False)
+
+
+def run(arg: str | None = "lm") -> RunConfig:
+    """The run that the ladder resizes."""
+    if arg not in ("lm", "t5"):
+        raise UserError(f"configs/experiments/ladder.py:{arg}: the argument may be lm or t5, or the "
+                        f"ladder.json of a ladder's folder.")
+    if arg == "lm":
+        model = ModelConfig("decoder_only", vocab_size=_BYTES, embed_dim=_WIDTH, encoder=None,
+                            decoder=_stack(decoder=True))
+        data = DataConfig(train="python_source_causal_lm", validation="python_source_causal_lm",
+                          vocabulary="byt5", targets_length=64, num_shards=1)
+        objective = ObjectiveConfig("lm", z_loss=0.0)
+    else:
+        model = ModelConfig(vocab_size=_BYTES, embed_dim=_WIDTH, encoder=_stack(decoder=False),
+                            decoder=_stack(decoder=True, cross=True))
+        data = DataConfig(train="python_source_span_corruption_byt5",
+                          validation="python_source_span_corruption_byt5", vocabulary="byt5",
+                          inputs_length=64, targets_length=24, num_shards=1)
+        objective = ObjectiveConfig("seq2seq", z_loss=0.0)
+    return RunConfig(
+        name=f"ladder_{arg}", model=model, data=data, objective=objective,
+        optimizer=OptimizerConfig("adamw", beta2=0.95, weight_decay=0.1, clip_norm=1.0),
+        train=TrainConfig(global_batch_size=16), eval=EvalConfig(num_examples=256, batch_size=64),
+        checkpoint=CheckpointConfig(keep_last=1))
+
+
+def get_config(arg: str | None = None):
+    """The locked ConfigDict of `run`."""
+    return to_config_dict(run(arg or "lm"))
+
+
+def get_runs(arg: str | None = None) -> tuple[Run, ...]:
+    """The runs of LADDER for lm or t5, or those of a ladder's folder."""
+    found = ladders.planned(pathlib.Path(arg)) if arg and arg.endswith(".json") else \
+        ladders.rungs(run(arg or "lm"), LADDER)
+    return tuple(Run(r.arm, r.seed, r.config, r.stage, r.after, r.at) for r in found)
