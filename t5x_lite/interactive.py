@@ -27,6 +27,7 @@ from t5x_lite.build import Program, build
 from t5x_lite.config import RunConfig
 from t5x_lite.data import tasks as data_tasks, vocabulary as data_vocabulary
 from t5x_lite.decoding.decode import DecodeConfig
+from t5x_lite.decoding.logits_fn import LogitsFn
 from t5x_lite.errors import UserError, nearest
 from t5x_lite.evaluation.predictor import Predictor
 from t5x_lite.training import metrics
@@ -66,21 +67,24 @@ class Session:
         with self.program.activate():
             for _ in range(num_steps):
                 chosen = [examples[next(order)] for _ in range(size)]
-                batch = rows.place(rows.training_rows(*zip(*chosen, strict=True)))
+                batch = rows.place(rows.training_rows(
+                    *zip(*chosen, strict=True), config.data.loss_on_inputs))
                 self.state, sums = self._train_step(self.state, batch)
                 losses.append(metrics.divide({"loss": jax.device_get(sums["loss"])})["loss"])
         rows.say_misfits()
         return losses
 
     def predict(self, inputs: Sequence[str], **decode) -> list[str]:
-        """The best continuation of each input; decode: fields of DecodeConfig."""
+        """The best continuation of each input; decode: fields of DecodeConfig. logits_fn may be a
+        function (decoding/logits_fn.py) as well as its name."""
         return [p.texts[0] for p in self.predict_many(inputs, **decode)]
 
     def predict_many(self, inputs: Sequence[str], **decode) -> list:
         """All sequences of each input with their scores, as predictor.Prediction."""
         inputs = _texts(inputs, "inputs")
+        own = decode.pop("logits_fn") if callable(decode.get("logits_fn")) else None
         config = _decode_config(self.program.config.eval.decode, decode)
-        predictor = self._predictor(config)
+        predictor = self._predictor(config, logits_fn=own)
         with self.program.activate():
             found = predictor.predict(self.params, inputs)
         predictor.say_misfits()
@@ -109,12 +113,13 @@ class Session:
                 values.update(metric_fn(targets, predictions))
         return {**values, "score": float(np.mean(self.score(inputs, targets)))}
 
-    def _predictor(self, decode: DecodeConfig, batch_size: int = 0) -> Predictor:
+    def _predictor(self, decode: DecodeConfig, batch_size: int = 0,
+                   logits_fn: LogitsFn | None = None) -> Predictor:
         """The predictor of these settings. It is the session's own, and goes when that goes."""
-        key = (decode, batch_size)
+        key = (decode, batch_size, logits_fn)
         predictor = self._predictors.pop(key, None)
         if predictor is None:
-            predictor = Predictor(self.program, self._vocabulary, decode, batch_size)
+            predictor = Predictor(self.program, self._vocabulary, decode, batch_size, logits_fn)
         while len(self._predictors) >= MAX_PREDICTORS:
             del self._predictors[next(iter(self._predictors))]
         self._predictors[key] = predictor

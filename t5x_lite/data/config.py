@@ -43,6 +43,9 @@ class DataConfig:
     vocabulary: str = ""
     inputs_length: Count = 512            # tokens of the encoder's row, EOS included
     targets_length: Count = 114           # tokens of the decoder's row, EOS included
+    # Learn to predict the inputs too, where they share the targets' row (lm, prefix_lm); a prefix LM
+    # sees them both ways. Held-out losses then count them, scores do not. T5X: loss_on_targets_only.
+    loss_on_inputs: bool = False
     packing: bool = False               # several examples in a row where they fit
     # Mixing: shares or numbers of examples n_i become min(n_i, rate_cap)^(1/temperature).
     temperature: float = 1.0

@@ -221,7 +221,8 @@ def rows_dataset(mixture: Sequence[Weighted], split: str, kind: Rows, config: Da
     parts = [task_dataset(
         task, split, kind.task_lengths(task, config.inputs_length, config.targets_length), seed,
         shard, num_shards, training=training, shuffle_buffer=shuffle_buffer).map(
-            _plain(lambda example: kind.convert(example, eos_id))) for task, _ in mixture]
+            _plain(lambda example: kind.weighted(kind.convert(example, eos_id),
+                                                 config.loss_on_inputs))) for task, _ in mixture]
     dataset = parts[0]
     if len(parts) > 1:
         total = sum(weight for _, weight in mixture)

@@ -67,6 +67,23 @@ class Rows:
         """The array of each side that holds its tokens."""
         return [next(iter(arrays)) for arrays in self.made.values()]
 
+    def weighted(self, sides: Sides, loss_on_inputs: bool) -> Sides:
+        """What `convert` made, with the inputs predicted as well as the targets where asked for.
+
+        Raises:
+            UserError: inputs that stand in a row of their own.
+        """
+        if not loss_on_inputs:
+            return sides
+        if not self.shares_row:
+            able = [name for name, kind in ROWS.items() if kind.shares_row]
+            raise UserError("data.loss_on_inputs=True: these inputs stand in a row of their own, where "
+                            f"nothing predicts them; it is for objective.name={' or '.join(able)}.")
+        import tensorflow as tf
+        decoder = dict(sides["decoder"])
+        decoder["decoder_loss_weights"] = tf.ones_like(decoder["decoder_loss_weights"])
+        return {**sides, "decoder": decoder}
+
     def lengths(self, config: DataConfig) -> dict[str, int]:
         """{side: L}."""
         return {side: getattr(config, field) for side, field in self.sides.items()}

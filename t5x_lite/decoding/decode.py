@@ -23,9 +23,8 @@ take_rows never moves a row between inputs (rows of input b are b*N … b*N + N 
 contiguous on the way in as out), so where the batch is sharded every copy is local.
 
 Cost: one decode_fn call of P tokens (none where P is 1), then one of a single token for each
-emitted one, until every row is done. A call's own work is O(R V): top-k and top-p find their
-threshold by bisection on the float's bits (32 passes; on CPU 13 times faster than a sort for
-32 x 32128), beam search takes the top 2K of K V. Memory: logits of one position, [R, V], ever.
+emitted one, until every row is done. A call's own work is O(R V), beam search takes the top 2K of
+K V. Memory: logits of one position, [R, V], ever.
 
 Everything is a pure function and compiles to one program with one `lax.while_loop`. Under
 an explicit mesh the row-wise arithmetic runs as local code on each device's own rows, by
@@ -43,8 +42,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from t5x_lite.decoding import beam
-from t5x_lite.errors import Axis, Count, Positive, Seed, UserError, nearest
+from t5x_lite.decoding import beam, truncate
+from t5x_lite.decoding.logits_fn import LogitsFn
+from t5x_lite.errors import Axis, Count, Positive, Rate, Seed, UserError, nearest
 
 NEG_INF = beam.NEG_INF
 
@@ -59,10 +59,14 @@ class DecodeConfig:
     max_length: Count = 128
     min_length: int = 0  # tokens that must stand before an end token (min_new_tokens of others)
     num_samples: Count = 1  # sequences returned an input: independent samples, or the best beams
-    # sample: temperature first, then top_k, then top_p of what top_k left
+    # sample: temperature first, then the truncations in this order, each of what is left
+    # (truncate.py has their formulas and papers)
     temperature: Positive = 1.0
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0  # 1: off
+    top_k: int = 0  # the k most probable tokens; 0: off
+    top_p: float = 1.0  # the nucleus of this probability; 1: off
+    min_p: Rate = 0.0  # tokens at least this share as probable as the most probable one; 0: off
+    typical_p: float = 1.0  # those of a surprise next to the entropy, of this probability; 1: off
+    epsilon: Rate = 0.0  # tokens of at least this probability; 0: off
     seed: Seed = 0
     # beam
     beam_size: Count = 4
@@ -71,10 +75,11 @@ class DecodeConfig:
     # repetition control; prompt tokens count as already said
     repetition_penalty: Positive = 1.0  # CTRL, arXiv:1909.05858; 1: off
     no_repeat_ngram_size: int = 0  # 0: off
+    logits_fn: str = ""  # MODULE:FUNCTION of yours that changes the logits, see logits_fn.py
     # T5X's forced decoding: the prompt after its first (start) token is part of the output,
     # so it is returned, and max_length, min_length and the length penalty count it
     include_prefix: bool = False
-    # score by the distribution drawn from (after controls, temperature, top-k, top-p; 0 for
+    # score by the distribution drawn from (after controls, temperature, truncations; 0 for
     # greedy, T5X's rescale_log_probs) instead of by the model's own
     rescale_scores: bool = False
     eos_id: Axis = 1  # T5's; for it, a run decodes with the end token of its own vocabulary
@@ -101,7 +106,10 @@ class DecodeConfig:
         check(self.temperature > 0, "temperature",
               "must be positive; for the limit of 0 set method='greedy'")
         check(self.top_k >= 0, "top_k", "must be positive, or 0 to switch it off")
-        check(0 < self.top_p <= 1, "top_p", "must lie in (0, 1]; 1 switches it off")
+        for field in ("top_p", "typical_p"):
+            check(0 < getattr(self, field) <= 1, field, "must lie in (0, 1]; 1 switches it off")
+        for field in ("min_p", "epsilon"):
+            check(0 <= getattr(self, field) < 1, field, "must lie in [0, 1); 0 switches it off")
         check(self.length_penalty >= 0, "length_penalty",
               "must be at least 0 (0 ranks by plain log-probability, more favours length)")
         check(self.repetition_penalty > 0, "repetition_penalty", "must be positive; 1 is off")
@@ -161,24 +169,6 @@ def ban_repeated_ngrams(logits_RV, history_RT, end, size: int):
     return jnp.where(banned, NEG_INF, logits_RV)
 
 
-def keep_top_k(logits_RV, k: int):
-    """Masks all but the k largest logits; those equal to the k-th stay."""
-    k = min(k, logits_RV.shape[1])
-    keys = _ordered_bits(logits_RV)
-    return _keep_largest(logits_RV, keys, lambda kept: jnp.sum(kept, axis=1) >= k)
-
-
-def keep_top_p(logits_RV, p: float):
-    """Keeps the smallest set of most probable tokens whose probabilities sum to at least p.
-
-    Nucleus sampling, arXiv:1904.09751. Tokens equal to the least probable kept one stay.
-    """
-    probs_RV = jax.nn.softmax(logits_RV)
-    keys = _ordered_bits(probs_RV)
-    return _keep_largest(
-        logits_RV, keys, lambda kept: jnp.sum(jnp.where(kept, probs_RV, 0), axis=1) >= p)
-
-
 def _mark(tokens_RT, vocab: int):
     """bool [R, V]: does the row hold this token? Negative entries are no tokens."""
     tokens_RT = jnp.where(tokens_RT < 0, vocab, tokens_RT)
@@ -186,32 +176,10 @@ def _mark(tokens_RT, vocab: int):
     return jax.vmap(mark)(tokens_RT)
 
 
-def _ordered_bits(x):
-    """int32 that order as the float32 do."""
-    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
-    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-def _keep_largest(logits_RV, keys_RV, enough: Callable):
-    """Masks what lies below the largest threshold on `keys_RV` whose kept set is `enough`.
-
-    enough(kept_RV bool) -> bool[R], monotone: true of a larger set where true of a smaller.
-    Bisection over the 32 bits of the key; should rounding leave even the full row not
-    enough, the full row is kept.
-    """
-    rows = keys_RV.shape[0]
-
-    def halve(_, bounds):
-        low, high = bounds
-        # the mean without overflow, rounded up
-        middle = (low >> 1) + (high >> 1) + ((low | high) & 1)
-        ok = enough(keys_RV >= middle[:, None])
-        return jnp.where(ok, middle, low), jnp.where(ok, high, middle - 1)
-
-    limits = jnp.iinfo(jnp.int32)
-    low, _ = lax.fori_loop(0, 32, halve, (jnp.full(rows, limits.min, jnp.int32),
-                                          jnp.full(rows, limits.max, jnp.int32)))
-    return jnp.where(keys_RV >= low[:, None], logits_RV, NEG_INF)
+def _changed(logits_R1V, history_RT, step, logits_fn: LogitsFn | None):
+    """float32 logits [R, V] of the next token, after the user's own function."""
+    logits_RV = logits_R1V[:, 0].astype(jnp.float32)
+    return logits_RV if logits_fn is None else logits_fn(logits_RV, history_RT, step)
 
 
 def _control(logits_RV, history_RT, end, emitted_R, config: DecodeConfig):
@@ -249,7 +217,8 @@ class _Samples(NamedTuple):
 
 
 def decode(decode_fn: Callable, take_rows: Callable, cache: dict[str, Any], prompt_BP,
-           prompt_lengths_B, config: DecodeConfig, row_ids_B=None) -> Decoded:
+           prompt_lengths_B, config: DecodeConfig, row_ids_B=None,
+           logits_fn: LogitsFn | None = None) -> Decoded:
     """Continues each prompt until an end token or config.max_length.
 
     decode_fn, take_rows, cache: the protocol at the head of this file; cache["position"]
@@ -259,6 +228,7 @@ def decode(decode_fn: Callable, take_rows: Callable, cache: dict[str, Any], prom
     row_ids_B: int32, who each row is, by default its row in the batch. Sample s of a row is
         drawn with keys folded from (seed, row id, s, step), so that a line's number as its
         id gives the same samples in any batch.
+    logits_fn: changes the next token's logits, see logits_fn.py. Scores are of what it leaves.
     """
     batch, width = prompt_BP.shape
     local = functools.partial(_per_row, batch_axes=_batch_axes(cache["position"]))
@@ -274,7 +244,7 @@ def decode(decode_fn: Callable, take_rows: Callable, cache: dict[str, Any], prom
         _, cache = decode_fn(prompt_BP, cache)
         cache = {**cache, "position": start_B + lengths_B - 1}
     run = _decode_beams if config.method == "beam" else _decode_samples
-    return run(decode_fn, take_rows, cache, rows, width, config, local)
+    return run(decode_fn, take_rows, cache, rows, width, config, local, logits_fn)
 
 
 def _start(prompt_BP, lengths_B, index_B, ids_B, config: DecodeConfig) -> _Rows:
@@ -293,7 +263,7 @@ def _fold_each(key, numbers_R):
 
 
 def _decode_samples(decode_fn, take_rows, cache, rows: _Rows, width: int,
-                    config: DecodeConfig, local) -> Decoded:
+                    config: DecodeConfig, local, logits_fn) -> Decoded:
     """Greedy decoding and sampling; the N samples of an input are rows side by side."""
     count = config.num_samples
 
@@ -313,7 +283,7 @@ def _decode_samples(decode_fn, take_rows, cache, rows: _Rows, width: int,
         step, samples, cache = carry
         token_R1 = lax.dynamic_slice_in_dim(samples.rows.history, width - 1 + step, 1, axis=1)
         logits_R1V, cache = decode_fn(token_R1, cache)
-        samples = local(functools.partial(_emit, width=width, config=config))(
+        samples = local(functools.partial(_emit, width=width, config=config, logits_fn=logits_fn))(
             samples, logits_R1V, step)
         return step + 1, samples, cache
 
@@ -330,21 +300,18 @@ def _decode_samples(decode_fn, take_rows, cache, rows: _Rows, width: int,
     return local(end)(samples)
 
 
-def _emit(samples: _Samples, logits_R1V, step, width: int, config: DecodeConfig) -> _Samples:
+def _emit(samples: _Samples, logits_R1V, step, width: int, config: DecodeConfig,
+          logits_fn: LogitsFn | None) -> _Samples:
     """One more token for every row that is not done."""
     rows, done = samples.rows, samples.done
-    logits_RV = logits_R1V[:, 0].astype(jnp.float32)
+    logits_RV = _changed(logits_R1V, rows.history, step, logits_fn)
     emitted_R = rows.prefix + step
     drawn_RV = _control(logits_RV, rows.history, width + step, emitted_R, config)
     if config.method == "greedy":
         token_R = _first_of_largest(drawn_RV)
         gain_R = 0.0 if config.rescale_scores else _log_prob(logits_RV, token_R)
     else:
-        drawn_RV = drawn_RV / config.temperature
-        if config.top_k:
-            drawn_RV = keep_top_k(drawn_RV, config.top_k)
-        if config.top_p < 1:
-            drawn_RV = keep_top_p(drawn_RV, config.top_p)
+        drawn_RV = truncate.truncate(drawn_RV / config.temperature, config)
         keys_R = jax.vmap(jax.random.fold_in, (0, None))(rows.key, step)
         token_R = jax.vmap(jax.random.categorical)(keys_R, drawn_RV)
         gain_R = _log_prob(drawn_RV if config.rescale_scores else logits_RV, token_R)
@@ -359,7 +326,7 @@ def _emit(samples: _Samples, logits_R1V, step, width: int, config: DecodeConfig)
 
 
 def _decode_beams(decode_fn, take_rows, cache, rows: _Rows, width: int, config: DecodeConfig,
-                  local) -> Decoded:
+                  local, logits_fn) -> Decoded:
     """Beam search; the K beams of an input are rows side by side, the best live one first."""
     size = config.beam_size
 
@@ -373,8 +340,8 @@ def _decode_beams(decode_fn, take_rows, cache, rows: _Rows, width: int, config: 
             beams.live_tokens, width - 1 + step, axis=2, keepdims=False)
         token_R1 = local(lambda x: x.reshape(-1, 1))(token_BK)
         logits_R1V, cache = decode_fn(token_R1, cache)
-        beams, source_R = local(functools.partial(_emit_beams, width=width, config=config))(
-            beams, logits_R1V, rows, step)
+        emit = functools.partial(_emit_beams, width=width, config=config, logits_fn=logits_fn)
+        beams, source_R = local(emit)(beams, logits_R1V, rows, step)
         return step + 1, beams, take_rows(cache, source_R)
 
     beams = local(functools.partial(beam.start, config=config))(rows.history, rows.prefix)
@@ -393,13 +360,14 @@ def _decode_beams(decode_fn, take_rows, cache, rows: _Rows, width: int, config: 
 
 
 def _emit_beams(beams: beam.Beams, logits_R1V, rows: _Rows, step, width: int,
-                config: DecodeConfig):
+                config: DecodeConfig, logits_fn: LogitsFn | None):
     """One more token for every input; also the rows that the new live beams come from."""
     size = config.beam_size
     # controls see log-probabilities here, as in transformers, and are not renormalised
-    log_probs_RV = jax.nn.log_softmax(logits_R1V[:, 0].astype(jnp.float32))
-    log_probs_RV = _control(log_probs_RV, beams.live_tokens.reshape(log_probs_RV.shape[0], -1),
-                            width + step, jnp.repeat(rows.prefix, size) + step, config)
+    history_RT = beams.live_tokens.reshape(logits_R1V.shape[0], -1)
+    log_probs_RV = jax.nn.log_softmax(_changed(logits_R1V, history_RT, step, logits_fn))
+    log_probs_RV = _control(log_probs_RV, history_RT, width + step,
+                            jnp.repeat(rows.prefix, size) + step, config)
     beams, source_BK = beam.advance(
         beams, log_probs_RV.reshape(-1, size, log_probs_RV.shape[-1]), step, width,
         rows.prefix, config)

@@ -29,6 +29,7 @@ from t5x_lite import log
 from t5x_lite.build import Program
 from t5x_lite.data import batches as data_batches, rows as data_rows, vocabulary as data_vocabulary
 from t5x_lite.decoding.decode import DecodeConfig
+from t5x_lite.decoding.logits_fn import LogitsFn
 from t5x_lite.errors import UserError
 from t5x_lite.parallel import sharding
 from t5x_lite.training import losses, steps
@@ -67,7 +68,7 @@ class Predictor:
     """Predicts and scores texts with given parameters, under program.activate()."""
 
     def __init__(self, program: Program, vocabulary, decode: DecodeConfig,
-                 batch_size: int = 0):
+                 batch_size: int = 0, logits_fn: LogitsFn | None = None):
         config = program.config
         self._kind = data_rows.of(config.objective.rows)
         if not self._kind.pairs:
@@ -82,7 +83,7 @@ class Predictor:
         self._eos = decode.eos_id
         self._start = data_vocabulary.start_id(vocabulary) if self._kind.shares_row else 0
         self.batch_size = batch_size or config.eval.batch_size or config.train.global_batch_size
-        self._decode_step = jax.jit(steps.make_decode_step(program.model, decode))
+        self._decode_step = jax.jit(steps.make_decode_step(program.model, decode, logits_fn))
         self._score_step = jax.jit(make_score_step(program.model))
         self._counts = collections.Counter()   # since the last say_misfits
         self._rows: dict[str, list[int]] = {}   # … and the rows that something is wrong with
@@ -132,9 +133,11 @@ class Predictor:
         elif text is not None and not text.strip():
             self._rows.setdefault(_EMPTY, []).append(row)
 
-    def training_rows(self, inputs: Sequence[Text], targets: Sequence[Text]
-                      ) -> dict[str, np.ndarray]:
+    def training_rows(self, inputs: Sequence[Text], targets: Sequence[Text],
+                      loss_on_inputs: bool = False) -> dict[str, np.ndarray]:
         """A batch of the objective's features [batch_size, L], the missing rows zeros.
+
+        loss_on_inputs: predict the inputs that share the targets' row too.
 
         What does not fit is cut: inputs at their end (a causal LM's at their start), to what the
         targets leave of a row that they share; targets at their end where they alone are longer
@@ -151,7 +154,7 @@ class Predictor:
         weights = (np.arange(length) < _column(map(len, target_rows), self.batch_size))
         if self._kind.shares_row:
             starts = _column((len(i) for i, _ in pairs), self.batch_size)
-            weights &= np.arange(length) >= starts
+            weights &= loss_on_inputs | (np.arange(length) >= starts)
             if self._kind.marks_inputs:
                 batch["decoder_prefix"] = (np.arange(length) <= starts).astype(np.int32)
         shifted = np.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=self._start)
@@ -164,6 +167,12 @@ class Predictor:
         if text is None:
             return self._text(example["targets"])
         return text.decode() if isinstance(text, bytes) else str(text)
+
+    def with_text(self, example: Mapping) -> Mapping:
+        """The example with its inputs' text, as "inputs_pretokenized", where it has tokens alone."""
+        if "inputs" not in example or "inputs_pretokenized" in example:
+            return example
+        return {**example, "inputs_pretokenized": self._text(example["inputs"])}
 
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """The batch on the devices, sharded as in training."""
@@ -279,6 +288,7 @@ def task_metrics(predictor: Predictor, params, task, examples: Sequence[Mapping]
     predict_metric_fns see the best prediction's text, score_metric_fns the log-probability of
     the targets; both after the task's postprocessor. Values that are no numbers are left out.
     """
+    examples = list(map(predictor.with_text, examples))
     inputs = [e.get("inputs", ()) for e in examples]
     targets = [task.postprocess_fn(predictor.target_text(e), example=e, is_target=True)
                for e in examples]

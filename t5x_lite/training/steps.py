@@ -17,6 +17,7 @@ from t5x_lite import tree
 from t5x_lite.data import rows as data_rows
 from t5x_lite.decoding import decode as decoding
 from t5x_lite.decoding.decode import DecodeConfig, Decoded
+from t5x_lite.decoding.logits_fn import LogitsFn, load as load_logits_fn
 from t5x_lite.layers.linear import RowKey
 from t5x_lite.models.cache import take_rows
 from t5x_lite.models.params import ModelDefinition
@@ -252,8 +253,8 @@ def make_eval_step(model: ModelDefinition, objective: ObjectiveConfig
     return eval_step
 
 
-def make_decode_step(model: ModelDefinition, config: DecodeConfig
-                     ) -> Callable[[Mapping, Batch], Decoded]:
+def make_decode_step(model: ModelDefinition, config: DecodeConfig,
+                     logits_fn: LogitsFn | None = None) -> Callable[[Mapping, Batch], Decoded]:
     """(params, batch) -> Decoded; an encoder-decoder reads encoder_input_tokens.
 
     Optional in the batch: decoder_prompt_tokens int32 [B, P], left-aligned, and
@@ -263,7 +264,11 @@ def make_decode_step(model: ModelDefinition, config: DecodeConfig
 
     A decoder with scan=False is unrolled here as well: see
     language_model.Model.with_layers_apart.
+
+    logits_fn: changes the next token's logits; None: what config.logits_fn names.
     """
+    logits_fn = logits_fn or load_logits_fn(config.logits_fn)
+
     def decode_step(params, batch):
         # A token at a time has no length to split.
         rules = sharding.active_rules().replace(act_length=(), act_norm_length=())
@@ -299,5 +304,5 @@ def make_decode_step(model: ModelDefinition, config: DecodeConfig
         def decode_fn(tokens, cache):
             return module.decode(tokens, cache, {**head, "kernel": turned.T})
         return decoding.decode(decode_fn, take_rows, cache, prompt, lengths, config,
-                               batch.get("row_ids"))
+                               batch.get("row_ids"), logits_fn)
     return decode_step

@@ -61,3 +61,20 @@ def test_a_side_of_its_own_is_shifted_and_padded(monkeypatch):
 def test_an_unknown_kind_is_refused():
     with pytest.raises(UserError, match="objective.name='seq2sek'.*did you mean 'seq2seq'"):
         data_rows.of("seq2sek")
+
+
+@pytest.mark.parametrize("kind", ["lm", "prefix_lm"])
+def test_the_loss_counts_inputs_where_asked_for(kind):
+    rows = data_rows.of(kind)
+    made = rows.convert({name: tf.constant(tokens) for name, tokens in EXAMPLE.items()}, 1)
+    weights = lambda sides: sides["decoder"]["decoder_loss_weights"].numpy().tolist()
+    assert weights(rows.weighted(made, False)) == [0, 0, 0, 1, 1, 1, 1, 1]
+    changed = rows.weighted(made, True)
+    assert weights(changed) == [1] * 8
+    assert {n: x for n, x in changed["decoder"].items() if n != "decoder_loss_weights"} == {
+        n: x for n, x in made["decoder"].items() if n != "decoder_loss_weights"}
+
+
+def test_inputs_in_a_row_of_their_own_have_no_loss():
+    with pytest.raises(UserError, match="data.loss_on_inputs=True.* objective.name=lm or prefix_lm"):
+        data_rows.of("seq2seq").weighted({}, True)

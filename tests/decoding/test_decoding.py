@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec as P
 
-from t5x_lite.decoding import decode
+from t5x_lite.decoding import decode, truncate
 from t5x_lite.decoding.decode import DecodeConfig
 from t5x_lite.errors import UserError
 from tests.decoding.decoding_toys import (
@@ -240,7 +240,7 @@ def kept(masked):
 ])
 def test_top_p_keeps_the_smallest_sufficient_set(p, expected):
     order = np.array([3, 0, 4, 2, 1])  # in any order
-    masked = decode.keep_top_p(jnp.log(jnp.asarray(PROBS[order]))[None], p)
+    masked = truncate.keep_top_p(jnp.log(jnp.asarray(PROBS[order]))[None], p)
     assert sorted(order[kept(masked)]) == expected
 
 
@@ -248,16 +248,16 @@ def test_top_p_at_an_exact_boundary():
     # softmax of these is exactly [1/2, 1/4, 1/4] in float32
     logits = jnp.log2(jnp.array([[2.0, 1.0, 1.0]])) * np.float32(np.log(2))
     assert jax.nn.softmax(logits)[0].tolist() == [0.5, 0.25, 0.25]
-    assert kept(decode.keep_top_p(logits, 0.5)) == [0]
-    assert kept(decode.keep_top_p(logits, float(np.nextafter(0.5, 1)))) == [0]  # float32: 0.5
-    assert kept(decode.keep_top_p(logits, 0.50001)) == [0, 1, 2]
+    assert kept(truncate.keep_top_p(logits, 0.5)) == [0]
+    assert kept(truncate.keep_top_p(logits, float(np.nextafter(0.5, 1)))) == [0]  # float32: 0.5
+    assert kept(truncate.keep_top_p(logits, 0.50001)) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("k, expected", [
     (1, [1]), (2, [1, 3]), (3, [0, 1, 3, 4]), (4, [0, 1, 3, 4]), (5, [0, 1, 2, 3, 4]),
     (9, [0, 1, 2, 3, 4])])
 def test_top_k_keeps_k_and_ties(k, expected):
-    assert kept(decode.keep_top_k(jnp.array([[-1.0, 3.0, -7.0, 0.5, -1.0]]), k)) == expected
+    assert kept(truncate.keep_top_k(jnp.array([[-1.0, 3.0, -7.0, 0.5, -1.0]]), k)) == expected
 
 
 def test_thresholds_equal_sorting():
@@ -270,8 +270,8 @@ def test_thresholds_equal_sorting():
             in_k[row, order[row, :k]] = True
             sums = np.cumsum(probs[row, order[row]].astype(np.float64))
             in_p[row, order[row, :1 + np.searchsorted(sums, p)]] = True
-        np.testing.assert_array_equal(decode.keep_top_k(logits, k) > NEG, in_k)
-        np.testing.assert_array_equal(decode.keep_top_p(logits, p) > NEG, in_p)
+        np.testing.assert_array_equal(truncate.keep_top_k(logits, k) > NEG, in_k)
+        np.testing.assert_array_equal(truncate.keep_top_p(logits, p) > NEG, in_p)
 
 
 def test_sampled_frequencies():
