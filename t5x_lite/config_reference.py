@@ -13,7 +13,7 @@ import textwrap
 import tokenize
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from t5x_lite.config import RunConfig
@@ -85,32 +85,42 @@ def _comments(kind: type) -> dict[str, str]:
     """
     source = textwrap.dedent(inspect.getsource(kind))
     body = ast.parse(source).body[0].body   # type: ignore[attr-defined]
-    behind: dict[int, str] = {}
+    above, behind = _comment_lines(source, body[0].col_offset)
+    comments = {}
+    for node in body:
+        if isinstance(node, ast.AnnAssign):
+            first, last = node.lineno, node.end_lineno or node.lineno
+            here = [behind[n] for n in range(first, last + 1) if n in behind]
+            name = typing.cast(ast.Name, node.target).id
+            comments[name] = " ".join(_block_above(above, first) + here)
+    return comments
+
+
+def _comment_lines(source: str, indent: int) -> tuple[dict[int, str], dict[int, str]]:
+    """{line: comment} of those in lines of their own at `indent`, and of those behind code."""
     above: dict[int, str] = {}
+    behind: dict[int, str] = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         line, column = token.start
+        text = token.string.lstrip("# ")
         if token.type != tokenize.COMMENT:
             continue
-        text = token.string.lstrip("# ")
-        if column == body[0].col_offset:
+        if column == indent:
             above[line] = text
-        elif token.line.strip().startswith("#"):
-            owner = max(n for n in behind if n < line)
-            behind[owner] += f" {text}"
-        else:
-            behind[line] = text
-    found = {}
-    for node in body:
-        if not isinstance(node, ast.AnnAssign):
             continue
-        lines = [behind[n] for n in range(node.lineno, (node.end_lineno or 0) + 1) if n in behind]
-        first = node.lineno - 1
-        block: list[str] = []
-        while first in above:
-            block.insert(0, above[first])
-            first -= 1
-        found[typing.cast(ast.Name, node.target).id] = " ".join(block + lines)
-    return found
+        if token.line.strip().startswith("#"):   # goes on from the comment before it
+            line = max(n for n in behind if n < line)
+            text = f"{behind[line]} {text}"
+        behind[line] = text
+    return above, behind
+
+
+def _block_above(above: Mapping[int, str], line: int) -> list[str]:
+    """The comment lines that end right above `line`, from the first."""
+    block: list[str] = []
+    while line - 1 - len(block) in above:
+        block.append(above[line - 1 - len(block)])
+    return block[::-1]
 
 
 def _type_name(kind: Any) -> str:

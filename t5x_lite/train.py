@@ -198,9 +198,8 @@ def _loop(session: _Session, start: Start, where: _Where) -> dict[str, dict[str,
             where.step, where.rows = step, meter.counts.rows
             state = _step(session, meter, train_step, state, step)
             stopping = step < last and session.stop.now(step)
-            evaluating = not stopping and evaluator.has_data and (
-                step % config.eval.every == 0 or step == last)
-            saving = step % config.checkpoint.every == 0 or step == last or stopping
+            evaluating = evaluator.has_data and not stopping and _due(config.eval.every, step, last)
+            saving = stopping or _due(config.checkpoint.every, step, last)
             if evaluating or saving:
                 meter.read_pending()   # nothing is saved before it is known to be finite
             # Evaluated before it is saved: a kill in between repeats the evaluation, where the
@@ -222,12 +221,23 @@ def _loop(session: _Session, start: Start, where: _Where) -> dict[str, dict[str,
         raise SystemExit(stopped_status(os.environ))
     meter.refuse_a_run_without_updates()
     if config.eval.samples and evaluator.has_data:
-        samples = report.samples(evaluator.samples(program.whole_params(state),
-                                                   config.eval.samples))
-        log.say(samples)
-        if log.is_main():
-            files.write_whole(session.workdir / "samples.txt", samples + "\n")
+        _show_samples(session, evaluator, state)
     return held_out
+
+
+def _due(every: int, step: int, last: int) -> bool:
+    """Whether what happens every so many steps, and after the last one, happens now."""
+    return step % every == 0 or step == last
+
+
+def _show_samples(session: _Session, evaluator: Evaluator, state: Mapping) -> None:
+    """Prints what the model makes of a few held-out examples, and writes it to samples.txt."""
+    program = session.program
+    examples = evaluator.samples(program.whole_params(state), program.config.eval.samples)
+    samples = report.samples(examples)
+    log.say(samples)
+    if log.is_main():
+        files.write_whole(session.workdir / "samples.txt", samples + "\n")
 
 
 def _step(session: _Session, meter: "_Meter", train_step: Callable, state: Mapping, step: int

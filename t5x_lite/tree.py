@@ -93,14 +93,27 @@ def shapes(tree: Mapping) -> dict[str, tuple[int, ...]]:
 
 
 def differences(old: Any, new: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted field, old value, new value) of JSON values, sections and equally long lists read
-    into."""
+    """Where two JSON values differ; sections and equally long lists are read into.
+
+    Args:
+        where: the dotted name of both.
+    Yields:
+        (dotted field, old value, new value); None for a field that one side lacks.
+    """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for name in [*old, *(n for n in new if n not in old)]:
-            inner = f"{where}.{name}" if where else str(name)
-            yield from differences(old.get(name), new.get(name), inner)
+        dot = "." if where else ""
+        pairs = [(f"{where}{dot}{n}", old.get(n), new.get(n)) for n in dict.fromkeys([*old, *new])]
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for i, (a, b) in enumerate(zip(old, new, strict=True)):
-            yield from differences(a, b, f"{where}[{i}]")
-    elif old != new and not (old != old and new != new):   # NaN equals NaN here
+        pairs = [(f"{where}[{i}]", a, b) for i, (a, b) in enumerate(zip(old, new, strict=True))]
+    elif old == new or _both_nan(old, new):
+        return
+    else:
         yield where, old, new
+        return
+    for pair in pairs:
+        yield from differences(pair[1], pair[2], pair[0])
+
+
+def _both_nan(old: Any, new: Any) -> bool:
+    return old != old and new != new
+

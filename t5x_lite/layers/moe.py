@@ -40,13 +40,25 @@ def validate(config: MoEConfig, where: str, *, causal: bool, length: int = 0,
         split: whether the batch is split into micro-batches, by accumulation or a pipeline.
     """
     router = _validate_fields(config, where)
+    if causal and not router.causal:
+        raise UserError(f"{where}: {routing.leak(config.router)}")
+    _validate_choices(config, router, where)
+    ways = _ways(sharding.active_rules().mesh_axes("expert"), sharding.mesh_sizes())
+    if config.num_experts % ways:
+        raise UserError(f"{where}.num_experts={config.num_experts} cannot be split {ways} ways over "
+                        f"the mesh axis 'expert'; choose a mesh.expert that divides "
+                        f"{config.num_experts}.")
+    if length:
+        _validate_groups(config, where, length, split)
+
+
+def _validate_choices(config: MoEConfig, router: routing.Router, where: str) -> None:
+    """Checks what a token may choose from against what the router can do."""
     experts, choices = config.num_experts, router.choices(config)
     if choices > experts:
         field = f"top_k={config.top_k}" if "top_k" in router.settings else f"router={config.router!r}"
         raise UserError(f"{where}.{field} uses {choices} experts a token, but num_experts="
                         f"{experts}; use at most {experts}, or more experts.")
-    if causal and not router.causal:
-        raise UserError(f"{where}: {routing.leak(config.router)}")
     if not choices and (config.dropless or config.overflow != "zero" or config.expert_groups != 1):
         raise UserError(f"{where}: router={config.router!r} fills every expert to its capacity; "
                         "dropless, overflow and expert_groups do not apply to it.")
@@ -61,19 +73,18 @@ def validate(config: MoEConfig, where: str, *, causal: bool, length: int = 0,
         raise UserError(f"{where}.max_groups={config.max_groups}: must be between 1 and "
                         f"expert_groups={config.expert_groups}, and leave at least "
                         f"{choices} experts eligible.")
-    ways = _ways(sharding.active_rules().mesh_axes("expert"), sharding.mesh_sizes())
-    if experts % ways:
-        raise UserError(f"{where}.num_experts={experts} cannot be split {ways} ways over the mesh "
-                        f"axis 'expert'; choose a mesh.expert that divides {experts}.")
-    if length:
-        tokens = group_tokens(config, length, where)
-        if split and tokens > length:
-            raise UserError(
-                f"{where}.group_size={tokens} makes groups of {tokens // length} sequences, but "
-                f"micro-batches (train.accumulation, a pipeline's) take sequences that are not "
-                f"neighbours: other groups, other drops. Use at most the length, {length}.")
-        for train in (True, False):
-            capacity(config, tokens, train, where)
+
+
+def _validate_groups(config: MoEConfig, where: str, length: int, split: bool) -> None:
+    """Checks the groups that are routed together, and what they leave of an expert's capacity."""
+    tokens = group_tokens(config, length, where)
+    if split and tokens > length:
+        raise UserError(
+            f"{where}.group_size={tokens} makes groups of {tokens // length} sequences, but "
+            f"micro-batches (train.accumulation, a pipeline's) take sequences that are not "
+            f"neighbours: other groups, other drops. Use at most the length, {length}.")
+    for train in (True, False):
+        capacity(config, tokens, train, where)
 
 
 def _validate_fields(config: MoEConfig, where: str) -> routing.Router:

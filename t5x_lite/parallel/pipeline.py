@@ -146,38 +146,63 @@ def _fetched(fn, stacked, x, xs, inputs, repeats):
 
 
 def _pipelined(fn, stacked, x, xs, inputs, repeats, scan, config, stages):
-    plan, rows = config.plan(stages), x.shape[0]
+    plan = config.plan(stages)
     layers_each = repeats // (stages * plan.rounds)
-    leaves, treedef = jax.tree.flatten(inputs)
-    keys = {i: jax.random.key_impl(leaf) for i, leaf in enumerate(leaves)
-            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)}
-    leaves = [jax.random.key_data(leaf) if i in keys else leaf for i, leaf in enumerate(leaves)]
-    travels = [leaf.ndim > 0 and leaf.shape[0] == rows and i not in keys
-               for i, leaf in enumerate(leaves)]
+    side = _SideInputs(inputs, rows=x.shape[0])
+
+    def of_round(leaf, round_):
+        if plan.rounds == 1:
+            return leaf[0]
+        return jax.lax.dynamic_index_in_dim(leaf, round_, 0, keepdims=False)
 
     def stage_fn(weights, row, round_):
-        (layers, here), shared = weights
-        x, side = row
-        side, shared = iter(side), iter(shared)
-        here_leaves = [next(side if t else shared) for t in travels]
-        here_leaves = [jax.random.wrap_key_data(leaf, impl=keys[i]) if i in keys else leaf
-                       for i, leaf in enumerate(here_leaves)]
-        pick = lambda leaf: leaf[0] if plan.rounds == 1 else \
-            jax.lax.dynamic_index_in_dim(leaf, round_, 0, keepdims=False)
-        x, outputs = _in_turn(fn, jax.tree.map(pick, layers), x, jax.tree.map(pick, here),
-                              treedef.unflatten(here_leaves), layers_each, scan)
+        (layers, xs), shared = weights
+        x, travelling = row
+        layers, xs = jax.tree.map(lambda leaf: of_round(leaf, round_), (layers, xs))
+        x, outputs = _in_turn(fn, layers, x, xs, side.join(travelling, shared), layers_each, scan)
         return x, jax.tree.map(lambda o: jnp.sum(o, axis=0), outputs)
 
     weights = (jax.tree.map(functools.partial(_to_stages, plan=plan), (stacked, xs)),
-               [_on_every_stage(leaf, stages)
-                for leaf, t in zip(leaves, travels, strict=True) if not t])
+               [_on_every_stage(leaf, stages) for leaf in side.shared])
     split = functools.partial(_split_rows, plan=plan)
-    groups = (split(x), [split(leaf) for leaf, t in zip(leaves, travels, strict=True) if t])
+    groups = (split(x), [split(leaf) for leaf in side.travelling])
     schedule = one_f_one_b if config.schedule == "1f1b" else fill_drain
     y, outputs, idle = schedule(stage_fn, plan, weights, groups)
     outputs = jax.tree.map(lambda o: o / plan.microbatches, outputs)
     bubble = (jnp.sum(idle).astype(jnp.float32), jnp.float32(stages * plan.ticks))
     return _join_rows(y, x), outputs, {"pipeline_bubble": bubble}
+
+
+class _SideInputs:
+    """A tree of what layers read beside x, taken apart into what travels with a micro-batch's
+    rows (masks, biases, the encoder's output) and what every stage shares.
+
+    Random keys are shared, as their uint32 data: a mapped or scanned array must be numbers.
+
+    Attributes:
+        travelling: the leaves [B, …] with one entry per row.
+        shared: the other leaves.
+    """
+
+    def __init__(self, tree: Any, rows: int):
+        leaves, self._structure = jax.tree.flatten(tree)
+        self._keys = [jax.random.key_impl(leaf) if _is_key(leaf) else None for leaf in leaves]
+        self._travels = [not _is_key(leaf) and leaf.shape[:1] == (rows,) for leaf in leaves]
+        data = [jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in leaves]
+        self.travelling = [leaf for leaf, t in zip(data, self._travels, strict=True) if t]
+        self.shared = [leaf for leaf, t in zip(data, self._travels, strict=True) if not t]
+
+    def join(self, travelling: list, shared: list) -> Any:
+        """The tree with other leaves in the places of `travelling` and `shared`."""
+        moving, fixed = iter(travelling), iter(shared)
+        data = [next(moving if t else fixed) for t in self._travels]
+        return jax.tree.unflatten(self._structure, [
+            leaf if impl is None else jax.random.wrap_key_data(leaf, impl=impl)
+            for leaf, impl in zip(data, self._keys, strict=True)])
+
+
+def _is_key(leaf: jax.Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 # --- layouts ------------------------------------------------------------------------------------
@@ -212,7 +237,7 @@ def _split_rows(x: jax.Array, plan: Plan) -> jax.Array:
 
 
 def _join_rows(y: jax.Array, like: jax.Array) -> jax.Array:
-    """The inverse of _split_rows, with the sharding of `like`."""
+    """y [S, G, b, …] -> [B, …], in the order that _split_rows took apart, sharded as `like`."""
     (outer, inner), rest = _row_axes(), jax.typeof(y).sharding.spec[3:]
     blocks = math.prod(sharding.mesh_sizes()[a] for a in outer)
     stages, groups, rows = y.shape[:3]

@@ -101,7 +101,10 @@ def load(ring: Any, groups: Any, t: jax.Array, first: int, plan: Plan) -> Any:
 
 
 def store(groups: Any, ring: Any, t: jax.Array, first: int, plan: Plan) -> Any:
-    """The inverse of `load`: writes the ring to group g at tick first + g * period."""
+    """groups [S, G, b, …] with the ring [S, b, …] written to group g at tick first + g * period.
+
+    What `load` hands out at one stage comes back in the same order at another.
+    """
     now, g = _group(t, first, plan)
 
     def write(old, new):
@@ -200,12 +203,19 @@ def one_f_one_b(stage_fn: StageFn, plan: Plan, weights: Any, rows: tuple[jax.Arr
 
 def backward_1f1b(stage_fn: StageFn, plan: Plan, weights: Any, rows: tuple[jax.Array, Any],
                   y_bar: jax.Array, outputs_bar: Any) -> tuple[tuple[list, list], jax.Array]:
-    """Cotangents of the differentiable leaves of weights and of rows, from those of y and of
-    the outputs; and the idle forward and backward half-ticks of each stage, int32 [S].
+    """The backward pass of one_f_one_b, which runs the forward pass again in 1F1B's order.
 
     Stage s runs micro-batch m forward at tick m + s and backward at tick m + 2 (S - 1) - s.
     Ticks before the first backward run forward only, those after the last forward backward
     only, so the whole takes as long as a forward and a backward GPipe pass.
+
+    Args:
+        weights, rows: as fill_drain has them.
+        y_bar: cotangents of y, [S, G, b, …].
+        outputs_bar: cotangents of the summed outputs, leaves [S, …].
+    Returns:
+        cotangents of the differentiable leaves of weights and of rows; and the idle forward and
+        backward half-ticks of each stage, int32 [S].
     """
     assert plan.rounds == 1, plan
     stages, last = plan.stages, plan.stages - 1
@@ -231,42 +241,63 @@ def backward_1f1b(stage_fn: StageFn, plan: Plan, weights: Any, rows: tuple[jax.A
         _, pull = jax.vjp(lambda w, r: run(w, r, weights_o, row_o), weights_f, row_f)
         return pull((y_bar, outputs_bar))
 
-    def tick(carry, t, *, forwards, backwards):
-        arrived, feed, arrived_bar, feed_bar, drain, done, total, ring, idle = carry
+    def tick(now: _Tick, t: jax.Array, *, forwards: bool, backwards: bool) -> tuple[_Tick, None]:
         ids = stage_ids(stages)
-        feed, row, on = load(feed, rows, t, 0, plan), arrived, arrived
+        feed = load(now.feed, rows, t, 0, plan)
+        row, onward, idle = now.arrived, now.arrived, now.idle
         if forwards:
-            row, on = on_stages(forward, 0)(ids, feed, arrived, weights)
+            row, onward = on_stages(forward, 0)(ids, feed, now.arrived, weights)
             idle = idle + ((t < ids) | (t - ids >= plan.microbatches))
-        held, ring = _hold(ring, row, t, stages)
+        held, ring = _hold(now.ring, row, t, stages)
+        drain, total, arrived_bar = now.drain, now.total, now.arrived_bar
         if backwards:
             (y_bar_now, *side_bar), outputs_bar_now, active = on_stages(
-                cotangents, (0, None, 0, 0, 0))(ids, t, feed_bar, arrived_bar, outputs_bar)
+                cotangents, (0, None, 0, 0, 0))(ids, t, now.feed_bar, now.arrived_bar, outputs_bar)
             added, (x_bar, *side_added) = backward(held, y_bar_now, outputs_bar_now)
             rows_bar = [x_bar, *map(jnp.add, side_bar, side_added)]
             drain = on_stages(lambda s, new, old: _select(s == 0, new, old), 0)(
                 ids, rows_bar, drain)
             total, arrived_bar = jax.tree.map(jnp.add, total, added), shift(rows_bar, -1)
             idle = idle + ~active
-        feed_bar = shift(load(feed_bar, y_bar, t, stages - 2, plan), -1)
+        feed_bar = shift(load(now.feed_bar, y_bar, t, stages - 2, plan), -1)
         drain = shift(drain, -1)
-        done = store(done, drain, t, 3 * last, plan)
-        return (shift(on, 1), shift(feed, -1), arrived_bar, feed_bar, drain, done, total, ring,
-                idle), None
+        return _Tick(
+            arrived=shift(onward, 1), feed=shift(feed, -1), ring=ring, arrived_bar=arrived_bar,
+            feed_bar=feed_bar, drain=drain, done=store(now.done, drain, t, 3 * last, plan),
+            total=total, idle=idle), None
 
     empty, rows_f = _first_group(rows), _partition(rows)[0]
     empty_bar = _first_group(rows_f)
-    carry = (empty, empty, empty_bar, empty_bar[0], empty_bar,
-             list(map(jnp.zeros_like, rows_f)), list(map(jnp.zeros_like, weights_f)),
-             jax.tree.map(lambda x: _empty_ring(x, stages), empty),
-             jnp.zeros_like(stage_ids(stages)))
+    now = _Tick(
+        arrived=empty, feed=empty, ring=jax.tree.map(lambda x: _empty_ring(x, stages), empty),
+        arrived_bar=empty_bar, feed_bar=empty_bar[0], drain=empty_bar,
+        done=list(map(jnp.zeros_like, rows_f)), total=list(map(jnp.zeros_like, weights_f)),
+        idle=jnp.zeros_like(stage_ids(stages)))
     first, end = last, plan.microbatches + last
     for begin, stop, halves in ((0, first, (True, False)), (first, end, (True, True)),
                                 (end, end + last, (False, True))):
         step = functools.partial(tick, forwards=halves[0], backwards=halves[1])
-        carry, _ = jax.lax.scan(step, carry, jnp.arange(begin, stop))
-    *_, done, total, _, idle = carry
-    return (total, done), idle
+        now, _ = jax.lax.scan(step, now, jnp.arange(begin, stop))
+    return (now.total, now.done), now.idle
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Tick:
+    """What one tick of 1F1B hands to the next. Leaves have a leading stage dim.
+
+    A cotangent is named *_bar and belongs to the differentiable leaves alone.
+    """
+
+    arrived: Any            # the rows (x, side) that each stage runs forward now
+    feed: Any               # a ring that brings the next micro-batch's rows to stage 0
+    ring: Any               # the rows that wait for their backward pass: see _hold
+    arrived_bar: list       # of (x, side): what the stage after has sent back
+    feed_bar: jax.Array     # a ring that brings the next micro-batch's y_bar to the last stage
+    drain: list             # a ring that takes cotangents of rows from stage 0 to their own stage
+    done: list              # the cotangents of rows [S, G, b, …] that have come home
+    total: list             # cotangents of the weights, summed over micro-batches
+    idle: jax.Array         # half-ticks without work, int32 [S]
 
 
 def _empty_ring(x: jax.Array, stages: int) -> jax.Array:
@@ -326,7 +357,7 @@ def _partition(tree: Any) -> tuple[list, list]:
 
 
 def _join(like: Any, differentiable: list, others: list) -> Any:
-    """The inverse: a tree like `like` of these leaves."""
+    """A tree like `like` of what _partition has taken apart."""
     leaves, treedef = jax.tree.flatten(like)
     parts = iter(differentiable), iter(others)
     return treedef.unflatten(

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from t5x_lite.errors import Axis, UserError, nearest
+from t5x_lite.errors import Axis, UserError, nearest, refuse
 from t5x_lite.parallel import products
 
 # Outermost first: neighbours in the last axis are neighbours on the interconnect, so the
@@ -189,23 +189,30 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 def resolve_mesh(config: MeshConfig, num_devices: int) -> dict[str, int]:
     """{mesh axis: size} with -1 filled in. Raises UserError as make_mesh does."""
     sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
-    shown = ", ".join(f"{a}={n}" for a, n in sizes.items() if n != 1) or "all 1"
     for axis, size in sizes.items():
         if size < 1 and size != -1:
-            raise UserError(f"mesh.{axis}={size}: must be a positive number, or -1 for the rest.")
+            raise refuse(f"mesh.{axis}", size, "a positive number, or -1 for the rest")
+    shown = ", ".join(f"{a}={n}" for a, n in sizes.items() if n != 1) or "all 1"
     free = [a for a, n in sizes.items() if n == -1]
+    fixed = math.prod(n for n in sizes.values() if n != -1)
     if len(free) > 1:
         raise UserError(f"mesh: only one axis may be -1, not {' and '.join(free)} ({shown}).")
-    fixed = math.prod(n for n in sizes.values() if n != -1)
-    if num_devices % fixed or (not free and fixed != num_devices):
-        divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
-        raise UserError(
-            f"mesh ({shown}) needs {'a multiple of ' if free else ''}{fixed} devices, but there "
-            f"{'is' if num_devices == 1 else 'are'} {num_devices}; sizes must multiply to "
-            f"{num_devices} (its divisors: {', '.join(map(str, divisors))}), and one may be -1.")
-    if free:
-        sizes[free[0]] = num_devices // fixed
-    return sizes
+    if free and num_devices % fixed == 0:
+        return {**sizes, free[0]: num_devices // fixed}
+    if not free and num_devices == fixed:
+        return sizes
+    multiple = "a multiple of " if free else ""
+    raise UserError(f"mesh ({shown}) needs {multiple}{fixed} devices, but there {_are(num_devices)}; "
+                    f"sizes must multiply to {num_devices} (its divisors: "
+                    f"{_divisors(num_devices)}), and one may be -1.")
+
+
+def _are(count: int) -> str:
+    return f"is {count}" if count == 1 else f"are {count}"
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
 _rules: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default=Rules())
