@@ -145,11 +145,11 @@ def _start(main: Callable[[], None], argv: list[str], alone: bool) -> None:
     if given and len(given) < 3:
         raise UserError("--coordinator_address, --num_processes and --process_id go together.")
     if given:
-        found = processes.Processes("flags", *(f.value for f in given))
+        among = processes.Processes("flags", *(f.value for f in given))
     else:
-        found = processes.find(os.environ, processes.has_tpu(os.environ))
-    if found is not None:
-        _run_among(found, main)
+        among = processes.find(os.environ, processes.has_tpu(os.environ))
+    if among is not None:
+        _run_among(among, main)
         return
     _find_devices()
     main()
@@ -266,11 +266,11 @@ def _edit(argument: str) -> str:
 
 def _user_error(error: BaseException | None) -> UserError | None:
     """The config file's own UserError, which ml_collections and absl wrap with its traceback."""
-    found = None
+    innermost = None
     while error is not None:
-        found = error if isinstance(error, UserError) else found
+        innermost = error if isinstance(error, UserError) else innermost
         error = error.__cause__ or error.__context__
-    return found
+    return innermost
 
 
 def _joined(argv: list[str]) -> list[str]:

@@ -55,10 +55,10 @@ def run(config: RunConfig, workdir: pathlib.Path | None, steps: Sequence[int | s
             raise UserError("nothing to evaluate on: set data.validation to a task, or "
                             "data.validation_files to text files.")
         for step in steps:
-            params, found = init_from.restore(program, workdir, step)
-            results[found] = evaluator.evaluate(params)
-            for task, values in results[found].items():
-                log.say(report.evaluation_line(found, task, values))
+            params, read_step = init_from.restore(program, workdir, step)
+            results[read_step] = evaluator.evaluate(params)
+            for task, values in results[read_step].items():
+                log.say(report.evaluation_line(read_step, task, values))
     return results
 
 

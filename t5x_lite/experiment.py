@@ -53,7 +53,7 @@ class Run:
 
     @property
     def folder(self) -> str:
-        """Its place below the experiment's workdir."""
+        """The run's workdir, relative to the experiment's: "arm/seed_0/stage"."""
         return "/".join(filter(None, (self.arm, f"seed_{self.seed}", self.stage)))
 
 
@@ -118,8 +118,9 @@ def curve(path: pathlib.Path, metric: str) -> list[tuple[int, float]]:
     """(step, value) of one metric of a metrics.jsonl."""
     if not path.is_file():
         return []
-    found = [(line["step"], reporting_runs.value(line, metric)) for line in metrics.read_metrics(path)]
-    return [(step, number) for step, number in found if number is not None]
+    values = [(line["step"], reporting_runs.value(line, metric))
+              for line in metrics.read_metrics(path)]
+    return [(step, number) for step, number in values if number is not None]
 
 
 def by_arm(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -135,13 +136,13 @@ def summary(runs: Sequence[Run], workdir: pathlib.Path, shown: Sequence[str]) ->
     values = final_values(runs, workdir)
     lines = ["| arm | seeds | " + " | ".join(shown) + " |", "|---" * (len(shown) + 2) + "|"]
     for arm, members in by_arm(runs).items():
-        found = [values[r.folder] for r in members if r.folder in values]
+        ends = [values[r.folder] for r in members if r.folder in values]
         cells = []
         for metric in shown:
-            numbers = [n for v in found if (n := reporting_runs.value(v, metric)) is not None]
+            numbers = [n for v in ends if (n := reporting_runs.value(v, metric)) is not None]
             cells.append(f"{sum(numbers) / len(numbers):.4g} ({min(numbers):.4g} … "
                          f"{max(numbers):.4g})" if numbers else "–")
-        lines.append(f"| {arm} | {len(found)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {arm} | {len(ends)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

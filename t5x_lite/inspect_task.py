@@ -95,16 +95,16 @@ def _lengths(config: DataConfig, name: str, split: str, kind: str, examples: int
              ) -> Iterator[str]:
     """How long inputs and targets are before they are cut."""
     _, read = data_tasks.eval_examples(config, name, objective=kind, split=split)
-    found = list(itertools.islice(read, examples))
-    if not found or "targets_pretokenized" not in found[0]:
+    shown = list(itertools.islice(read, examples))
+    if not shown or "targets_pretokenized" not in shown[0]:
         return   # no text-to-text task: it fills whatever lengths it is given
-    shares = data_rows.of(kind).shares_row and "inputs" in found[0]
-    rooms = {"inputs": [config.inputs_length] * len(found),
+    shares = data_rows.of(kind).shares_row and "inputs" in shown[0]
+    rooms = {"inputs": [config.inputs_length] * len(shown),
              "targets": [config.targets_length - shares * min(
-                 len(e.get("inputs", ())), config.inputs_length) for e in found]}
-    yield f"lengths of the first {len(found)} examples, in tokens"
-    for feature in sorted(rooms.keys() & found[0].keys()):
-        sizes = [len(example[feature]) for example in found]
+                 len(e.get("inputs", ())), config.inputs_length) for e in shown]}
+    yield f"lengths of the first {len(shown)} examples, in tokens"
+    for feature in sorted(rooms.keys() & shown[0].keys()):
+        sizes = [len(example[feature]) for example in shown]
         cut = sum(size > room for size, room in zip(sizes, rooms[feature], strict=True))
         line = f"  {feature:<8} mean {np.mean(sizes):.1f}, longest {max(sizes)}; {cut} of "
         line += f"{len(sizes)} longer than "

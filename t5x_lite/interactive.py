@@ -86,9 +86,9 @@ class Session:
         config = _decode_config(self.program.config.eval.decode, decode)
         predictor = self._predictor(config, logits_fn=own)
         with self.program.activate():
-            found = predictor.predict(self.params, inputs)
+            predictions = predictor.predict(self.params, inputs)
         predictor.say_misfits()
-        return found
+        return predictions
 
     def score(self, inputs: Sequence[str], targets: Sequence[str]) -> list[float]:
         """log p(target | input) of each pair, in nats."""
@@ -97,9 +97,9 @@ class Session:
             raise UserError(f"{len(inputs)} inputs and {len(targets)} targets to score")
         predictor = self._predictor(self.program.config.eval.decode)
         with self.program.activate():
-            found = predictor.score(self.params, inputs, targets)
+            scores = predictor.score(self.params, inputs, targets)
         predictor.say_misfits()
-        return found
+        return scores
 
     def evaluate(self, examples: Examples, metric_fns: Sequence[Callable] = (), **decode
                  ) -> dict[str, float]:

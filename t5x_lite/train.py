@@ -384,10 +384,10 @@ class _Meter:
         aside = ""
         if step.speaks_against_the_state_before:
             # Skipped steps left the state as it was: all of their checkpoints hold the same.
-            found = checkpointer.suspect(step.number - self.health.in_a_row)
-            names = ", ".join(f"checkpoints/{n}.suspect" for n in found)
+            suspects = checkpointer.suspect(step.number - self.health.in_a_row)
+            names = ", ".join(f"checkpoints/{n}.suspect" for n in suspects)
             aside = f" What was saved of the parameters that gave this is now {names}." \
-                if found else ""
+                if suspects else ""
         good = checkpointer.latest()
         kept = f"the last good checkpoint is of step {good}, and nothing was saved after it" \
             if good is not None else "there is no good checkpoint, and a new start is from " \

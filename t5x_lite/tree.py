@@ -58,7 +58,7 @@ def first_match(rules: Sequence[tuple[str, Any]], path: str) -> tuple[int, Any] 
 
 @dataclasses.dataclass(frozen=True)
 class TreeDiff:
-    """What stands between two flat trees: paths, and (path, expected, found) of mismatches."""
+    """What two flat trees do not share: paths, and (path, expected, given) of mismatches."""
 
     missing: tuple[str, ...]
     extra: tuple[str, ...]
@@ -77,14 +77,14 @@ class TreeDiff:
         return "\n".join(shown + ([f"  … {len(lines) - 15} more"] if len(lines) > 15 else []))
 
 
-def diff(expected: Mapping[str, Any], found: Mapping[str, Any],
+def diff(expected: Mapping[str, Any], given: Mapping[str, Any],
          same: Callable[[Any, Any], bool] = lambda a, b: True) -> TreeDiff:
-    """Compares two flat trees by path, and by `same(expected, found)` where both hold it."""
+    """Compares two flat trees by path, and by `same(expected, given)` where both hold it."""
     return TreeDiff(
-        missing=tuple(p for p in expected if p not in found),
-        extra=tuple(p for p in found if p not in expected),
-        mismatched=tuple((p, expected[p], found[p]) for p in expected
-                         if p in found and not same(expected[p], found[p])))
+        missing=tuple(p for p in expected if p not in given),
+        extra=tuple(p for p in given if p not in expected),
+        mismatched=tuple((p, expected[p], given[p]) for p in expected
+                         if p in given and not same(expected[p], given[p])))
 
 
 def shapes(tree: Mapping) -> dict[str, tuple[int, ...]]:

@@ -356,8 +356,8 @@ def read_params(folder: epath.Path, abstract_params: Any, partial: bool) -> tupl
     """Only the parameters, cast to the dtypes asked for; see checkpoint.restore_params."""
     expected = named_leaves({"params": abstract_params})
     record = read_record(folder)
-    found = {p: info for p, info in record.arrays.items() if p.startswith("params/")}
-    _check_same(folder, expected, found, with_dtype=False, with_extra=not partial)
+    stored = {p: info for p, info in record.arrays.items() if p.startswith("params/")}
+    _check_same(folder, expected, stored, with_dtype=False, with_extra=not partial)
     arrays, _ = _read_arrays(folder, record, expected)
     cast = jax.jit(lambda x, dtype: x.astype(dtype), static_argnums=1)
     leaves = [arrays[p] if arrays[p].dtype == x.dtype else cast(arrays[p], x.dtype)
@@ -365,7 +365,7 @@ def read_params(folder: epath.Path, abstract_params: Any, partial: bool) -> tupl
     return jax.tree.unflatten(jax.tree.structure(abstract_params), leaves), record
 
 
-def _check_same(folder: epath.Path, expected: Mapping[str, Any], found: Mapping[str, ArrayInfo],
+def _check_same(folder: epath.Path, expected: Mapping[str, Any], stored: Mapping[str, ArrayInfo],
                 *, with_dtype: bool = True, with_extra: bool = True):
     """Raises UserError unless the checkpoint holds the arrays that the model wants.
 
@@ -375,7 +375,7 @@ def _check_same(folder: epath.Path, expected: Mapping[str, Any], found: Mapping[
 
     def compare(prefix):
         return tree.diff(*({p: x for p, x in arrays.items() if p.startswith(prefix)}
-                           for arrays in (wanted, found)),
+                           for arrays in (wanted, stored)),
                          same=lambda a, b: a.shape == b.shape and (
                              a.dtype == b.dtype or not with_dtype))
 

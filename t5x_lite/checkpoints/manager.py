@@ -57,8 +57,8 @@ def _step_paths(path: os.PathLike | str) -> dict[int, epath.Path]:
     root = folder / "checkpoints" if (folder / "checkpoints").exists() else folder
     if not root.exists():
         return {}
-    found = ocp.path.step.standard_name_format().find_all(root)
-    return {m.step: epath.Path(m.path) for m in sorted(found, key=lambda m: m.step)}
+    step_paths = ocp.path.step.standard_name_format().find_all(root)
+    return {m.step: epath.Path(m.path) for m in sorted(step_paths, key=lambda m: m.step)}
 
 
 def all_steps(path: os.PathLike | str) -> list[int]:
@@ -68,18 +68,18 @@ def all_steps(path: os.PathLike | str) -> list[int]:
 
 def _candidates(path: os.PathLike | str, step: int | str) -> dict[int, epath.Path]:
     """The folders to try for `step` ("last" or a number), newest first."""
-    found = _step_paths(path)
-    if not found:
+    steps = _step_paths(path)
+    if not steps:
         raise UserError(
             f"no checkpoint at {path}: expected a workdir of t5x_lite.train (it has "
             "checkpoints/STEP/ in it) or the folder of one step. A run that was stopped before "
             "its first save has none.")
     if step == "last":
-        return dict(reversed(found.items()))
-    if step not in found:
-        raise UserError(f"{path} has no checkpoint of step {step!r}: it has {_list(found)}, "
-                        f"or say 'last'.{nearest(step, found)}")
-    return {step: found[step]}
+        return dict(reversed(steps.items()))
+    if step not in steps:
+        raise UserError(f"{path} has no checkpoint of step {step!r}: it has {_list(steps)}, "
+                        f"or say 'last'.{nearest(step, steps)}")
+    return {step: steps[step]}
 
 
 def _list(steps: Iterable[int]) -> str:

@@ -129,7 +129,7 @@ def step_flops(config: "ModelConfig", table: Mapping[str, "ParamInfo"], trained:
             to be full. False: as MFU counts.
         causal_half: as MFU counts, but for the pairs that causality and windows hide.
     """
-    found = {}
+    products = {}
     for side in ("encoder", "decoder"):
         stack = getattr(config, side)
         if stack is None:
@@ -137,7 +137,7 @@ def step_flops(config: "ModelConfig", table: Mapping[str, "ParamInfo"], trained:
         layers = list(_layer_flops(config, stack, rows, encoder_length, decoder_length, least,
                                    causal_half=causal_half))
         above = layers[_lowest_trained(config, side, trained) + 1:]
-        found[side] = sum(layer.total for layer in layers) \
+        products[side] = sum(layer.total for layer in layers) \
             + sum(layer.total + layer.attention for layer in above)
     for path in table.keys() & trained:
         kernel = _KERNEL.fullmatch(path)
@@ -146,12 +146,12 @@ def step_flops(config: "ModelConfig", table: Mapping[str, "ParamInfo"], trained:
             reads_encoder = attention == "cross" and name in ("key", "value")
             length = encoder_length if side == "encoder" or reads_encoder else decoder_length
             used = table[path].size * _active_share(config, table[path], length, least)
-            found[side] += 2.0 * rows * length * used
+            products[side] += 2.0 * rows * length * used
     logits = matmul_flops(rows * (encoder_length if config.decoder is None else decoder_length),
                           config.embed_dim, config.vocab_size)
     weights = "token_embedding/embedding" if config.tie_logits else "logits/kernel"
     below = any(not path.startswith("logits/") for path in trained)
-    return {**found, "logits": logits * (1 + below + (weights in trained))}
+    return {**products, "logits": logits * (1 + below + (weights in trained))}
 
 
 def _lowest_trained(config: "ModelConfig", side: str, trained: Collection[str]) -> int:

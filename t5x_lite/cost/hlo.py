@@ -123,14 +123,14 @@ def find_collectives(text: str, mesh: MeshLayout) -> list[Collective]:
         ValueError for an instruction whose form is not known.
     """
     program = Program(text)
-    found = (_collective(step, program, mesh) for step in program.walk())
-    return [one for one in found if one is not None]
+    collectives = (_collective(step, program, mesh) for step in program.walk())
+    return [one for one in collectives if one is not None]
 
 
-def totals(found: Sequence[Collective]) -> list[CollectiveTotal]:
+def totals(collectives: Sequence[Collective]) -> list[CollectiveTotal]:
     """One line for each kind and axes, the most expensive first."""
     groups: dict[tuple, list[Collective]] = collections.defaultdict(list)
-    for one in found:
+    for one in collectives:
         groups[one.kind, one.axes, one.network, one.replaces_gather].append(one)
     lines = [
         CollectiveTotal(*key, calls_per_step=sum(one.count_per_step for one in members),

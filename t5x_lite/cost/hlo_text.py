@@ -141,19 +141,19 @@ class Program:
     def _find_with_collectives(self) -> set[str]:
         """Computations that hold a collective, directly or through what they call."""
         callers = collections.defaultdict(set)
-        found = set()
+        continuations = set()
         for name, body in self.computations.items():
             for one in body.values():
                 if base_kind(one.opcode) or one.opcode == "recv":
-                    found.add(name)
+                    continuations.add(name)
                 for called in [*_REFERRED.findall(one.rest), *branches(one)]:
                     callers[called].add(name)
-        queue = list(found)
+        queue = list(continuations)
         while queue:
-            for caller in callers[queue.pop()] - found:
-                found.add(caller)
+            for caller in callers[queue.pop()] - continuations:
+                continuations.add(caller)
                 queue.append(caller)
-        return found
+        return continuations
 
     def _find_continuations(self) -> set[str]:
         """Fusions that only carry on or end a collective which another fusion starts."""

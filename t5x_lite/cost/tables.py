@@ -125,8 +125,8 @@ def published_table(runs: Sequence[PublishedRun]) -> Table:
     table = Table("run", "chips", "FLOPs", "TFLOP/s", "days", "MWh", "t CO2e gross", "t CO2e net",
                   "off by", title="Derived (published)", title_justify="left")
     for run in runs:
-        found = run.estimate()
-        pairs = [(getattr(found, name), getattr(run, name)) for name in (
+        estimate = run.estimate()
+        pairs = [(getattr(estimate, name), getattr(run, name)) for name in (
             "days", "megawatt_hours", "tonnes_co2e_gross", "tonnes_co2e_net")]
         table.add_row(run.name, f"{run.chips:,} {run.chip}", f"{run.total_flops:.3g}",
                       f"{run.flops_per_second / 1e12:g}",

@@ -65,18 +65,18 @@ class UsageMeter:
         seconds, self._then = now - self._then, now
         self._seconds += seconds
         chip_hours = self._chips * self._seconds / energy.SECONDS_PER_HOUR
-        found: dict[str, float | str] = {"chip_hours": chip_hours}
+        figures: dict[str, float | str] = {"chip_hours": chip_hours}
         if self._peak is not None and seconds > 0:
-            found["mfu"] = flops / seconds / (self._chips * self._peak)
+            figures["mfu"] = flops / seconds / (self._chips * self._peak)
         watts, source = self._watts(self._meter.read())
         if watts is not None:
             self._joules += watts * seconds
             kwh = self._joules * energy.PUE_GOOGLE_2020 / JOULES_PER_KWH
-            found |= {"watts": watts, "power_source": source, "energy_kwh": kwh,
+            figures |= {"watts": watts, "power_source": source, "energy_kwh": kwh,
                       "co2e_kg": kwh * energy.KG_PER_KWH_US_2020}
         if self._chip.dollars_per_hour is not None:
-            found["dollars"] = chip_hours * self._chip.dollars_per_hour
-        return found
+            figures["dollars"] = chip_hours * self._chip.dollars_per_hour
+        return figures
 
     def _watts(self, reading: PowerReading | None) -> tuple[float | None, str]:
         if reading is not None:

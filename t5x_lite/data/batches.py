@@ -56,12 +56,12 @@ def shards_of_processes(sharding: jax.sharding.Sharding, shape: tuple[int, int],
                         num_shards: int) -> dict[int, set[int]]:
     """{process index: virtual shards that rows on its devices come from}."""
     share = shape[0] // num_shards
-    found: dict[int, set[int]] = {}
+    columns: dict[int, set[int]] = {}
     for device, index in sharding.devices_indices_map(shape).items():
         start, stop, _ = index[0].indices(shape[0])
-        found.setdefault(device.process_index, set()).update(
+        columns.setdefault(device.process_index, set()).update(
             range(start // share, -(-stop // share)))
-    return found
+    return columns
 
 
 def owned_shards(readers: Mapping[int, set[int]], process: int) -> list[int]:
@@ -243,10 +243,10 @@ def eval_batches(config: DataConfig, task: str, *, objective: str, batch_size: i
     Raises UserError (on the first batch) for an unknown task or an empty split.
     """
     pipeline = data_tasks.tensorflow_side()
-    found = data_tasks.validation_task(config, task, objective)
+    seqio_task = data_tasks.validation_task(config, task, objective)
     kind = data_rows.of(objective)
-    pipeline.check_task(found, split, kind.features, "data.validation")
-    mixture = [pipeline.Weighted(found, 1.0)]
+    pipeline.check_task(seqio_task, split, kind.features, "data.validation")
+    mixture = [pipeline.Weighted(seqio_task, 1.0)]
     pipeline.check_documents(mixture, split, 1)
     dataset = pipeline.rows_dataset(
         mixture, split, kind, config, pipeline.EVAL_SEED, training=False)

@@ -39,12 +39,12 @@ def read_from(task: seqio.Task, folders: str, vocabulary: seqio.Vocabulary | Non
         return task
     name = seqio.get_task_dir_from_name(task.name)
     places = [f"{folder.strip().rstrip('/')}/{name}" for folder in folders.split(",")]
-    found = [place for place in places if tf.io.gfile.exists(f"{place}/COMPLETED")]
-    source = CachedSource(found[0], task.splits) if found else None
+    complete = [place for place in places if tf.io.gfile.exists(f"{place}/COMPLETED")]
+    source = CachedSource(complete[0], task.splits) if complete else None
     if source is None or not source.splits:
         raise UserError(f"data.cached_tasks={folders!r} holds no finished cache of {task.name!r}; "
                         f"make one with seqio_cache_tasks --tasks={task.name} (cached.py)")
-    _check_tokens(task, source, found[0], vocabulary)
+    _check_tokens(task, source, complete[0], vocabulary)
     steps = task.preprocessors
     place = next(i for i, s in enumerate(steps) if isinstance(s, seqio.CacheDatasetPlaceholder))
     return task.replace(source=source, preprocessors=steps[place + 1:])

@@ -94,7 +94,7 @@ class PromptedSource(seqio.DataSource):
         super().__init__(splits=tuple(task.splits))
 
     def fitted(self, vocabulary: seqio.Vocabulary, room: int) -> "PromptedSource":
-        """The same with prompts of at most `room` tokens."""
+        """A source of the same examples whose prompts have at most `room` tokens."""
         return PromptedSource(self._task, self._place, self._shots, vocabulary, room)
 
     @property
@@ -136,11 +136,11 @@ class PromptedSource(seqio.DataSource):
             return ()
         left = 1 if self._is_read_from(split) else 0   # something must be left to ask
         files = tuple(map(str, self._task.source.list_shards(origin)))
-        found = _questions(self._task, self._place, origin, files)
-        if len(found) < shots.count + left:
-            raise UserError(f"{self._task.name!r} has {len(found)} questions in {origin!r}, too "
-                            f"few for {shots.count} demonstrations" + " and one to ask" * left)
-        return tuple(random.Random(shots.seed).sample(found, shots.count))
+        questions = _questions(self._task, self._place, origin, files)
+        if len(questions) < shots.count + left:
+            raise UserError(f"{self._task.name!r} has {len(questions)} questions in {origin!r}, "
+                            f"too few for {shots.count} demonstrations" + " and one to ask" * left)
+        return tuple(random.Random(shots.seed).sample(questions, shots.count))
 
     def _origin(self, split: str) -> str:
         return self._shots.split or ("train" if "train" in self._task.splits else split)
@@ -210,8 +210,8 @@ def texts(task: seqio.Task, place: int, split: str) -> tf.data.Dataset:
     dataset = before.preprocess_precache(
         task.source.get_dataset(split=split, shuffle=False), seed=0)
     spec = dataset.element_spec
-    found = [getattr(spec.get(name), "dtype", None) for name in ("inputs", "targets")]
-    if found != [tf.string, tf.string]:
+    dtypes = [getattr(spec.get(name), "dtype", None) for name in ("inputs", "targets")]
+    if dtypes != [tf.string, tf.string]:
         raise UserError(_no_texts(task, f"{', '.join(spec)} before its tokens"))
     return dataset
 
@@ -239,9 +239,9 @@ def _questions(task: seqio.Task, place: int, split: str, files: tuple[str, ...]
         dataset = dataset.filter(_plain(lambda _, e: e["is_correct"]))
     first = lambda answers: tf.reshape(answers, [-1])[0]
     dataset = dataset.map(_plain(lambda i, e: (i, e["inputs"], first(e["targets"]))))
-    found: dict[int, Solved] = {}
+    solved: dict[int, Solved] = {}
     for number, inputs, targets in dataset.as_numpy_iterator():
-        if len(found) == POOL:
+        if len(solved) == POOL:
             break
-        found.setdefault(int(number), Solved(int(number), inputs.decode(), targets.decode()))
-    return tuple(found.values())
+        solved.setdefault(int(number), Solved(int(number), inputs.decode(), targets.decode()))
+    return tuple(solved.values())

@@ -61,8 +61,8 @@ def matches(name: str) -> list[str]:
         return []
     if os.path.isfile(path):
         return [path]
-    found = glob.glob(_escaped(path), recursive=True)
-    return sorted(match for match in found if os.path.isfile(match))
+    matched = glob.glob(_escaped(path), recursive=True)
+    return sorted(match for match in matched if os.path.isfile(match))
 
 
 def _escaped(path: str) -> str:

@@ -160,10 +160,10 @@ def task_dataset(task: seqio.Task, split: str, lengths: dict[str, int], seed: in
 
 def trimmed(example: dict, lengths: dict[str, int]) -> dict:
     """The features that have lengths, cut to them; targets to what inputs leave of a row."""
-    found = {f: example[f][:length] for f, length in lengths.items() if f != "row"}
+    features = {f: example[f][:length] for f, length in lengths.items() if f != "row"}
     if "row" in lengths:
-        found["targets"] = example["targets"][:lengths["row"] - tf.size(found["inputs"])]
-    return found
+        features["targets"] = example["targets"][:lengths["row"] - tf.size(features["inputs"])]
+    return features
 
 
 def _preprocessed(task: seqio.Task, split: str, lengths: dict[str, int], seed: int, shard: int,
@@ -269,10 +269,10 @@ def check_not_empty(once: tf.data.Dataset, name: str) -> None:
 
 def check_saveable(dataset: tf.data.Dataset, name: str) -> None:
     """Raises UserError where the pipeline calls Python or stateful random ops."""
-    found = sorted(_ops(dataset) & _UNSAVEABLE_OPS)
-    if found:
+    ops = sorted(_ops(dataset) & _UNSAVEABLE_OPS)
+    if ops:
         raise UserError(
-            f"the pipeline of {name} contains {', '.join(found)}: tf.data cannot save its place in "
+            f"the pipeline of {name} contains {', '.join(ops)}: tf.data cannot save its place in "
             "it, and a resumed run would see other examples. Run Python code ahead of tf.data "
             "(document_cache.py) instead of py_function, numpy_function or from_generator; "
             "draw random numbers with tf.random.stateless_* and seqio.map_over_dataset(num_seeds=1)")
@@ -386,13 +386,13 @@ def _num_rows(block: dict[str, np.ndarray]) -> int:
 
 def description(task: seqio.Task) -> list[str]:
     """The task's preprocessors by name, with their plain settings."""
-    found = []
+    names = []
     for step in task.preprocessors:
         settings = {n: v for n, v in getattr(step, "keywords", {}).items()
                     if isinstance(v, (bool, int, float, str))}
         name = getattr(getattr(step, "func", step), "__name__", type(step).__name__)
-        found.append(name + str(settings or ""))
-    return found
+        names.append(name + str(settings or ""))
+    return names
 
 
 def files_digest(mixture: Sequence[Weighted], split: str) -> str:

@@ -107,11 +107,11 @@ def folder() -> pathlib.Path:
 
 def published(name: str, origin: str) -> str:
     """The path of a file of that name anywhere below `folder`; origin: where to get it."""
-    found = sorted(folder().rglob(name))
-    if not found:
+    files = sorted(folder().rglob(name))
+    if not files:
         raise UserError(f"the file {name} is not below T5X_LITE_FILES={folder()}; get it from "
                         f"{origin} and set T5X_LITE_FILES to the folder that holds it")
-    return str(found[0])
+    return str(files[0])
 
 
 def read_examples(path: str) -> Iterator[Record]:

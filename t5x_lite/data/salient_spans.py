@@ -52,15 +52,15 @@ _ABBREVIATIONS = frozenset("mr mrs ms dr prof st sr jr gen col capt sgt rev hon 
 _SENTENCE_END = re.compile(r"[.!?][\"”’')\]]*\s+(?=[\"“‘(\[]?[^\W_a-z])")
 def sentences(text: str) -> list[str]:
     """The sentences of a text, in order; line breaks inside one become spaces."""
-    found, start = [], 0
+    sentences, start = [], 0
     for match in _SENTENCE_END.finditer(text):
         before = text[start:match.start()].rsplit(None, 1)
         word = before[-1].lower().lstrip("(\"“") if before else ""
         if text[match.start()] == "." and (word in _ABBREVIATIONS or len(word) == 1):
             continue   # "Dr. Smith", "J. Smith"
-        found.append(text[start:match.end()])
+        sentences.append(text[start:match.end()])
         start = match.end()
-    return [s for s in (" ".join(part.split()) for part in (*found, text[start:])) if s]
+    return [s for s in (" ".join(part.split()) for part in (*sentences, text[start:])) if s]
 
 
 def salient_spans(sentence: str) -> list[tuple[int, int]]:

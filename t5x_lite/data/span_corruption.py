@@ -146,8 +146,8 @@ def windows_of(inputs_length: int, targets_length: int, vocabulary: seqio.Vocabu
                             ": the density lies between 0 and 1, spans are positive")
     sentinels = vocabularies.num_sentinels(vocabulary)
     most = sentinels if shorten else None
-    found = [window_lengths(inputs_length, *setting, most) for setting in settings]
-    pairs = list(zip(found, settings, strict=True))
+    lengths = [window_lengths(inputs_length, *setting, most) for setting in settings]
+    pairs = list(zip(lengths, settings, strict=True))
     (tokens, needed, _), (density, mean) = max(pairs, key=lambda x: x[0][1])
     if targets_length < needed:
         raise UserError(
@@ -161,7 +161,7 @@ def windows_of(inputs_length: int, targets_length: int, vocabulary: seqio.Vocabu
             f"span corruption of {tokens} tokens with density {density} and mean span {mean} needs "
             f"{spans} sentinels, the vocabulary has {sentinels}; take longer spans or a shorter "
             "data.inputs_length")
-    return [tokens for tokens, _, _ in found]
+    return [tokens for tokens, _, _ in lengths]
 
 
 def corrupt(tokens_T, noise_density: float, mean_span_length: float, first_sentinel: int,

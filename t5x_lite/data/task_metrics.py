@@ -138,9 +138,9 @@ def normalize_trivia_qa(answer: str) -> str:
 
 def token_f1(target: str, prediction: str) -> float:
     """F1 of the bags of words of two normalised texts, 0 … 1; 0 where one is empty."""
-    expected, found = target.split(), prediction.split()
-    same = sum((collections.Counter(expected) & collections.Counter(found)).values())
-    return 2 * same / (len(expected) + len(found)) if same else 0.0
+    expected, predicted = target.split(), prediction.split()
+    same = sum((collections.Counter(expected) & collections.Counter(predicted)).values())
+    return 2 * same / (len(expected) + len(predicted)) if same else 0.0
 
 
 def _best_answers(targets, predictions, normalize) -> Metrics:
@@ -148,9 +148,9 @@ def _best_answers(targets, predictions, normalize) -> Metrics:
     for answers, prediction in zip(targets, predictions, strict=True):
         # A numpy array of answers comes out of tf.data, a single string from a plain task.
         answers = [answers] if isinstance(answers, str) else answers
-        allowed, found = [normalize(a) for a in answers], normalize(prediction)
-        matches.append(found in allowed)
-        overlaps.append(max((token_f1(a, found) for a in allowed), default=0.0))
+        allowed, answer = [normalize(a) for a in answers], normalize(prediction)
+        matches.append(answer in allowed)
+        overlaps.append(max((token_f1(a, answer) for a in allowed), default=0.0))
     return {"em": _percent(matches), "f1": _percent(overlaps)}
 
 

@@ -304,16 +304,17 @@ def validation_task(config: DataConfig, name: str, objective: str,
         return _text_task(config, "validation", objective)
     if name not in _registered(config):
         name = name.removesuffix(_shots_of(config))
-    found = find(name, field, config)
-    parts = [task.name for task in _subtasks(found)]
-    if parts != [found.name]:
-        raise UserError(f"{found.name!r} is a mixture; name one of its tasks: {', '.join(parts)}")
-    _check_same_vocabulary(found, config, field)
+    provider = find(name, field, config)
+    parts = [task.name for task in _subtasks(provider)]
+    if parts != [provider.name]:
+        raise UserError(f"{provider.name!r} is a mixture; name one of its tasks: "
+                        f"{', '.join(parts)}")
+    _check_same_vocabulary(provider, config, field)
     if config.shots:
         from t5x_lite.data import demonstrations
-        found = demonstrations.with_shots(
-            found, demonstrations.Shots(config.shots, config.shots_seed))
-    return _adapted(found, config, objective, field)
+        provider = demonstrations.with_shots(
+            provider, demonstrations.Shots(config.shots, config.shots_seed))
+    return _adapted(provider, config, objective, field)
 
 
 def eval_examples(config: DataConfig, task: str, *, objective: str, split: str = "validation",
@@ -325,11 +326,11 @@ def eval_examples(config: DataConfig, task: str, *, objective: str, split: str =
     Raises UserError for an unknown task or split.
     """
     pipeline = tensorflow_side()
-    found = validation_task(config, task, objective, field)
+    seqio_task = validation_task(config, task, objective, field)
     lengths = data_rows.of(objective).task_lengths(
-        found, config.inputs_length, config.targets_length)
-    pipeline.check_task(found, split, [f for f in lengths if f != "row"], field)
-    return found, pipeline.examples(found, split, lengths)
+        seqio_task, config.inputs_length, config.targets_length)
+    pipeline.check_task(seqio_task, split, [f for f in lengths if f != "row"], field)
+    return seqio_task, pipeline.examples(seqio_task, split, lengths)
 
 
 def _text_task(config: DataConfig, split: str, objective: str) -> "seqio.Task":

@@ -32,11 +32,11 @@ _log = logging.getLogger(f"t5x_lite.{__name__}")   # shown by commands, as its o
 def ahead(task: seqio.Task) -> seqio.Task:
     """The task over examples that were tokenised before, where its vocabulary needs that."""
     vocabularies = [f.vocabulary for f in task.output_features.values()]
-    found = [n for n, step in enumerate(task.preprocessors, 1)
+    steps = [n for n, step in enumerate(task.preprocessors, 1)
              if getattr(step, "func", step) in _TOKENISERS]
-    if not found or not any(isinstance(v, TokenizerJson) for v in vocabularies):
+    if not steps or not any(isinstance(v, TokenizerJson) for v in vocabularies):
         return task
-    first, rest = task.preprocessors[:found[-1]], task.preprocessors[found[-1]:]
+    first, rest = task.preprocessors[:steps[-1]], task.preprocessors[steps[-1]:]
     return task.replace(source=TokenizedSource(task, first), preprocessors=list(rest))
 
 

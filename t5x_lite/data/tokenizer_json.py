@@ -109,11 +109,11 @@ class TokenizerJson(seqio.Vocabulary):
                 token = token.get("content") if isinstance(token, dict) else token
                 if isinstance(token, str) and token in ids:
                     return ids[token]
-        found = next((ids[n] for n in EOS_NAMES if n in ids), None)
-        if found is None:
+        eos = next((ids[n] for n in EOS_NAMES if n in ids), None)
+        if eos is None:
             raise UserError(f"data.vocabulary={path!r} has none of {', '.join(EOS_NAMES)}; put a "
                             'tokenizer_config.json beside it that names its "eos_token"')
-        return found
+        return eos
 
     @property
     def bos_id(self) -> int:

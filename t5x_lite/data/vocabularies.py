@@ -77,9 +77,9 @@ def t5_model_path() -> str:
                 f"T5's vocabulary {T5_MODEL} cannot be reached ({error}); copy it to a local "
                 "file and set T5X_LITE_T5_VOCAB to its path, or choose another data.vocabulary"
             ) from error
-        found = hashlib.sha256(content).hexdigest()
-        if found != _T5_SHA256:
-            raise UserError(f"{url} has sha256 {found}, not {_T5_SHA256}; fetch it by hand and "
+        digest = hashlib.sha256(content).hexdigest()
+        if digest != _T5_SHA256:
+            raise UserError(f"{url} has sha256 {digest}, not {_T5_SHA256}; fetch it by hand and "
                             "set T5X_LITE_T5_VOCAB to its path")
         cached.parent.mkdir(parents=True, exist_ok=True)
         part = cached.with_suffix(f".{os.getpid()}")
@@ -117,7 +117,11 @@ def load(name: str) -> seqio.Vocabulary:
 
 
 def _pieces_of(vocabulary: seqio.SentencePieceVocabulary, what: str):
-    """Its SentencePiece processor. Raises UserError for a file that is cut off or another's."""
+    """The SentencePiece processor of a vocabulary; what: how messages name its file.
+
+    Raises:
+        UserError: a file that is cut off, or no SentencePiece model.
+    """
     try:
         return vocabulary.tokenizer
     except _DAMAGE as error:

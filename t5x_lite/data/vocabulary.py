@@ -78,7 +78,8 @@ def pieces_of(vocabulary: "seqio.Vocabulary") -> list[str]:
 
 
 def pieces_of_folder(folder: pathlib.Path) -> list[str]:
-    """The same of a folder of Hugging Face: a SentencePiece model, tokenizer.json or ByT5's."""
+    """What each id stands for in a folder of Hugging Face: of a SentencePiece model, tokenizer.json
+    or ByT5; [] where it has none of them."""
     for name in ("spiece.model", "sentencepiece.model", "tokenizer.model"):
         if (folder / name).is_file():
             import sentencepiece

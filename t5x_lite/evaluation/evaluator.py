@@ -72,13 +72,13 @@ class Evaluator:
         config = self._program.config
         if not config.eval.metrics or not data_rows.of(config.objective.rows).pairs:
             return {}
-        found = {}
+        metrics = {}
         for name in self._batches:
             task, examples = data_tasks.eval_examples(config.data, name, objective=config.objective.rows)
             if task.predict_metric_fns or task.score_metric_fns:
-                found[name] = task, list(itertools.islice(
+                metrics[name] = task, list(itertools.islice(
                     examples, max_rows(config)))
-        return found
+        return metrics
 
     @property
     def has_data(self) -> bool:
@@ -136,12 +136,12 @@ class Evaluator:
         if not data_rows.of(config.objective.rows).pairs:
             return self._named(params, rows)
         pairs = [_example(row) for row in rows]
-        found = predictor.Predictor(
+        predictions = predictor.Predictor(
             self._program, self._vocabulary,
             DecodeConfig(max_length=max(1, *(len(target) for _, target in pairs)))).predict(
                 params, [inputs for inputs, _ in pairs])
         return [(self._text(inputs), prediction.texts[0], self._text(target))
-                for (inputs, target), prediction in zip(pairs, found, strict=True)]
+                for (inputs, target), prediction in zip(pairs, predictions, strict=True)]
 
     def _named(self, params: Mapping, rows: Sequence[Mapping]) -> list[tuple[str, str, str]]:
         batch = self._batches[next(iter(self._batches))][0]
@@ -155,14 +155,14 @@ class Evaluator:
             return jnp.argmax(module.head(module.head_params(), module(batch, None)[0]), axis=-1)
 
         sharding = self._program.batch_sharding
-        found = data_batches.whole(jax.jit(most_likely)(params, {
+        tokens = data_batches.whole(jax.jit(most_likely)(params, {
             name: jax.device_put(x, sharding) for name, x in batch.items()}))
         texts = []
         for i, row in enumerate(rows):
             inputs, asked = row["encoder_input_tokens"], row["decoder_loss_weights"] > 0
             used = row.get("encoder_segment_ids", inputs) > 0
             texts.append(tuple(self._text(ids[used]) for ids in (
-                inputs, np.where(asked, found[i], inputs),
+                inputs, np.where(asked, tokens[i], inputs),
                 np.where(asked, row["decoder_target_tokens"], inputs))))
         return texts
 

@@ -95,7 +95,7 @@ class Predictor:
         row_ids: who each row is, for sampling; default: its place in `inputs`.
         """
         ids = np.arange(len(inputs)) if row_ids is None else np.asarray(row_ids)
-        found = []
+        scores = []
         for rows in self._batches(len(inputs)):
             batch = self._prompts([inputs[i] for i in rows])
             batch["row_ids"] = _fill(ids[rows], self.batch_size)
@@ -107,8 +107,8 @@ class Predictor:
                 prediction = Prediction(tuple(map(self._text, tokens)),
                                         tuple(map(float, scores_BN[i])), tokens)
                 self._look_at(int(ids[rows[i]]), prediction.scores[0], prediction.texts[0])
-                found.append(prediction)
-        return found
+                scores.append(prediction)
+        return scores
 
     def score(self, params, inputs: Sequence[Text], targets: Sequence[Text],
               row_ids: Sequence[int] | None = None) -> list[float]:
@@ -116,15 +116,15 @@ class Predictor:
 
         row_ids: who each row is, for say_misfits; default: its place in `inputs`.
         """
-        found = []
+        predictions = []
         row_ids = range(len(inputs)) if row_ids is None else row_ids
         for rows in self._batches(len(inputs)):
             batch = self.training_rows([inputs[i] for i in rows], [targets[i] for i in rows])
             scores = self._score_step(params, {n: self._place(x) for n, x in batch.items()})
-            found += [float(s) for s in data_batches.whole(scores)[:len(rows)]]
-        for row, score in zip(row_ids, found, strict=True):
+            predictions += [float(s) for s in data_batches.whole(scores)[:len(rows)]]
+        for row, score in zip(row_ids, predictions, strict=True):
             self._look_at(row, score)
-        return found
+        return predictions
 
     def _look_at(self, row: int, score: float, text: str | None = None) -> None:
         """Remembers a row whose score is no number, or whose text is empty."""
@@ -233,18 +233,18 @@ class Predictor:
 
         name: of what they belong to.
         """
-        found, self._counts = self._counts, collections.Counter()
+        counts, self._counts = self._counts, collections.Counter()
         shared = "" if not self._kind.shares_row else (
             f", or than their targets leave of data.targets_length={self._targets_length},")
         limits = {"inputs": f"data.inputs_length={self._inputs_length}{shared}",
                   "targets": f"data.targets_length={self._targets_length}"}
         before = f"{name}: " if name else ""
         for side, limit in limits.items():
-            of = f"of {found[side]:,} {side} are"
-            if found[f"cut {side}"]:
-                log.say(f"{before}{found[f'cut {side}']:,} {of} longer than {limit} and are cut")
-            if found[f"empty {side}"]:
-                log.say(f"{before}{found[f'empty {side}']:,} {of} empty")
+            of = f"of {counts[side]:,} {side} are"
+            if counts[f"cut {side}"]:
+                log.say(f"{before}{counts[f'cut {side}']:,} {of} longer than {limit} and are cut")
+            if counts[f"empty {side}"]:
+                log.say(f"{before}{counts[f'empty {side}']:,} {of} empty")
         self.say_rows(name)
 
     def say_rows(self, name: str = "") -> None:
@@ -294,9 +294,9 @@ def task_metrics(predictor: Predictor, params, task, examples: Sequence[Mapping]
                for e in examples]
     values: dict = {}
     if task.predict_metric_fns:
-        found = predictor.predict(params, inputs)
+        decoded = predictor.predict(params, inputs)
         predictions = [task.postprocess_fn(p.texts[0], example=e, is_target=False)
-                       for p, e in zip(found, examples, strict=True)]
+                       for p, e in zip(decoded, examples, strict=True)]
         for metric_fn in task.predict_metric_fns:
             values.update(metric_fn(targets, predictions))
     if task.score_metric_fns:

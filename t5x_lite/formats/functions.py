@@ -6,6 +6,7 @@ export that its format cannot state is refused, and init_from says what differs.
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from t5x_lite.layers.config import AttentionConfig, MoEConfig, PositionConfig
@@ -22,9 +23,7 @@ _TRAINING_OF_EXPERTS = {"second_policy", "capacity_factor", "jitter", "balance_w
 
 def facts(config: ModelConfig) -> dict[str, Any]:
     """{dotted field: value} of all that matters, with defaults spelled out, layer by layer."""
-    found: dict[str, Any] = {}
-    _collect(found, "", config)
-    return found
+    return _facts(config, "")
 
 
 def differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
@@ -40,23 +39,33 @@ def _same(a: Any, b: Any) -> bool:
     return a == b
 
 
-def _collect(found: dict[str, Any], prefix: str, value: Any) -> None:
-    for field in dataclasses.fields(value):
-        if field.name not in _SETTINGS and _matters(value, field.name):
-            item = getattr(value, field.name)
-            if dataclasses.is_dataclass(item):
-                _collect(found, f"{prefix}{field.name}.", item)
-            elif item is not None:
-                found[prefix + field.name] = item
-    if isinstance(value, AttentionConfig):
-        found[f"{prefix}scale"] = value.scale or value.head_dim ** -0.5
-        found[f"{prefix}num_kv_heads"] = value.kv_heads
-    if isinstance(value, StackConfig):
-        layer = 0
-        for segment in value.segments:
-            for block in segment.blocks * segment.repeats:
-                _collect(found, f"{prefix}layers[{layer}].", block)
-                layer += 1
+def _facts(config: Any, prefix: str) -> dict[str, Any]:
+    """facts of a part of a model's config, whose dotted name is `prefix`."""
+    values: dict[str, Any] = {}
+    for name, item in _settings_that_matter(config).items():
+        if dataclasses.is_dataclass(item):
+            values |= _facts(item, f"{prefix}{name}.")
+        else:
+            values[prefix + name] = item
+    if isinstance(config, AttentionConfig):
+        values[f"{prefix}scale"] = config.scale or config.head_dim ** -0.5
+        values[f"{prefix}num_kv_heads"] = config.kv_heads
+    if isinstance(config, StackConfig):
+        for layer, block in enumerate(_blocks(config)):
+            values |= _facts(block, f"{prefix}layers[{layer}].")
+    return values
+
+
+def _settings_that_matter(config: Any) -> dict[str, Any]:
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {name: value for name, value in values.items()
+            if value is not None and name not in _SETTINGS and _matters(config, name)}
+
+
+def _blocks(stack: StackConfig) -> Iterator[BlockConfig]:
+    """The layers of a stack, from the first."""
+    for segment in stack.segments:
+        yield from segment.blocks * segment.repeats
 
 
 def _matters(config: Any, field: str) -> bool:

@@ -151,7 +151,8 @@ spread.defvjp(_spread_fwd, _spread_bwd)
 
 @jax.custom_vjp
 def collect(y_MD: jax.Array, slot_N1: jax.Array, source_M: jax.Array) -> jax.Array:
-    """The inverse of `spread` for one choice a row -> [N, D]; dropped rows are 0."""
+    """Buffer rows [M, D] back in the order of tokens -> [N, D], where `spread` gave each token one
+    row; dropped tokens are 0."""
     return take_rows(y_MD, slot_N1[:, 0])
 
 
@@ -275,7 +276,10 @@ def send(x_MD: jax.Array, plan: Exchange) -> jax.Array:
 
 
 def send_back(y_RD: jax.Array, plan: Exchange) -> jax.Array:
-    """The inverse (and the transpose) of `send`: [P * rows, D] -> my packed rows [M, D]."""
+    """Rows that `send` received, [P * rows, D], back to who sent them -> my packed rows [M, D].
+
+    It is the transpose of `send` as well.
+    """
     def padded(y_RD, plan):
         returned = plan.all_to_all(y_RD)
         ends_P = jnp.cumsum(plan.sent_P)

@@ -349,8 +349,8 @@ class Model:
         return nnx.merge(self._graphdef, state)
 
     def with_layers_apart(self, params: Mapping) -> tuple["Model", dict]:
-        """The same function with a segment for each repeat of the decoder, so that no parameter
-        is stacked, and the parameters cut accordingly.
+        """A model of the same function whose decoder has a segment for each repeat, so that no
+        parameter is stacked, and `params` cut accordingly.
 
         A loop over tokens cuts a stack at every turn, which copies all weights and caches: half
         of the time of a small model on CPU. Outside of it this costs memory for one more copy

@@ -26,7 +26,7 @@ def at_once(fn: Callable[[Any, Any], Any], inputs: Any, kept: Any) -> Any:
 
 
 def each_layer(fn: Callable[[Any, Any], Any], inputs: Any, kept: Any) -> Any:
-    """The same layer by layer, for leaves [layers, …] and an fn that acts on each layer alone.
+    """at_once for leaves [layers, …] and an fn that acts on each layer alone, a layer at a time.
 
     fn sees leaves [stages, …], one layer of each pipeline stage (without a pipeline: one).
     """

@@ -315,8 +315,8 @@ def _exchanges(stages: int, rounds: int) -> list[dict[int, tuple[int, int, int]]
     for _ in range(rounds):
         taken: dict[int, tuple[int, tuple[int, int, int]]] = {}
         for sender in range(stages):
-            found = match(sender, taken, set())
-            assert found, (stages, rounds, sender)
+            matched = match(sender, taken, set())
+            assert matched, (stages, rounds, sender)
         permutations.append({sender: move for sender, move in taken.values()})
         for sender, move in taken.values():
             left[sender].remove(move)

@@ -82,7 +82,7 @@ def find(environ: Mapping[str, str], has_tpu: bool) -> Processes | None:
     finders = (_from_slurm, _from_kubernetes, _from_variables)
     if has_tpu and not environ.get("JAX_COORDINATOR_ADDRESS"):
         return _from_tpu(environ)
-    return next((found for finder in finders if (found := finder(environ)) is not None), None)
+    return next((p for find in finders if (p := find(environ)) is not None), None)
 
 
 def _from_tpu(environ: Mapping[str, str]) -> Processes | None:

@@ -136,12 +136,12 @@ class Rules:
         return PartitionSpec(*dims)
 
     def without(self, axis: str) -> "Rules":
-        """The same rules on a mesh without this axis."""
+        """Rules that split no dim over this mesh axis, and every dim over the others as before."""
         return Rules({name: tuple(a for a in axes if a != axis)
                       for name, axes in self.table.items()})
 
     def replace(self, **table: tuple[str, ...]) -> "Rules":
-        """The same rules with other mesh axes for these names."""
+        """Rules with other mesh axes for these logical names; the other names keep theirs."""
         return Rules({**self.table, **table})
 
     def check(self, path: str, axes: Axes, units: Sequence[int], sizes: Mapping[str, int]) -> None:

@@ -275,9 +275,9 @@ def compile_lowered(lowered: jax.stages.Lowered, platform: str
         lasting = (memory.argument_size_in_bytes + memory.output_size_in_bytes
                    - memory.alias_size_in_bytes)
         for path in pathlib.Path(folder).glob("*memory-usage-report.txt"):
-            found = re.search(r"Memory Space: default.*\nTotal bytes: (\d+)", path.read_text())
-            if found:
-                return compiled, int(found.group(1)), int(found.group(1)) - lasting
+            reported = re.search(r"Memory Space: default.*\nTotal bytes: (\d+)", path.read_text())
+            if reported:
+                return compiled, int(reported.group(1)), int(reported.group(1)) - lasting
     return compiled, lasting + memory.temp_size_in_bytes, memory.temp_size_in_bytes
 
 
@@ -369,7 +369,7 @@ def activation_bytes(program: Program) -> int:
     Counted from the traced step, before the compiler drops or recomputes some of it: what
     rematerialisation acts on. Of a pipeline, all micro-batches of the schedule.
     """
-    config, found = program.config, []
+    config, sizes = program.config, []
 
     def forward(params, batch):
         rows = sharding.shard(jnp.arange(batch["decoder_loss_weights"].shape[0]), "act_batch")
@@ -380,7 +380,7 @@ def activation_bytes(program: Program) -> int:
                                    objectives.totals(config.objective, batch))[0]
         _, pull_back = jax.vjp(loss, params)
         held = {id(x) for x in jax.tree.leaves((params, batch))}
-        found.extend(bytes_per_device(jax.typeof(x)) for x in _arrays(pull_back)
+        sizes.extend(bytes_per_device(jax.typeof(x)) for x in _arrays(pull_back)
                      if id(x) not in held)
         return 0.0
 
@@ -391,7 +391,7 @@ def activation_bytes(program: Program) -> int:
     with program.activate():
         jax.eval_shape(forward, program.abstract_params,
                        jax.tree.map(micro, program.abstract_batch()))
-    return sum(found)
+    return sum(sizes)
 
 
 def _arrays(tree) -> Iterator[jax.Array]:

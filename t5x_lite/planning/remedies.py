@@ -36,10 +36,10 @@ def remedies(config: RunConfig, num_devices: int) -> Iterator[Change]:
     if config.sharding.zero < 3:
         config = replace(config, "sharding.zero", 3)
         yield "--config.sharding.zero=3", config
-    found = list(meshes(config, num_devices))
-    yield from found
+    candidates = list(meshes(config, num_devices))
+    yield from candidates
     # Offloading on top of the first mesh that leaves no state whole.
-    finest, config = next(((f"{changes} ", c) for changes, c in found if c.mesh.data == 1),
+    finest, config = next(((f"{changes} ", c) for changes, c in candidates if c.mesh.data == 1),
                           ("", config))
     if not config.sharding.offload_optimizer:
         config = replace(config, "sharding.offload_optimizer", True)

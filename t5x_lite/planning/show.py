@@ -17,7 +17,7 @@ SHOWN_COLLECTIVES = 8   # lines of the communication table; --json has all
 def to_json(plan: Plan, trials: Sequence[Trial] = ()) -> dict[str, Any]:
     """The plan as one JSON object; docs/rehearsals.md says what its fields mean."""
     bound, compiled, cost = plan.roofline, plan.compiled, plan.cost
-    found, chosen = plan.collectives, best(trials)
+    collectives, chosen = plan.collectives, best(trials)
     return {
         "config": plan.config.name, "topology": plan.topology.name,
         "num_slices": plan.topology.num_slices, "num_chips": plan.topology.num_chips,
@@ -37,9 +37,10 @@ def to_json(plan: Plan, trials: Sequence[Trial] = ()) -> dict[str, Any]:
         "peak_bytes": plan.peak_bytes,
         "model_flops": plan.model_flops,
         "recomputed_flops": _recomputed(plan), "pipeline": _pipelines(plan.program),
-        "collectives": None if found is None else [dataclasses.asdict(line) for line in found],
+        "collectives": None if collectives is None
+        else [dataclasses.asdict(line) for line in collectives],
         "gathers_became_all_reduces":
-            None if found is None else any(line.replaces_gather for line in found),
+            None if collectives is None else any(line.replaces_gather for line in collectives),
         "seconds": bound.parts, "bound_seconds": bound.bound_seconds,
         "bound_mfu": bound.bound_mfu, "bound_by": bound.limited_by,
         "bound_leaves_out": list(bound.unknown),
@@ -53,11 +54,11 @@ def to_json(plan: Plan, trials: Sequence[Trial] = ()) -> dict[str, Any]:
 
 def screen(plan: Plan, trials: Sequence[Trial] = ()) -> str:
     """The plan as text."""
-    found = plan.collectives
+    collectives = plan.collectives
     parts = [_headline(plan), tables.to_text(_memory_table(plan)).rstrip()]
-    if found is not None:
-        text = tables.to_text(tables.communication_table(found[:SHOWN_COLLECTIVES])).rstrip()
-        more = len(found) - SHOWN_COLLECTIVES
+    if collectives is not None:
+        text = tables.to_text(tables.communication_table(collectives[:SHOWN_COLLECTIVES])).rstrip()
+        more = len(collectives) - SHOWN_COLLECTIVES
         parts.append(text + (f"\n{more} smaller ones: --json has them" if more > 0 else ""))
     parts.append(tables.to_text(tables.roofline_table(plan.roofline)).rstrip())
     if plan.cost is not None:
@@ -97,7 +98,8 @@ def published() -> str:
 
 
 def published_json() -> dict[str, Any]:
-    """The same as one JSON object: each run's inputs and published figures, and the derived."""
+    """Patterson et al. 2021 as one JSON object: each run's inputs and published figures, and what
+    `estimate` derives from them."""
     return {"runs": [{**dataclasses.asdict(run), "derived": dataclasses.asdict(run.estimate())}
                      for run in energy.PATTERSON_2021],
             "gpt3_gpu_years": energy.chip_years(energy.PATTERSON_2021[-1].total_flops, 28e12)}

@@ -50,7 +50,7 @@ class Table:
                 for name, source in self.sources.items() if name in ("params", "tokens", "flops")}
 
     def rows(self, chosen: np.ndarray) -> "Table":
-        """Those runs alone: a mask or indices."""
+        """The table of some runs alone. chosen: a mask, bool [R], or indices, int [n]."""
         places = np.arange(len(self))[chosen]
         return dataclasses.replace(
             self, columns={n: v[chosen] for n, v in self.columns.items()},

@@ -283,7 +283,7 @@ class Optimizer:
 
 
 def _at(paths, flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a flat dict that it holds at these paths."""
+    """The part of a flat dict {path: value} whose paths are among `paths`."""
     return {path: flat[path] for path in paths if path in flat}
 
 
