@@ -31,16 +31,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from t5x_lite.errors import Axis, UserError, nearest, refuse
 from t5x_lite.parallel import products
 
-# Outermost first: neighbours in the last axis are neighbours on the interconnect, so the
-# chattiest parallelism (tensor) stands last and the most patient (slices, over DCN) first.
-MESH_AXES = ("slice", "stage", "data", "fsdp", "expert", "sequence", "tensor")
-
 Axes = tuple[str | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; their product is the device count. One may be -1: the rest."""
+    """Devices along each mesh axis; their product is the device count. One may be -1: the rest.
+
+    Outermost first: neighbours in the last axis are neighbours on the interconnect, so the
+    chattiest parallelism (tensor) stands last and the most patient (slices, over DCN) first.
+    """
 
     slice: Axis = 1     # TPU slices joined by the data-centre network
     stage: Axis = 1     # pipeline stages
@@ -49,6 +49,9 @@ class MeshConfig:
     expert: Axis = 1    # experts of MoE layers split; elsewhere the batch is
     sequence: Axis = 1  # length split (context parallelism)
     tensor: Axis = 1    # heads, mlp and vocabulary split (Megatron)
+
+
+MESH_AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
 
 
 # Logical axis -> mesh axes. () is replicated.
