@@ -188,6 +188,7 @@ def _from_llama(hf: Mapping, tied: bool) -> ModelConfig:
     width, heads = hf["hidden_size"], hf["num_attention_heads"]
     mlp = MLPConfig(hf["intermediate_size"], activation(hf["hidden_act"]), gated=True,
                     use_bias=hf["mlp_bias"])
+    window = hf["sliding_window"] if "sliding_window" in hf else 0
     moe = None
     if "num_local_experts" in hf:
         moe = MoEConfig(num_experts=hf["num_local_experts"], mlp=mlp, router="top_k",
@@ -197,7 +198,7 @@ def _from_llama(hf: Mapping, tied: bool) -> ModelConfig:
     attention = AttentionConfig(
         heads, hf.get("head_dim", width // heads),
         num_kv_heads=hf.get("num_key_value_heads", heads), use_bias=hf["attention_bias"],
-        use_out_bias=hf["attention_bias"], window=hf.get("sliding_window", 0),
+        use_out_bias=hf["attention_bias"], window=window,
         dropout_rate=float(hf["attention_dropout"]))
     return _decoder_only(hf, StackConfig(
         equal_layers(BlockConfig(attention, mlp=mlp, moe=moe), hf["num_hidden_layers"]),
