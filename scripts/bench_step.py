@@ -54,6 +54,7 @@ def main() -> None:
     from t5x_lite.build import build
     imported = time.perf_counter() - START
 
+    jax.config.update("jax_enable_compilation_cache", False)   # what compiling takes is shown
     run = cli.run_config(_CONFIG)
     inputs, targets = map(int, _LENGTHS.value.split(","))
     run = configs.replace(run, "train.global_batch_size", _BATCH.value)

@@ -194,9 +194,17 @@ class Program:
         return jax.jit(self.train_step, donate_argnums=0,
                        out_shardings=(state.shardings(self.abstract_state), None))
 
-    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The batch of one step as ShapeDtypeStructs with shardings."""
-        rows = self.config.train.global_batch_size
+    def compile_train_step(self, rows: int):
+        """The train step for batches of so many rows, compiled now; called as jit_train_step's."""
+        guard = (jax.ShapeDtypeStruct((), jnp.float32),) \
+            if self.config.train.bad_steps == "skip" else ()
+        with self.activate():
+            return self.jit_train_step().lower(
+                self.abstract_state, self.abstract_batch(rows), *guard).compile()
+
+    def abstract_batch(self, rows: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+        """The batch of one step as ShapeDtypeStructs with shardings; rows: None for a full one."""
+        rows = rows or self.config.train.global_batch_size
         arrays = data_rows.of(self.config.objective.rows).arrays(self.config.data)
         return {name: jax.ShapeDtypeStruct((rows, length), jnp.dtype(dtype),
                                            sharding=self.batch_sharding)

@@ -28,6 +28,7 @@ from t5x_lite.checkpoints import format as checkpoint_format, manager
 from t5x_lite.config import RunConfig, from_mapping, load, override
 from t5x_lite.errors import UserError, nearest
 from t5x_lite.parallel import processes
+from t5x_lite.running import ahead, compile_cache
 
 EXIT_USER_ERROR = 2
 EXIT_PEER = 76   # another process of the run has ended, or could not be reached
@@ -36,6 +37,9 @@ _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "host:port of process 0, for more than one process.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the whole run.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process, from 0.")
+_COMPILE_CACHE = flags.DEFINE_string(
+    "compile_cache", "", "The folder of compiled programs, or none; default: programs/ in "
+    "$T5X_LITE_CACHE or ~/.cache/t5x_lite.")
 
 
 def define_config() -> flags.FlagHolder:
@@ -134,6 +138,7 @@ def show_own_lines() -> None:
 def _start(main: Callable[[], None], argv: list[str], alone: bool) -> None:
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}: every option starts with --.")
+    compile_cache.switch_on(_COMPILE_CACHE.value)
     given = [f for f in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID) if f.value is not None]
     if alone:
         if given:
@@ -197,8 +202,10 @@ def _exit(error: Exception) -> None:
 
 
 def _leave(status: int) -> None:
-    # A process that leaves its peers waiting in a collective must not wait for them itself.
-    if jax.distributed.is_initialized() and jax.process_count() > 1:
+    # A process that leaves its peers waiting in a collective must not wait for them itself, nor one
+    # that compiles ahead for the compiler.
+    if ahead.busy() or (jax.distributed.is_initialized() and jax.process_count() > 1):
+        sys.stdout.flush()
         processes.said_last_words()
         os._exit(status)
     sys.exit(status)

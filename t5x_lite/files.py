@@ -1,7 +1,14 @@
-"""Files that are written whole: a reader sees the old one or the new one, never a part."""
+"""Files that are written whole (a reader sees the old one or the new one, never a part), and the
+folder of caches."""
 
 import os
 import pathlib
+
+
+def cache_root() -> pathlib.Path:
+    """$T5X_LITE_CACHE, else ~/.cache/t5x_lite ($XDG_CACHE_HOME)."""
+    default = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "t5x_lite"
+    return pathlib.Path(os.environ.get("T5X_LITE_CACHE") or default).expanduser()
 
 
 def write_whole(path: os.PathLike | str, text: str) -> None:

@@ -1,18 +1,42 @@
-"""Our packages `tasks` and `configs` beside a user's own of the same names.
+"""Packages by name: what an import need not drag in, and our `tasks` and `configs` beside a user's.
 
 Both are top-level packages, and a user's folder tasks/ or configs/ in the working folder comes
 before ours on Python's path. `join` lets both be found: the user's modules first, then ours.
 """
 
+import contextlib
+import gc
 import importlib
 import importlib.util
 import pathlib
 import sys
 import types
+from collections.abc import Iterator
 
 from t5x_lite.errors import UserError
 
 _HOME = pathlib.Path(__file__).resolve().parent.parent
+
+
+@contextlib.contextmanager
+def lean(*names: str) -> Iterator[None]:
+    """For imports that try packages which they can do without: those of these names that are not
+    imported yet seem not to be installed, and nothing collects garbage while modules pile up.
+
+    TensorFlow's Keras takes scikit-learn and matplotlib along, tensorboardX takes torch: 1.5 and 2 s.
+    """
+    hidden = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))   # None: Python's way to say that there is none
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+        for name in hidden:
+            if sys.modules.get(name) is None:
+                sys.modules.pop(name, None)
 
 
 def join(name: str) -> types.ModuleType:

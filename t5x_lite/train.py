@@ -55,6 +55,7 @@ from t5x_lite.evaluation.evaluator import Evaluator
 from t5x_lite.models.blocks import LOAD_ENTROPY
 from t5x_lite.parallel import processes
 from t5x_lite.running import changes
+from t5x_lite.running.ahead import Ahead
 from t5x_lite.running.clock import LOST, Clock, Watchdog
 from t5x_lite.running.counts import Counts
 from t5x_lite.running.health import Fault, Health, Step
@@ -77,6 +78,7 @@ class _Session:
     stop: Stop
     checkpointer: Checkpointer
     train_data: data_batches.TrainIterator
+    evaluator: Evaluator
 
 
 @dataclasses.dataclass
@@ -111,6 +113,8 @@ def run(config: RunConfig, workdir: str | pathlib.Path, clock: Clock | None = No
         program = build(config)
         with Checkpointer(workdir, config.checkpoint) as checkpointer:
             watchdog.saving_since = checkpointer.saving_since
+            # Beside the data, which take TensorFlow's import and Python: XLA works outside both.
+            state = Ahead(lambda: _state(program, checkpointer), "state and train step")
             train_data = data_batches.TrainIterator(
                 config.data, objective=config.objective.rows,
                 global_batch_size=config.train.global_batch_size,
@@ -118,22 +122,41 @@ def run(config: RunConfig, workdir: str | pathlib.Path, clock: Clock | None = No
             data_vocabulary.check_vocabulary(
                 data_tasks.vocabulary_of(config.data), config.model.vocab_size,
                 data_tasks.uses_sentinels(config.data, config.objective.rows))
-            session = _Session(program, workdir, clock, stop, checkpointer, train_data)
-            start = _start(session)
-            _introduce(session, start.record)
+            # Else they begin where a checkpoint says.
+            if checkpointer.latest() is None and not config.branch_from:
+                train_data.read_ahead(_rows(config, step=1))
             with program.activate():
-                return _loop(session, start, where)
+                evaluator = Evaluator(program)
+                session = _Session(program, workdir, clock, stop, checkpointer, train_data,
+                                   evaluator)
+                start, train_step = _resume(session, state)
+                _introduce(session, start.record)
+                return _loop(session, start, train_step, where)
 
 
-def _start(session: _Session) -> Start:
-    """The state that the run begins with, and its data at their place."""
-    program, checkpointer = session.program, session.checkpointer
+def _state(program: Program, checkpointer: Checkpointer) -> tuple[Start, Callable | None]:
+    """The state that the run begins with, and the compiled step after it; None: there is none."""
     init_from_fn = functools.partial(init_from.start, program)
+    start = restore_or_init(
+        checkpointer, program.abstract_state, program.init_state,
+        init_from_fn if program.config.init_from else None,
+        functools.partial(init_from.frozen, program), program.config.branch_from)
+    step = int(start.state["step"]) + 1
+    return start, program.compile_train_step(_rows(program.config, step)) \
+        if step <= program.config.train.num_steps else None
+
+
+def _rows(config: RunConfig, step: int) -> int:
+    """Sequences in the batch of a step, counted from 1."""
+    return batch_ramp.batch_size_at(config.train.batch_ramp, config.train.global_batch_size, step - 1)
+
+
+def _resume(session: _Session, state: Ahead) -> tuple[Start, Callable | None]:
+    """What `_state` found, and the data at their place."""
+    program, checkpointer = session.program, session.checkpointer
     try:
-        start = restore_or_init(
-            checkpointer, program.abstract_state, program.init_state,
-            init_from_fn if program.config.init_from else None,
-            functools.partial(init_from.frozen, program), program.config.branch_from)
+        with session.clock.during("compile"):   # what of it takes longer than the data
+            start, train_step = state.result()
         if start.iterator_states is not None:
             session.train_data.restore(start.iterator_states)
         if start.branched and log.is_main():
@@ -145,7 +168,7 @@ def _start(session: _Session) -> Start:
         listed = "".join(f"\n  {line}" for line in changed)
         raise UserError(f"{error}" + (f"\nChanged since that checkpoint:{listed}" if listed else "")
                         ) from error
-    return start
+    return start, train_step
 
 
 def _introduce(session: _Session, record: Record | None) -> None:
@@ -184,18 +207,20 @@ def _changed(record: Record, config: RunConfig) -> list[str]:
     return changes.describe(old, json.loads(to_json(config)))
 
 
-def _loop(session: _Session, start: Start, where: _Where) -> dict[str, dict[str, float]]:
+def _loop(session: _Session, start: Start, compiled: Callable | None, where: _Where
+          ) -> dict[str, dict[str, float]]:
     """Steps, evaluations and checkpoints from the state's step to the last."""
     program, config, state = session.program, session.program.config, start.state
     first, last = int(state["step"]), config.train.num_steps
-    evaluator = Evaluator(program)
-    train_step = program.jit_train_step()
+    evaluator, ramp = session.evaluator, program.jit_train_step()
+    compiled_rows = _rows(config, first + 1)
     held_out: dict[str, dict[str, float]] = {}
     stopping = False
     with metrics.MetricsWriter(session.workdir, resume_step=first) as writer:
         meter = _Meter(session, writer, first, start.record)
         for step in range(first + 1, last + 1):
             where.step, where.rows = step, meter.counts.rows
+            train_step = compiled if _rows(config, step) == compiled_rows else ramp
             state = _step(session, meter, train_step, state, step)
             stopping = step < last and session.stop.now(step)
             evaluating = evaluator.has_data and not stopping and _due(config.eval.every, step, last)
@@ -244,7 +269,7 @@ def _step(session: _Session, meter: "_Meter", train_step: Callable, state: Mappi
           ) -> Mapping:
     """Dispatches a step, and reads the one before it while the device works."""
     train, clock = session.program.config.train, session.clock
-    rows = batch_ramp.batch_size_at(train.batch_ramp, train.global_batch_size, step - 1)
+    rows = _rows(session.program.config, step)
     with clock.during("data"):
         batch = session.train_data.take(rows)
     bound = meter.health.bound(step)

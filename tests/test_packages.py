@@ -60,3 +60,21 @@ def test_modules_of_the_same_name_are_refused(tmp_path):
 def test_ours_alone_is_itself(name):
     assert packages.join(name) is sys.modules[name]
     assert packages.folders(name) == [ROOT / name]
+
+
+def test_lean_imports_do_without_what_is_named():
+    code = """
+import gc, sys
+from t5x_lite import packages
+with packages.lean("colorsys", "json"):
+    import importlib.util
+    assert not gc.isenabled() and importlib.util.find_spec("colorsys") is None
+    try:
+        import colorsys
+    except ImportError:
+        colorsys = None
+    import json   # it was there before
+assert colorsys is None and gc.isenabled()
+import colorsys
+"""
+    subprocess.run([sys.executable, "-c", "import json\n" + code], check=True)

@@ -35,6 +35,7 @@ import concurrent.futures
 import functools
 import json
 import os
+import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -137,6 +138,18 @@ class ShardedRows:
         parts = self._pool.map(lambda reader: reader.take(share), self._readers.values())
         return dict(zip(self._readers, parts, strict=True))
 
+    def submit(self, rows: int) -> concurrent.futures.Future:
+        """What `take` gives, as a promise of it."""
+        future: concurrent.futures.Future = concurrent.futures.Future()
+
+        def read() -> None:
+            try:
+                future.set_result(self.take(rows))
+            except BaseException as error:
+                future.set_exception(error)
+        threading.Thread(target=read, name="first batch", daemon=True).start()
+        return future
+
     def state(self, shards: Sequence[int]) -> dict[int, bytes]:
         """The places of some of the shards after the rows handed out."""
         states = self._pool.map(lambda s: self._readers[s].state(), shards)
@@ -168,6 +181,7 @@ class TrainIterator:
     def __init__(self, config: DataConfig, *, objective: str, global_batch_size: int,
                  sharding: jax.sharding.Sharding, seed: int):
         self._sharding = sharding
+        self._ahead: tuple[int, concurrent.futures.Future] | None = None   # rows, and their arrays
         self._batch_size, self._num_shards = global_batch_size, config.num_shards
         _check_shards(config, global_batch_size)
         length = max(config.inputs_length, config.targets_length)
@@ -188,7 +202,9 @@ class TrainIterator:
     def take(self, batch_size: int) -> Batch:
         """The next global batch, of this many rows: a multiple of num_shards and of the ways
         that the mesh splits a batch."""
-        by_shard = self._rows.take(batch_size)
+        (rows_ahead, ahead), self._ahead = self._ahead or (0, None), None
+        assert ahead is None or rows_ahead == batch_size, "another batch was read ahead"
+        by_shard = self._rows.take(batch_size) if ahead is None else ahead.result()
         share = batch_size // self._num_shards
 
         def rows(name: str, start: int, stop: int) -> np.ndarray:
@@ -203,11 +219,17 @@ class TrainIterator:
                                     (batch_size, *features[name].shape[1:]), self._sharding)
                 for name in features}
 
+    def read_ahead(self, batch_size: int) -> None:
+        """Begins to read the first batch, which fills every shard's buffer, in threads of its own. It
+        must be the next that is taken."""
+        self._ahead = batch_size, self._rows.submit(batch_size)
+
     def state(self) -> dict[int, bytes]:
         """{shard: bytes} of the shards that this process owns, after the last batch given.
 
         Over all processes, every virtual shard occurs exactly once.
         """
+        assert self._ahead is None, "a batch was read that is not handed out yet"
         return self._rows.state(self._owned)
 
     def restore(self, states: Mapping[int, bytes]) -> None:
@@ -216,6 +238,7 @@ class TrainIterator:
         states: those of all processes together (others' shards may be left out).
         Raises UserError where they belong to other data, seeds or lengths.
         """
+        assert self._ahead is None, "a batch of another place was read ahead"
         self._rows.restore(states)
 
 

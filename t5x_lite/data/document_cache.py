@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable
 import seqio
 import tensorflow as tf
 
+from t5x_lite import files
 from t5x_lite.errors import UserError
 
 NUM_FILES = 64   # a split; data.num_shards up to this many read only their own files
@@ -36,9 +37,7 @@ def set_root(path: str) -> None:
 
 def root() -> pathlib.Path:
     """data.cache_dir, else $T5X_LITE_CACHE, else ~/.cache/t5x_lite ($XDG_CACHE_HOME)."""
-    default = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "t5x_lite"
-    chosen = _root_override or os.environ.get("T5X_LITE_CACHE") or default
-    return pathlib.Path(chosen).expanduser()
+    return pathlib.Path(_root_override).expanduser() if _root_override else files.cache_root()
 
 
 class DocumentSource(seqio.DataSource):

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def tensorflow_side():
     """data_pipeline, which needs TensorFlow: about 4 s on first use."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    with _captured_stderr():
+    with _captured_stderr(), packages.lean("sklearn", "matplotlib", "torch"):
         import seqio
         import tensorflow as tf
         import tensorflow_datasets as tfds
@@ -47,22 +47,28 @@ def tensorflow_side():
     return data_pipeline
 
 
+# Lines of TensorFlow's C++, such as "I0000 00:00:1795960912.532685    9553 port.cc:153] …".
+_TENSORFLOWS = re.compile(rb"[IWEF]\d{4} [\d:. ]+[\w.]+:\d+\]|WARNING: All log messages before absl")
+
+
 @contextlib.contextmanager
 def _captured_stderr():
-    """Holds back what TensorFlow's C++ prints on import; shows it if the import fails."""
+    """Holds back what is printed during TensorFlow's import, and then drops what its C++ says unless
+    the import fails. The rest is of other threads."""
     with tempfile.TemporaryFile() as file:
         saved = os.dup(2)
         os.dup2(file.fileno(), 2)
+        failed = True
         try:
             yield
-        except BaseException:
-            os.dup2(saved, 2)
-            file.seek(0)
-            os.write(2, file.read())
-            raise
+            failed = False
         finally:
             os.dup2(saved, 2)
             os.close(saved)
+            file.seek(0)
+            for line in file:
+                if failed or not _TENSORFLOWS.match(line):
+                    os.write(2, line)
 
 
 # --- which tasks ----------------------------------------------------------------------------

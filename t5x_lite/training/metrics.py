@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from t5x_lite import files, log
+from t5x_lite import files, log, packages
 from t5x_lite.errors import UserError
 
 Sums = Mapping[str, tuple[Any, Any]]
@@ -100,7 +100,8 @@ class MetricsWriter:
             self._file = open(path, "ab", buffering=0)
         except OSError as error:
             self._complain(error)
-        from tensorboardX import SummaryWriter  # imports torch where that is installed
+        with packages.lean("torch"):   # of which it would take 2 s for converting tensors
+            from tensorboardX import SummaryWriter
         try:
             self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
         except OSError as error:
