@@ -1,5 +1,6 @@
 """What the mains share: flags, quiet third parties, processes, and errors on one screen."""
 
+import gc
 import json
 import logging
 import os
@@ -189,6 +190,7 @@ def _run_among(others: processes.Processes, main: Callable[[], None]) -> None:
 def _guarded(fn: Callable[[], None]) -> None:
     try:
         fn()
+        gc.freeze()   # the process ends: no search for garbage among millions of objects
     except UserError as error:
         _exit(error)
     except KeyboardInterrupt:

@@ -32,6 +32,7 @@ def lean(*names: str) -> Iterator[None]:
     try:
         yield
     finally:
+        gc.freeze()   # what imports make stays: later searches for garbage leave it out
         if collecting:
             gc.enable()
         for name in hidden:

@@ -20,10 +20,10 @@ class Ahead:
 
     def __init__(self, work: Callable[[], Any], name: str):
         self._future: concurrent.futures.Future = concurrent.futures.Future()
-        if jax.process_count() > 1:
-            self._future.set_result(work())
-            return
         _running.add(self)
+        if jax.process_count() > 1:
+            self._run(work)
+            return
         context = contextvars.copy_context()
         threading.Thread(target=context.run, args=(self._run, work), name=name,
                          daemon=True).start()
