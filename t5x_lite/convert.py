@@ -1,13 +1,16 @@
 """Convert checkpoints: `python -m t5x_lite.convert --from=SOURCE --to=TARGET`.
 
     SOURCE   hf:DIR     a folder of Hugging Face transformers, or ORG/NAME of the hub
-             t5x:DIR    a native T5X checkpoint, local or gs://BUCKET/PATH
+             t5x:DIR    a native T5X checkpoint
              peft:DIR   a LoRA adapter of Hugging Face's PEFT (to a WORKDIR)
              mtf:DIR    a Mesh TensorFlow T5 checkpoint (folder, or prefix model.ckpt-N)
              WORKDIR    a workdir of t5x_lite, its checkpoints folder or one step
     TARGET   hf:DIR     a folder that transformers loads
              peft:DIR   an adapter that PEFT loads, of a WORKDIR that was tuned with LoRA
              WORKDIR    a checkpoint to start from (--config.init_from), evaluate or export
+
+Each a local folder or gs://BUCKET/PATH. What goes into a bucket is made in a temporary folder first
+(TMPDIR), and hf: and peft: of a bucket are read from a copy in the cache.
 
 Tensors stream one at a time into hf:DIR; a workdir is written from memory, which init_from does
 without: it reads hf:DIR and t5x:DIR itself, each process the parts that its devices hold.
@@ -32,6 +35,7 @@ import json
 import pathlib
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,7 +47,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from t5x_lite import init_from, log, tree
+from t5x_lite import files, init_from, log, tree
 from t5x_lite.checkpoints import manager
 from t5x_lite.checkpoints.manager import CheckpointConfig, Checkpointer
 from t5x_lite.config import RunConfig, saved, to_json
@@ -82,14 +86,14 @@ def run(source: str, target: str, options: Options = Options()) -> None:
     if options.dtype is not None and options.dtype not in DTYPES:
         raise UserError(f"--dtype={options.dtype}: must be one of {', '.join(DTYPES)}."
                         f"{nearest(options.dtype, DTYPES)}")
-    if re.match(r"\w+:", target) and not target.startswith(("hf:", "peft:")):
-        raise UserError(f"--to={target}: a target is hf:DIR, peft:DIR or the local folder of a "
-                        "workdir.")
-    if options.push and not target.startswith(("hf:", "peft:")):
+    place = re.sub("^(hf|peft):", "", target)
+    if re.match(r"\w+:", place) and not files.is_url(place):
+        raise UserError(f"--to={target}: a target is hf:DIR, peft:DIR or the folder of a workdir.")
+    if options.push and (not target.startswith(("hf:", "peft:")) or files.is_url(place)):
         raise UserError(f"--push={options.push}: uploads what --to=hf:DIR or peft:DIR wrote, not "
                         f"{target}.")
-    folder = pathlib.Path(re.sub("^(hf|peft):", "", target)).expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    folder = files.path(place).expanduser()
+    if folder.exists() and not _is_free(folder):
         raise UserError(f"--to={target}: {folder} exists and is not empty; name another folder.")
     if target.startswith("peft:"):
         write = functools.partial(_write_peft, source=source, options=options)
@@ -120,8 +124,22 @@ def _writer(source: str, target: str, options: Options) -> Callable[[pathlib.Pat
     return lambda folder: write(folder, source, model, dtypes, options)
 
 
-def _write_whole(folder: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
-    """Written beside and renamed, so that what is there is whole."""
+def _is_free(folder: files.Path) -> bool:
+    """Whether a folder holds nothing, or what a conversion into a bucket that was killed left."""
+    return folder.is_dir() and (_UNFINISHED in files.names(folder) or not files.names(folder))
+
+
+_UNFINISHED = "UNFINISHED"   # in a folder of a bucket until all of it is there
+
+
+def _write_whole(folder: files.Path, write: Callable[[pathlib.Path], None]) -> None:
+    """What is there is whole: written beside and renamed, or for a bucket into a temporary folder
+    and copied, with an object that says so until the last copy."""
+    if files.is_url(folder):
+        with tempfile.TemporaryDirectory(prefix="t5x_lite-") as made:
+            write(pathlib.Path(made))
+            files.upload_folder(pathlib.Path(made), folder, _UNFINISHED)
+        return
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -206,10 +224,10 @@ class _Trimmed(ForeignModel):
 
 def _write_hf(folder: pathlib.Path, source: str, model: ForeignModel, dtypes: Mapping[str, Any],
               options: Options) -> None:
-    base, files = None, _hf_files(source)
-    if files is not None:
-        hf.copy_other_files(files, folder)
-        base = json.loads((files / "config.json").read_text())
+    base, others = None, _hf_files(source)
+    if others is not None:
+        hf.copy_other_files(others, folder)
+        base = json.loads((others / "config.json").read_text())
         if options.family not in (None, base["model_type"]):
             base = None
     done = iter(range(1, len(model.table) + 1))
@@ -220,11 +238,15 @@ def _write_hf(folder: pathlib.Path, source: str, model: ForeignModel, dtypes: Ma
         hf_card.write(folder, manager.read_record(source, _step(options)), source)
 
 
-def _hf_files(source: str) -> pathlib.Path | None:
+def _hf_files(source: str) -> files.Path | None:
     """The folder with the config.json and tokenizer that belong to a source."""
-    path = hub.local_folder(source.removeprefix("hf:"))
-    for folder in ([path] if source.startswith("hf:") else
-                   [path / "hf", path.parent / "hf", path.parent.parent / "hf"]):
+    if source.startswith("hf:"):
+        folders = [hub.local_folder(source.removeprefix("hf:"))]
+    else:
+        path = files.path(source).expanduser() if ":" not in source or files.is_url(source) \
+            else pathlib.Path(source)
+        folders = [path / "hf", path.parent / "hf", path.parent.parent / "hf"]
+    for folder in folders:
         if (folder / "config.json").is_file():
             return folder
     return None
@@ -237,9 +259,9 @@ def _write_workdir(folder: pathlib.Path, source: str, model: ForeignModel,
     for i, path in enumerate(model.table):
         params[path] = jax.numpy.asarray(model.read(path, dtypes[path]))
         _progress(i + 1, model, path)
-    files = _hf_files(source)
-    if files is not None:
-        hf.copy_other_files(files, folder / "hf")
+    others = _hf_files(source)
+    if others is not None:
+        hf.copy_other_files(others, folder / "hf")
     with Checkpointer(folder, CheckpointConfig(async_save=False)) as checkpointer:
         checkpointer.save(model.step, {"params": tree.unflatten(params)}, {}, to_json(config))
     (folder / "config.json").write_text(to_json(config) + "\n")
@@ -259,7 +281,7 @@ def _write_peft(folder: pathlib.Path, source: str, options: Options) -> None:
 
 def _write_tuned_workdir(folder: pathlib.Path, source: str, options: Options) -> None:
     """A workdir whose checkpoint is an adapter of PEFT, over the base model in its own folder."""
-    adapter = pathlib.Path(source.removeprefix("peft:")).expanduser()
+    adapter = files.local_copy(source.removeprefix("peft:"))
     base = options.config.init_from if options.config else ""
     base = base or f"hf:{hf_lora.base_of(adapter)}"
     if not hub.local_folder(base.removeprefix("hf:")).is_dir():
@@ -279,8 +301,8 @@ def _write_tuned_workdir(folder: pathlib.Path, source: str, options: Options) ->
 
 def _model_type(source: str) -> str | None:
     """The Hugging Face family that a source came from, where a config.json says it."""
-    files = _hf_files(source)
-    return files and json.loads((files / "config.json").read_text())["model_type"]
+    others = _hf_files(source)
+    return others and json.loads((others / "config.json").read_text())["model_type"]
 
 
 def _run_config(model: ModelConfig, source: str, given: RunConfig | None) -> RunConfig:

@@ -16,12 +16,11 @@ if __name__ == "__main__":   # --help is answered before what is slow to import
 
 import json
 import math
-import pathlib
 from collections.abc import Sequence
 
 from absl import flags
 
-from t5x_lite import cli, init_from, log, report
+from t5x_lite import cli, files, init_from, log, report
 from t5x_lite.build import build
 from t5x_lite.checkpoints import manager
 from t5x_lite.config import RunConfig
@@ -29,7 +28,7 @@ from t5x_lite.errors import UserError
 from t5x_lite.evaluation.evaluator import Evaluator
 
 
-def steps_to_evaluate(workdir: pathlib.Path, step: str) -> list[int | str]:
+def steps_to_evaluate(workdir: files.Path, step: str) -> list[int | str]:
     """The committed steps that "all" or a number names, rising; "last" stays a word, because it
     falls back to the step before where the newest cannot be read."""
     steps = manager.all_steps(workdir)
@@ -44,7 +43,7 @@ def steps_to_evaluate(workdir: pathlib.Path, step: str) -> list[int | str]:
     return [int(step)]
 
 
-def run(config: RunConfig, workdir: pathlib.Path | None, steps: Sequence[int | str]
+def run(config: RunConfig, workdir: files.Path | None, steps: Sequence[int | str]
         ) -> dict[int, dict[str, dict[str, float]]]:
     """{step: {task: metrics}} of checkpoints of a workdir; None: of init_from, as each step."""
     program = build(config)
@@ -62,14 +61,16 @@ def run(config: RunConfig, workdir: pathlib.Path | None, steps: Sequence[int | s
     return results
 
 
-def write(workdir: pathlib.Path, results: dict[int, dict[str, dict[str, float]]]) -> None:
+def write(workdir: files.Path, results: dict[int, dict[str, dict[str, float]]]) -> None:
     """Appends one JSON line a step and task to WORKDIR/eval.jsonl."""
-    if log.is_main():
-        with open(workdir / "eval.jsonl", "a") as file:
-            for step, tasks in results.items():
-                for task, values in tasks.items():
-                    finite = {n: v if math.isfinite(v) else None for n, v in values.items()}
-                    file.write(json.dumps({"step": step, "task": task, **finite}) + "\n")
+    if not log.is_main():
+        return
+    lines = []
+    for step, tasks in results.items():
+        for task, values in tasks.items():
+            finite = {n: v if math.isfinite(v) else None for n, v in values.items()}
+            lines.append(json.dumps({"step": step, "task": task, **finite}) + "\n")
+    files.append(workdir / "eval.jsonl", "".join(lines))
 
 
 if __name__ == "__main__":

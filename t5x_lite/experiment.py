@@ -23,7 +23,9 @@ if __name__ == "__main__":   # --help is answered before what is slow to import
 
 import dataclasses
 import importlib.util
+import io
 import json
+import os
 import pathlib
 import re
 from collections.abc import Sequence
@@ -31,7 +33,7 @@ from types import ModuleType
 
 from absl import flags
 
-from t5x_lite import cli, config as configs, log, train
+from t5x_lite import cli, config as configs, files, log, train
 from t5x_lite.checkpoints import manager
 from t5x_lite.config import RunConfig
 from t5x_lite.errors import UserError, one_of
@@ -74,12 +76,12 @@ def load(path: str) -> tuple[ModuleType, str | None]:
     return module, argument or None
 
 
-def is_finished(workdir: pathlib.Path, config: RunConfig) -> bool:
+def is_finished(workdir: files.Path, config: RunConfig) -> bool:
     """Whether the workdir holds the last step's checkpoint, which is written after all else."""
     return config.train.num_steps in manager.all_steps(workdir)
 
 
-def execute(runs: Sequence[Run], workdir: pathlib.Path) -> None:
+def execute(runs: Sequence[Run], workdir: files.Path) -> None:
     """Trains the runs that are not finished, in order."""
     for number, run in enumerate(runs, 1):
         folder = workdir / run.folder
@@ -96,7 +98,7 @@ def execute(runs: Sequence[Run], workdir: pathlib.Path) -> None:
         train.run(config, folder)
 
 
-def final_values(runs: Sequence[Run], workdir: pathlib.Path) -> dict[str, dict[str, float]]:
+def final_values(runs: Sequence[Run], workdir: files.Path) -> dict[str, dict[str, float]]:
     """{folder: the held-out metrics of its last evaluation, "TASK/METRIC": value}."""
     results = {}
     for run in runs:
@@ -114,7 +116,7 @@ def final_values(runs: Sequence[Run], workdir: pathlib.Path) -> dict[str, dict[s
     return results
 
 
-def curve(path: pathlib.Path, metric: str) -> list[tuple[int, float]]:
+def curve(path: files.Path, metric: str) -> list[tuple[int, float]]:
     """(step, value) of one metric of a metrics.jsonl."""
     if not path.is_file():
         return []
@@ -131,7 +133,7 @@ def by_arm(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return arms
 
 
-def summary(runs: Sequence[Run], workdir: pathlib.Path, shown: Sequence[str]) -> str:
+def summary(runs: Sequence[Run], workdir: files.Path, shown: Sequence[str]) -> str:
     """A Markdown table: an arm a row, mean (lowest … highest over n seeds) of each metric."""
     values = final_values(runs, workdir)
     lines = ["| arm | seeds | " + " | ".join(shown) + " |", "|---" * (len(shown) + 2) + "|"]
@@ -146,7 +148,7 @@ def summary(runs: Sequence[Run], workdir: pathlib.Path, shown: Sequence[str]) ->
     return "\n".join(lines) + "\n"
 
 
-def draw(runs: Sequence[Run], workdir: pathlib.Path, metric: str, path: pathlib.Path,
+def draw(runs: Sequence[Run], workdir: files.Path, metric: str, path: files.Path,
          over: str = "step", log_axes: str = "") -> None:
     """Plots `metric`: an arm's mean as a line, its seeds' range shaded. Says so where no run has the
     metric, instead of drawing nothing.
@@ -160,11 +162,13 @@ def draw(runs: Sequence[Run], workdir: pathlib.Path, metric: str, path: pathlib.
         log.say(f"{path.name} is not drawn over {over}: no run has PLOTTED={metric!r}; there are "
                 f"{known}")
         return
+    image = io.BytesIO()
     figure.drawn(read, metric, over, logx="x" in log_axes, logy="y" in log_axes).savefig(
-        path, dpi=120)
+        image, dpi=120)
+    files.write_bytes(path, image.getvalue())
 
 
-def run(path: str, workdir: pathlib.Path, *, overrides: Sequence[str] = (), only: str = "",
+def run(path: str, workdir: str | os.PathLike, *, overrides: Sequence[str] = (), only: str = "",
         over: str = "", log_axes: str | None = None) -> str:
     """Runs an experiment and returns its table; the config may define
 
@@ -175,6 +179,7 @@ def run(path: str, workdir: pathlib.Path, *, overrides: Sequence[str] = (), only
         LOG_AXES    "x", "y" or "xy": what is logarithmic (default: nothing)
         conclude    (runs, workdir) -> Markdown that is added below the table
     """
+    workdir = files.path(workdir)
     module, argument = load(path)
     over = one_of("--over", over or getattr(module, "OVER", "step"), reporting_runs.AXES)
     log_axes = one_of("--log", getattr(module, "LOG_AXES", "") if log_axes is None else log_axes,
@@ -190,9 +195,9 @@ def run(path: str, workdir: pathlib.Path, *, overrides: Sequence[str] = (), only
     if hasattr(module, "conclude"):
         text += "\n" + module.conclude(runs, workdir)
     if log.is_main():
-        (workdir / "results.md").write_text(text)
-        (workdir / "results.json").write_text(
-            json.dumps(final_values(runs, workdir), indent=1) + "\n")
+        files.write_whole(workdir / "results.md", text)
+        files.write_whole(workdir / "results.json",
+                          json.dumps(final_values(runs, workdir), indent=1) + "\n")
         draw(runs, workdir, getattr(module, "PLOTTED", f"eval/{shown[0]}"),
              workdir / "curves.png", over, log_axes)
     log.say(text)

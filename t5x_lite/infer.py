@@ -48,7 +48,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-from t5x_lite import config as configs, init_from, log
+from t5x_lite import config as configs, files, init_from, log
 from t5x_lite.build import Program, build
 from t5x_lite.config import RunConfig
 from t5x_lite.data import readers, tasks as data_tasks, vocabulary as data_vocabulary
@@ -81,31 +81,36 @@ def format_of(path: str, given: str) -> str:
     if given and given not in FORMATS:
         raise UserError(f"--format={given}: must be one of {', '.join(FORMATS)}."
                         f"{nearest(given, FORMATS)}")
-    if not given and (path == "-" or pathlib.Path(path).is_fifo()):
+    if not given and (path == "-" or _is_pipe(path)):
         raise UserError(f"--input={path} has no ending: it needs --format="
                         f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}.")
-    ending = pathlib.Path(path.removesuffix(".gz")).suffix.removeprefix(".")
+    ending = pathlib.PurePath(path.removesuffix(".gz")).suffix.removeprefix(".")
     return given or (ending if ending in FORMATS else "text")
+
+
+def _is_pipe(path: str) -> bool:
+    return not files.is_url(path) and pathlib.Path(path).is_fifo()
 
 
 def open_input(path: str) -> tuple[BinaryIO, str]:
     """(its bytes, what messages call it); "-" is standard input. Raises UserError for no file."""
     if path == "-":
         return sys.stdin.buffer, "standard input"
-    file = pathlib.Path(path)
-    if not file.exists() or file.is_dir():
-        raise UserError(f"--input={path} {'is a folder' if file.exists() else 'does not exist'}.")
+    if not files.exists(path):
+        raise UserError(f"--input={path} does not exist.")
+    if files.is_dir(path):
+        raise UserError(f"--input={path} is a folder.")
     return readers.open_binary(path), path
 
 
 def source_of(path: str, kind: str) -> str:
     """What the output's record calls the input: of a file also its size and beginning."""
-    file = pathlib.Path(path)
-    if path == "-" or not file.is_file():
+    if path == "-" or not files.is_file(path):
         return f"{'standard input' if path == '-' else 'a pipe'} as {kind}"
-    with open(file, "rb") as content:
+    with files.open_binary(path) as content:
         digest = zlib.crc32(content.read(_FINGERPRINT))
-    return f"{path} as {kind}, {file.stat().st_size:,} bytes, crc32 {digest:08x} at the beginning"
+    _, size, _ = files.state_of(path)
+    return f"{path} as {kind}, {size:,} bytes, crc32 {digest:08x} at the beginning"
 
 
 def _records(file: Iterable[bytes], kind: str, name: str, on_error: readers.OnError
@@ -212,12 +217,14 @@ def read_task(config: RunConfig, name: str, split: str) -> Iterator[Item]:
 class Output:
     """A JSONL file that is gone on with where it ends.
 
+    In a bucket its lines appear every half a minute or more (files.Growing).
+
     belongs_to: what the lines are a function of; kept beside the file and compared.
     """
 
-    def __init__(self, path: pathlib.Path, belongs_to: dict[str, Any]):
+    def __init__(self, path: files.Path, belongs_to: dict[str, Any]):
         self._path = path
-        self._file = None
+        self._file = self._folder = None
         self.last_line = self._agree(belongs_to)     # of the input, already written
 
     def _agree(self, belongs_to: dict[str, Any]) -> int:
@@ -237,29 +244,25 @@ class Output:
     def _open(self, belongs_to: dict[str, Any]) -> int:
         path, run = self._path, self._path.with_name(self._path.name + ".run")
         last = 0
-        if path.exists() and run.exists():
-            if path.stat().st_size:   # else a run that was refused before its first line
-                _check_same(path, json.loads(run.read_text()), belongs_to)
-            last = self._cut_off_partial_line()
-        elif path.exists():
+        if path.exists() and not run.exists():
             raise UserError(f"--output={path} exists and is not an output of infer; name another "
                             "file or remove it")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        run.write_text(json.dumps(belongs_to, indent=1, sort_keys=True) + "\n")
-        self._file = open(path, "a")
+        self._folder = files.Growing(path.parent, self._not_copied)
+        file = self._folder.bring(path.name)
+        if file.exists():
+            if file.stat().st_size:   # else a run that was refused before its first line
+                _check_same(path, json.loads(run.read_text()), belongs_to)
+            last = _cut_off_partial_line(file)
+        files.write_whole(run, json.dumps(belongs_to, indent=1, sort_keys=True) + "\n")
+        self._file = open(file, "a")
         return last
 
-    def _cut_off_partial_line(self) -> int:
-        """The input line of the last complete line; a killed run may have left half of one."""
-        content = self._path.read_bytes()
-        whole = content[:content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            os.truncate(self._path, len(whole))
-        lines = whole.splitlines()
-        return json.loads(lines[-1])["line"] if lines else 0
+    def _not_copied(self, error: BaseException) -> None:
+        log.say(f"warning: --output={self._path} cannot be written now ("
+                f"{files.explain(error, self._path)}); the lines are kept in {self._folder.folder}")
 
     def write(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Appends the rows; they are on disk when this returns."""
+        """Appends the rows; they are on disk when this returns (in a bucket, soon)."""
         if self._file is not None:
             self._file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
             self._file.flush()
@@ -269,9 +272,20 @@ class Output:
         """Closes the file."""
         if self._file is not None:
             self._file.close()
+            self._folder.close()
 
 
-def _check_same(path: pathlib.Path, before: dict, now: dict) -> None:
+def _cut_off_partial_line(file: pathlib.Path) -> int:
+    """The input line of the last complete line; a killed run may have left half of one."""
+    content = file.read_bytes()
+    whole = content[:content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(file, len(whole))
+    lines = whole.splitlines()
+    return json.loads(lines[-1])["line"] if lines else 0
+
+
+def _check_same(path: files.Path, before: dict, now: dict) -> None:
     now = json.loads(json.dumps(now))   # tuples become lists
     changed = [f"{k}: {before.get(k)!r} before, {now.get(k)!r} now"
                for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
@@ -349,8 +363,8 @@ def _what_decides(config: RunConfig) -> dict[str, Any]:
     return {**values, "model and peft": f"crc32 {zlib.crc32(model.encode()):08x}"}
 
 
-def infer(config: RunConfig, workdir: pathlib.Path | None, step: str, decode: DecodeConfig,
-          items: Iterable[Item], output: pathlib.Path, *, mode: str, source: str) -> int:
+def infer(config: RunConfig, workdir: files.Path | None, step: str, decode: DecodeConfig,
+          items: Iterable[Item], output: files.Path, *, mode: str, source: str) -> int:
     """Restores the parameters (without a workdir: of init_from) and runs.
 
     source: what the items are read from, for the record.
@@ -395,7 +409,7 @@ def _items(config: RunConfig, values: Any) -> tuple[Iterator[Item], str]:
         return read_task(config, values.task, values.split), f"{values.task}/{values.split}"
     kind = format_of(values.input, values.format)
     lines, name = open_input(values.input)
-    if jax.process_count() > 1 and not pathlib.Path(values.input).is_file():
+    if jax.process_count() > 1 and not files.is_file(values.input):
         raise UserError(f"--input={values.input}: {jax.process_count()} processes cannot share one "
                         f"{'pipe' if name == values.input else name}; write it to a file that all "
                         "of them see.")
@@ -425,7 +439,7 @@ if __name__ == "__main__":
         given = config_flags.get_override_values(values["decode"])
         decode = dataclasses.replace(config.eval.decode, **given)
         items, source = _items(config, values)
-        infer(config, workdir, values.step, decode, items, pathlib.Path(values.output),
+        infer(config, workdir, values.step, decode, items, files.path(values.output),
               mode=values.mode, source=source)
 
     cli.run(main)

@@ -2,8 +2,10 @@
 
     hf:DIR    a folder of Hugging Face transformers (config.json and safetensors), or ORG/NAME
               of the hub, downloaded into its cache (formats/hub.py)
-    t5x:DIR   a native T5X checkpoint, a local folder or gs://BUCKET/PATH
+    t5x:DIR   a native T5X checkpoint
     WORKDIR   a workdir of t5x_lite, its checkpoints folder or the folder of one step
+
+Each a local folder or gs://BUCKET/PATH.
 
 Without a map the source must hold the model's parameters, all of them and no others.
 `init_map` makes a partial load of it: (regex, replacement) pairs over the model's paths, as
@@ -42,7 +44,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5x_lite import log, same_vocabulary, tree
+from t5x_lite import files, log, same_vocabulary, tree
 from t5x_lite.build import Program, build
 from t5x_lite.checkpoints import format as checkpoint_format, manager
 from t5x_lite.config import EvalConfig, RunConfig, ShardingConfig, TrainConfig, from_mapping, saved
@@ -78,12 +80,12 @@ def open_source(source: str, like: ModelConfig | None = None, *, partial: bool =
 
 
 def check_workdir(source: str) -> None:
-    """Raises UserError where a source that is to be a workdir names something else."""
-    if match := re.match(r"(\w+):(//)?", source):
-        fix = (f" A T5X checkpoint in a bucket is t5x:{source}." if match.group(2) else
-               nearest(match.group(1), ("hf", "t5x")))
-        raise UserError(f"{source}: a source is hf:DIR, t5x:DIR or the local folder of a workdir; "
-                        f"{match.group()} is none.{fix}")
+    """Raises UserError where a source that is to be a workdir names something else, or is in a bucket
+    that cannot be reached."""
+    files.path(source)
+    if not files.is_url(source) and (match := re.match(r"(\w+):", source)):
+        raise UserError(f"{source}: a source is hf:DIR, t5x:DIR or the folder of a workdir; "
+                        f"{match.group()} is none.{nearest(match.group(1), ('hf', 't5x'))}")
 
 
 def read_workdir(workdir: str, like: ModelConfig | None = None, step: int | str = "last", *,

@@ -12,7 +12,6 @@ Nothing is written; the steps are those of t5x_lite.train, on the config's mesh.
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read on import
@@ -22,7 +21,7 @@ from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read o
 import jax
 import numpy as np
 
-from t5x_lite import config as configs, init_from
+from t5x_lite import config as configs, files, init_from
 from t5x_lite.build import Program, build
 from t5x_lite.config import RunConfig
 from t5x_lite.data import tasks as data_tasks, vocabulary as data_vocabulary
@@ -140,7 +139,7 @@ def load(workdir: str | os.PathLike, step: int | str = "last", overrides: Sequen
     overrides: "field=value" of the run's config, as t5x_lite.eval takes them.
     """
     cli.show_own_lines()
-    workdir = pathlib.Path(workdir)
+    workdir = files.path(workdir)
     program = build(configs.load(workdir / "config.json", overrides))
     return Session(program, init_from.restore_state(program, workdir, step)[0])
 

@@ -4,11 +4,10 @@ The run's vocabulary is compared with that of a source of init_from: a workdir's
 Hugging Face folder.
 """
 
-import pathlib
 import re
 from collections.abc import Mapping, Sequence
 
-from t5x_lite import log
+from t5x_lite import files, log
 from t5x_lite.checkpoints import manager
 from t5x_lite.config import RunConfig, from_mapping
 from t5x_lite.data import tasks as data_tasks, vocabulary as data_vocabulary
@@ -66,7 +65,7 @@ def _pieces_of_source(source: str) -> Sequence[str]:
         return data_vocabulary.pieces_of_folder(hub.local_folder(rest))
     saved = from_mapping(DataConfig, manager.read_record(source).config["data"], "data")
     if not names_one(saved):
-        return data_vocabulary.pieces_of_folder(pathlib.Path(source) / "hf")
+        return data_vocabulary.pieces_of_folder(files.path(source) / "hf")
     try:
         return data_vocabulary.pieces_of(data_tasks.vocabulary_of(saved))
     except UserError as error:   # its file has gone since

@@ -27,7 +27,6 @@ import functools
 import json
 import math
 import os
-import pathlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -73,7 +72,7 @@ class _Session:
     """What one life of a run works with."""
 
     program: Program
-    workdir: pathlib.Path
+    workdir: files.Path
     clock: Clock
     stop: Stop
     checkpointer: Checkpointer
@@ -92,7 +91,7 @@ class _Where:
         return f"the run is at step {self.step}, {self.rows:,} rows of its data taken"
 
 
-def run(config: RunConfig, workdir: str | pathlib.Path, clock: Clock | None = None
+def run(config: RunConfig, workdir: str | os.PathLike, clock: Clock | None = None
         ) -> dict[str, dict[str, float]]:
     """Trains until train.num_steps and returns the last held-out metrics.
 
@@ -100,10 +99,11 @@ def run(config: RunConfig, workdir: str | pathlib.Path, clock: Clock | None = No
         clock: counts from the start of the process; None: from here.
     Raises:
         UserError: a config that cannot be, a workdir of another model or in use, processes that
-            disagree, data that are missing or empty, a step that is not finite.
+            disagree, data that are missing or empty, a step that is not finite, a bucket that cannot
+            be reached or written to.
         SystemExit: a signal asked for the end, and the run is saved.
     """
-    workdir, clock, where = pathlib.Path(workdir), clock or Clock(), _Where()
+    workdir, clock, where = files.path(workdir), clock or Clock(), _Where()
     stopped_status(os.environ)   # refused at the start, not at the end
     processes.check_agree({"--workdir": str(workdir), "config": json.loads(to_json(config))})
     with (Stop() as stop,
@@ -187,7 +187,7 @@ def _introduce(session: _Session, record: Record | None) -> None:
         log.say(f"changed     {line} (since step {record.step})")
     history = workdir / "configs"
     history.mkdir(parents=True, exist_ok=True)
-    if record is not None and not any(history.iterdir()):   # a workdir of before the history
+    if record is not None and not files.names(history):   # a workdir of before the history
         files.write_whole(history / "0.json", json.dumps(record.config, indent=1) + "\n")
     text = to_json(config) + "\n"
     if record is None or changed:
@@ -232,6 +232,7 @@ def _loop(session: _Session, start: Start, compiled: Callable | None, where: _Wh
             if evaluating:
                 held_out = _evaluate(session, evaluator, meter, state, step)
             if saving:
+                meter.writer.sync()   # what the checkpoint comes after is there before it
                 with session.clock.during("save"):
                     session.checkpointer.save(step, state, session.train_data.state(),
                                               to_json(config), meter.memory())
@@ -469,7 +470,7 @@ def _spent_until(record: Record | None, program: Program) -> list[list[float]]:
     return [[rows, program.tokens_per_sequence, program.flops_per_sequence]]
 
 
-def _usage_until(workdir: pathlib.Path) -> Mapping[str, float]:
+def _usage_until(workdir: files.Path) -> Mapping[str, float]:
     """What a checkpoint of before that was kept had used, from the last line of metrics.jsonl."""
     path = workdir / "metrics.jsonl"
     lines = metrics.read_metrics(path) if log.is_main() and path.is_file() else []

@@ -22,6 +22,7 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.setdefault("EPATH_USE_TF", "0")   # which etils reads once in a process; see t5x_lite/buckets.py
 
 MAX_CACHE_BYTES = 512 << 20
 

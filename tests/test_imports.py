@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # From the ground up. Every room stands here; a new one takes its place.
 FLOORS = (
-    ("errors", "tree", "log", "files", "packages", "quiet"),
+    ("errors", "tree", "log", "files", "buckets", "packages", "quiet"),
     ("parallel", "decoding", "data"),
     ("layers", "checkpoints"),
     ("models",),

@@ -39,7 +39,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from t5x_lite import tree
+from t5x_lite import files, tree
 from t5x_lite.errors import UserError
 from t5x_lite.parallel import offload
 
@@ -215,12 +215,12 @@ def _read_iterators(directory: epath.Path, record: Record) -> dict[int, bytes]:
 
     Raises ValueError or OSError where files are missing, or are another checkpoint's.
     """
-    files = sorted(directory.glob("iterators-*.npz"))
-    count = int(files[0].stem.split("-")[-1]) if files else 1
-    if len(files) != count:
-        raise FileNotFoundError(f"{len(files)} of {count} iterator files in {directory}")
+    found = sorted(directory.glob("iterators-*.npz"))
+    count = int(found[0].stem.split("-")[-1]) if found else 1
+    if len(found) != count:
+        raise FileNotFoundError(f"{len(found)} of {count} iterator files in {directory}")
     states = {}
-    for file in files:
+    for file in found:
         with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as archive:
             # Checkpoints of before the stamp have none.
             if _STAMP in archive and int(archive[_STAMP]) != _stamp(record):
@@ -280,7 +280,8 @@ def read_record(folder: epath.Path) -> Record:
 
     Raises Unreadable, or UserError where its format is from the future.
     """
-    fields, problem = _attempt(lambda: _parse_record((folder / "record/record.json").read_text()))
+    fields, problem = _attempt(
+        folder, lambda: _parse_record((folder / "record/record.json").read_text()))
     _agree(problem)
     if isinstance(fields, int):
         raise UserError(
@@ -315,7 +316,7 @@ def read_step(folder: epath.Path, abstract_state: Any,
     expected = named_leaves(abstract_state)
     record = read_record(folder)
     _check_same(folder, expected, record.arrays)
-    iterator_states, problem = _attempt(lambda: _read_iterators(folder / "record", record))
+    iterator_states, problem = _attempt(folder, lambda: _read_iterators(folder / "record", record))
     _agree(problem)
     arrays, finite = _read_arrays(folder, record, {
         p: x for p, x in expected.items() if not p.startswith(f"{FROZEN}/")})
@@ -407,7 +408,7 @@ def _read_arrays(folder: epath.Path, record: Record, expected: Mapping[str, Any]
     # The handler itself, not a Checkpointer around it: that one ends in a barrier, where the
     # others would wait for a process that failed to read.
     restored, problem = _attempt(
-        lambda: ocp.PyTreeCheckpointHandler().restore(folder / "state", args=args))
+        folder, lambda: ocp.PyTreeCheckpointHandler().restore(folder / "state", args=args))
     _agree(problem)
     arrays = named_leaves(restored)
     digests = jax.device_get(_digests(arrays))
@@ -422,13 +423,16 @@ def _some(paths: Sequence[str]) -> str:
     return f"{', '.join(paths[:3])}{more}"
 
 
-def _attempt(read: Callable[[], Any]) -> tuple[Any, str | None]:
-    """(read(), None), or (None, what is wrong) where the files are damaged.
+def _attempt(folder: epath.Path, read: Callable[[], Any]) -> tuple[Any, str | None]:
+    """(read(), None), or (None, what is wrong) where the files in `folder` are damaged.
 
     Scrambled metadata raises what the code behind it happens to trip over (AttributeError and
     TypeError from orbax's JSON, among others), so every error of reading counts as damage, but for
     memory that does not suffice. A mistake of ours in `read` is not hidden by that: no checkpoint
     is then readable, and the run stops with its text.
+
+    Raises:
+        UserError: a bucket that is out of reach now, which says nothing of what is in it.
     """
     try:
         return read(), None
@@ -438,6 +442,9 @@ def _attempt(read: Callable[[], Any]) -> tuple[Any, str | None]:
         cause = error.__cause__ if type(error) is Exception and error.__cause__ else error
         if "RESOURCE_EXHAUSTED" in str(cause) and isinstance(cause, jax.errors.JaxRuntimeError):
             raise
+        if files.is_out_of_reach(cause, folder):
+            raise UserError(f"{folder} cannot be read now: {files.explain(cause, folder)} Nothing "
+                            "was changed; the same command may work later.") from error
         return None, brief(cause)
 
 

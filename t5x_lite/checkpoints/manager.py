@@ -6,6 +6,9 @@
         1250.unreadable/                a committed step that could not be read: set aside, kept
         1280.suspect/                   one whose parameters gave no finite loss: set aside, kept
 
+In a bucket, where no folder can be renamed, a step is written under its own name and
+commit_success.txt in it comes last: a step without that object counts as half-written.
+
 `Checkpointer` belongs to the one job that trains in a workdir, and holds its lock (lock.py). Anything else (eval, infer,
 init_from) reads through the module's functions, which never write, rename or delete. In a
 job of several processes every process makes the same calls.
@@ -14,8 +17,10 @@ job of several processes every process makes the same calls.
 import dataclasses
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import jax
@@ -24,14 +29,16 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from t5x_lite.checkpoints import format as checkpoint_format
+from t5x_lite import files
+from t5x_lite.checkpoints import format as checkpoint_format, lock
 from t5x_lite.checkpoints.config import CheckpointConfig
 from t5x_lite.checkpoints.format import Record, Restored, Unreadable
-from t5x_lite.checkpoints.lock import WorkdirLock
 from t5x_lite.errors import UserError, nearest
 
 _log = logging.getLogger(__name__)
 
+_COMMITTED = "commit_success.txt"   # what orbax writes last into a step
+_HALF_WRITTEN = re.compile(r"\d+(\.orbax-checkpoint-tmp.*)?")
 # Orbax's own limit, 600 s, is short for a large model on a slow shared disk.
 _COMMIT_TIMEOUT_SECONDS = 3600
 
@@ -40,10 +47,7 @@ _COMMIT_TIMEOUT_SECONDS = 3600
 
 
 def _absolute(path: os.PathLike | str) -> epath.Path:
-    text = os.fspath(path)
-    if "://" not in text:  # epath would resolve gs://… against the working directory
-        text = os.path.abspath(os.path.expanduser(text))
-    return epath.Path(text)
+    return epath.Path(files.absolute(path))
 
 
 def _step_paths(path: os.PathLike | str) -> dict[int, epath.Path]:
@@ -53,12 +57,18 @@ def _step_paths(path: os.PathLike | str) -> dict[int, epath.Path]:
     """
     folder = _absolute(path)
     if folder.name.isdigit() and (folder / "record").exists():
-        return {int(folder.name): folder}
+        return _committed([folder])
     root = folder / "checkpoints" if (folder / "checkpoints").exists() else folder
-    if not root.exists():
-        return {}
-    step_paths = ocp.path.step.standard_name_format().find_all(root)
-    return {m.step: epath.Path(m.path) for m in sorted(step_paths, key=lambda m: m.step)}
+    return _committed(root.iterdir()) if root.exists() else {}
+
+
+def _committed(folders: Iterable[epath.Path]) -> dict[int, epath.Path]:
+    """{step: folder} of those that are a step, and whole, in rising order."""
+    steps = [folder for folder in folders if re.fullmatch(r"0|[1-9]\d*", folder.name)]
+    with futures.ThreadPoolExecutor(16) as several:   # a bucket takes its time to answer
+        whole = [*several.map(ocp.path.step.is_path_finalized, steps)]
+    found = {int(f.name): f for f, is_whole in zip(steps, whole, strict=True) if is_whole}
+    return dict(sorted(found.items()))
 
 
 def all_steps(path: os.PathLike | str) -> list[int]:
@@ -168,31 +178,34 @@ class Checkpointer:
         self.directory = _absolute(workdir) / "checkpoints"
         self._saving: int | None = None
         self._saving_since = 0.0
-        self._lock: WorkdirLock | None = None
+        self._lock: lock._Lock | None = None
         self._agree(lambda: self._take_lock(workdir, config.wait_for_workdir))
         self.before: dict[str, Any] = self._lock.before if self._lock is not None else {}
-        half_written = sorted(self.directory.glob("*.orbax-checkpoint-tmp*"))
-        for path in half_written:
-            _say(logging.WARNING, "%s is a half-written checkpoint of an interrupted run: "
-                 "skipped and removed", path)
+        # Not by Orbax, whose thread may still be at it when another Checkpointer is made.
+        self._agree(self._remove_half_written)
         self._retention = _Retention(config)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._retention,
             enable_async_checkpointing=config.async_save, cleanup_tmp_directories=False,
             async_options=ocp.AsyncOptions(timeout_secs=_COMMIT_TIMEOUT_SECONDS),
             save_root_metadata=False)
-        # Not by Orbax, whose thread may still be at it when another Checkpointer is made.
-        self._agree(lambda: [path.rmtree() for path in half_written])
         try:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
-        except OSError as error:
+        except files.failures() as error:
             self._release()
             raise _cannot_write(self.directory, error) from error
 
     def _take_lock(self, workdir: os.PathLike | str, wait: float) -> None:
-        if "://" not in os.fspath(workdir):   # buckets have no locks
-            self._lock = WorkdirLock(os.path.expanduser(workdir), wait,
-                                     lambda line: _say(logging.WARNING, "%s", line))
+        self._lock = lock.hold(files.absolute(workdir), wait,
+                               lambda line: _say(logging.WARNING, "%s", line))
+
+    def _remove_half_written(self) -> None:
+        for found in ocp.path.step.all_temporary_paths(self.directory):
+            folder = found.get()
+            if _HALF_WRITTEN.fullmatch(folder.name):
+                _say(logging.WARNING, "%s is a half-written checkpoint of an interrupted run: "
+                     "skipped and removed", folder)
+                folder.rmtree()
 
     def _agree(self, change: Callable[[], Any]) -> None:
         """Has process 0 change the workdir; where that fails, every process raises UserError."""
@@ -200,7 +213,7 @@ class Checkpointer:
         if jax.process_index() == 0:
             try:
                 change()
-            except OSError as error:
+            except files.failures() as error:
                 problem = _cannot_write(self.directory, error)
             except UserError as error:
                 problem = error
@@ -261,9 +274,11 @@ class Checkpointer:
           progress: JSON values, see format.Record.
 
         Raises:
-          UserError: this save, or the one before it, could not be written.
+          UserError: this save, or the one before it, could not be written; or another job has taken
+            the workdir over.
         """
         self.wait()
+        self._check_lock()
         if step in self._manager.all_steps():
             return
         self._saving, self._saving_since = step, time.monotonic()
@@ -271,7 +286,7 @@ class Checkpointer:
             self._manager.save(step, force=True, args=checkpoint_format.save_args(
                 step, state, iterator_states, config_json,
                 {**(progress or {}), "verified": self.verified}))
-        except OSError as error:
+        except files.failures() as error:
             raise self._not_written(error) from error
 
     def wait(self):
@@ -281,14 +296,27 @@ class Checkpointer:
         """
         try:
             self._manager.wait_until_finished()
-        except (OSError, ValueError) as error:  # tensorstore reports a full disk as ValueError
+        except (*files.failures(), ValueError) as error:  # tensorstore's own errors are ValueErrors
             raise self._not_written(error) from error
 
-    def _not_written(self, error: Exception) -> UserError:
-        return UserError(
-            f"the checkpoint of step {self._saving} could not be written to {self.directory}: "
-            f"{checkpoint_format.brief(error)}. The last good one is of step {self.latest()}. Free "
-            "some space and run the same command again: it resumes from there.")
+    def _check_lock(self) -> None:
+        if self._lock is not None and self._lock.lost is not None:
+            raise UserError(
+                f"{self.directory.parent} was taken over by {lock.describe(self._lock.lost)}, "
+                f"because this process was not heard of for {lock.STALE:g} s; nothing more is "
+                "written. Leave the workdir to that one, or stop it and start this command again.")
+
+    def _not_written(self, error: BaseException) -> UserError:
+        why, fix = checkpoint_format.brief(error), "Free some space and run"
+        if files.is_url(self.directory):
+            why, fix = files.explain(error, self.directory), "Run"
+        try:
+            last = f"The last good one is of step {self.latest()}. "
+        except files.failures():   # what could not be written may be out of reach for readers too
+            last = ""
+        return UserError(f"the checkpoint of step {self._saving} could not be written to "
+                         f"{self.directory}: {why}. {last}{fix} the same command again: it resumes "
+                         "from there.")
 
     def restore(self, step: int, abstract_state: Any) -> Restored:
         """Reads one step, on any mesh and any number of processes.
@@ -357,7 +385,7 @@ class Checkpointer:
             for step in steps:
                 names = (f"{step}.{why}{suffix}" for suffix in ("", *range(2, 1000)))
                 free = next(n for n in names if not (self.directory / n).exists())
-                (self.directory / str(step)).rename(self.directory / free)
+                files.rename(self.directory / str(step), self.directory / free, _COMMITTED)
         multihost_utils.sync_global_devices("t5x_lite: checkpoints set aside")
         self._manager.reload()
 
@@ -370,9 +398,9 @@ class Checkpointer:
             self._release()
 
 
-def _cannot_write(directory: os.PathLike | str, error: OSError) -> UserError:
-    return UserError(f"cannot make {directory}: {error}. Choose a --workdir that can be written "
-                     "to.")
+def _cannot_write(directory: os.PathLike | str, error: BaseException) -> UserError:
+    return UserError(f"cannot make {directory}: {files.explain(error, directory)}. Choose a "
+                     "--workdir that can be written to.")
 
 
 class Start(NamedTuple):

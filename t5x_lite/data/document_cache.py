@@ -26,18 +26,8 @@ from t5x_lite.errors import UserError
 
 NUM_FILES = 64   # a split; data.num_shards up to this many read only their own files
 
-_root_override = ""
-
-
-def set_root(path: str) -> None:
-    """Uses `path` for every cache of this process; '' goes back to the default."""
-    global _root_override
-    _root_override = path
-
-
-def root() -> pathlib.Path:
-    """data.cache_dir, else $T5X_LITE_CACHE, else ~/.cache/t5x_lite ($XDG_CACHE_HOME)."""
-    return pathlib.Path(_root_override).expanduser() if _root_override else files.cache_root()
+# For this process, and where it is: data.cache_dir, $T5X_LITE_CACHE or ~/.cache/t5x_lite.
+set_root, root = files.set_cache_root, files.cache_root
 
 
 class DocumentSource(seqio.DataSource):

@@ -8,13 +8,14 @@ apart.
     data.train=lang=en/train.jsonl=3           the share 3 of lang=en/train.jsonl
     data.train_files=v[2]/*.txt                the folder v[2] if there is one, else v2
 
-Imports no TensorFlow.
+A path may be a gs:// URL. Imports no TensorFlow.
 """
 
 import glob
 import os
 import re
 
+from t5x_lite import files
 from t5x_lite.errors import nearest
 
 EXAMPLES = re.compile(r"(.*\.(?:jsonl|json|tsv)(?:\.gz)?)(?:\[(\d*)%?:(\d*)%?\])?", re.DOTALL)
@@ -59,10 +60,7 @@ def matches(name: str) -> list[str]:
     path = os.path.expanduser(name.strip())
     if "\0" in path:
         return []
-    if os.path.isfile(path):
-        return [path]
-    matched = glob.glob(_escaped(path), recursive=True)
-    return sorted(match for match in matched if os.path.isfile(match))
+    return [path] if files.is_file(path) else files.glob(_escaped(path))
 
 
 def _escaped(path: str) -> str:
@@ -70,7 +68,7 @@ def _escaped(path: str) -> str:
     parts = path.split(os.sep)
     for count in range(len(parts) - 1, 0, -1):
         front = os.sep.join(parts[:count])
-        if _GLOB.search(front) and os.path.isdir(front):
+        if _GLOB.search(front) and files.is_dir(front):
             return os.sep.join([glob.escape(front), *parts[count:]])
     return path
 
@@ -80,10 +78,10 @@ def hint(name: str) -> str:
     character of the name is read as something else."""
     path = os.path.expanduser(name.strip())
     folder = os.path.dirname(path) or "."
-    beside = os.listdir(folder) if os.path.isdir(folder) else ()
+    beside = files.names(folder) if files.is_dir(folder) else ()
     special = ""
     if "[" in path:
         special = " In a glob [ opens a set of characters: write [[] for the character itself."
     elif "," in path:
         special = " A comma separates entries of a list: is there such a path?"
-    return (f" (in {os.path.abspath(folder)});{nearest(os.path.basename(path), beside)}{special}")
+    return (f" (in {files.absolute(folder)});{nearest(os.path.basename(path), beside)}{special}")

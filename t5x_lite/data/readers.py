@@ -28,6 +28,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
+from t5x_lite import files
 from t5x_lite.errors import UserError
 
 LONGEST = 1 << 26   # bytes of a line
@@ -49,9 +50,22 @@ def refuse(error: UserError) -> NoReturn:
 def open_binary(path: str):
     """The file's bytes, decompressed where the name ends in .gz. Raises UserError."""
     try:
-        return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
-    except (OSError, ValueError) as error:   # ValueError: a NUL in the name
+        file = files.open_binary(path)
+        return _Unzipped(file) if path.endswith(".gz") else file
+    except (*files.failures(), ValueError) as error:   # ValueError: a NUL in the name
         raise _unreadable(path, error) from error
+
+
+class _Unzipped(gzip.GzipFile):
+    """Closes the file below with it."""
+
+    def __init__(self, file):
+        super().__init__(fileobj=file)
+        self._below = file
+
+    def close(self):
+        super().close()
+        self._below.close()
 
 
 def _unreadable(name: str, error: Exception) -> UserError:
@@ -98,7 +112,7 @@ def raw_lines(file, name: str, on_error: OnError = refuse) -> Iterator[tuple[int
                                    "end its lines with line feeds, or cut it into documents"))
                 continue
             yield number, raw
-    except _READ_ERRORS as error:
+    except (*_READ_ERRORS, *files.failures()) as error:
         problem = _explained(error, name, number)
         problem.__cause__ = error
         if not number:
@@ -113,7 +127,7 @@ def _explained(error: Exception, name: str, number: int) -> UserError:
     """What went wrong in reading a file, behind so many lines of it."""
     if isinstance(error, gzip.BadGzipFile) and "Not a gzipped file" in str(error) and not number:
         return UserError(f"{name} is not a gzip file; rename it without .gz")
-    if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
+    if isinstance(error, files.failures()) and not isinstance(error, gzip.BadGzipFile):
         return _unreadable(name, error)
     how = "cut off" if isinstance(error, EOFError) else "damaged"
     place = f", behind line {number}" if number else ""
@@ -162,7 +176,7 @@ def whole_of(file, name: str) -> str:
     """All the text of a binary file, or of an iterable of bytes. Raises UserError."""
     try:
         raw = file.read() if hasattr(file, "read") else b"".join(file)
-    except _READ_ERRORS as error:
+    except (*_READ_ERRORS, *files.failures()) as error:
         raise _explained(error, name, 0) from error
     raw = raw.removeprefix(_BOM)
     if raw.startswith(_UTF_16):

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import tensorflow as tf
 
+from t5x_lite import files
 from t5x_lite.data import readers
 from t5x_lite.data.document_cache import DocumentSource
 from t5x_lite.data.preprocessors import Format, each
@@ -82,8 +83,7 @@ class RecordSource(DocumentSource):
         """The cache folder's name: of the files as they are now and of what reads them."""
         stats = []
         for split, paths in sorted(self._files().items()):
-            stats += [(split, os.path.abspath(path), os.path.getsize(path),
-                       os.stat(path).st_mtime_ns) for path in paths]
+            stats += [(split, *files.state_of(path)) for path in paths]
         what = repr((stats, getattr(self._read, "__qualname__", ""), self._version))
         return f"{self._name}-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
 

@@ -1,15 +1,15 @@
 """A user's own text as a seqio task: `--config.data.train_files=corpus/*.txt`.
 
-Files: plain text, .jsonl (one object a line, its field "text"), either with .gz; local.
+Files: plain text, .jsonl (one object a line, its field "text"), either with .gz; local or gs://.
 They are read by Python once and kept in the document cache.
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import seqio
 
+from t5x_lite import files as file_lib
 from t5x_lite.data import paths, readers
 from t5x_lite.data.document_cache import DocumentSource
 from t5x_lite.errors import UserError, nearest
@@ -31,7 +31,7 @@ def find_files(patterns: str | Sequence[str], field: str) -> list[str]:
             raise UserError(f"{field}={name!r}: no such file{paths.hint(name)}")
         files += matches
     for path in files:
-        if os.path.getsize(path) == 0:
+        if file_lib.state_of(path)[1] == 0:
             raise UserError(f"{field}: {path} is empty")
     return files
 
@@ -89,7 +89,7 @@ def task(name: str, files: Sequence[str], split: str, document: str,
                         f"{nearest(document, DOCUMENTS)}")
 
     def key() -> str:
-        stats = [(os.path.abspath(f), os.path.getsize(f), os.stat(f).st_mtime_ns) for f in files]
+        stats = [file_lib.state_of(file) for file in files]
         digest = hashlib.sha256(repr((stats, document, split)).encode()).hexdigest()
         return f"text_files-{digest[:16]}"
 

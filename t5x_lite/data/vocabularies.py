@@ -25,7 +25,7 @@ import seqio
 import tensorflow as tf
 from google.protobuf import message
 
-from t5x_lite.data import document_cache
+from t5x_lite import files
 from t5x_lite.data.tokenizer_json import TokenizerJson
 from t5x_lite.errors import UserError, nearest
 
@@ -66,7 +66,7 @@ def t5_model_path() -> str:
         if not tf.io.gfile.exists(path):
             raise UserError(f"T5X_LITE_T5_VOCAB={path} does not exist")
         return path
-    cached = document_cache.root() / "vocab" / "cc_all.32000.100extra.sentencepiece.model"
+    cached = files.cache_root() / "vocab" / "cc_all.32000.100extra.sentencepiece.model"
     if not cached.exists():
         url = T5_MODEL.replace("gs://", "https://storage.googleapis.com/")
         try:
@@ -101,8 +101,9 @@ def load(name: str) -> seqio.Vocabulary:
         raise UserError(f"data.vocabulary={name!r} is unknown: one of {', '.join(NAMES)}, or the "
                         "path of a SentencePiece .model file or a tokenizer.json;"
                         f"{nearest(name, NAMES)}")
-    if not tf.io.gfile.exists(name):
+    if not files.is_file(name):
         raise UserError(f"data.vocabulary={name!r}: no such file")
+    name = str(files.local_copy(name)) if files.is_url(name) else name
     if name.endswith(".json"):
         return TokenizerJson(name)
     vocabulary = seqio.SentencePieceVocabulary(name)

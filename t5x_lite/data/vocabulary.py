@@ -4,13 +4,13 @@ Imports seqio inside functions only, as tasks.py, which finds the vocabulary of 
 """
 
 import json
-import pathlib
 import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from t5x_lite import files
 from t5x_lite.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -77,13 +77,14 @@ def pieces_of(vocabulary: "seqio.Vocabulary") -> list[str]:
     return _json_pieces(content) if content else []
 
 
-def pieces_of_folder(folder: pathlib.Path) -> list[str]:
+def pieces_of_folder(folder: files.Path) -> list[str]:
     """What each id stands for in a folder of Hugging Face: of a SentencePiece model, tokenizer.json
     or ByT5; [] where it has none of them."""
     for name in ("spiece.model", "sentencepiece.model", "tokenizer.model"):
         if (folder / name).is_file():
             import sentencepiece
-            return _sentence_pieces(sentencepiece.SentencePieceProcessor(str(folder / name)))
+            return _sentence_pieces(sentencepiece.SentencePieceProcessor(
+                model_proto=(folder / name).read_bytes()))
     if (folder / "tokenizer.json").is_file():
         return _json_pieces((folder / "tokenizer.json").read_bytes())
     settings = folder / "tokenizer_config.json"
@@ -140,13 +141,12 @@ def _bytes_of_sentence_piece(pieces, i: int) -> int:
 # --- before TensorFlow ------------------------------------------------------------------------
 
 def check_there(name: str) -> None:
-    """Raises UserError where data.vocabulary names a local file that is not there: at the door,
-    before TensorFlow is imported and a model is made."""
-    if name.endswith((".model", ".json")) and "://" not in name and not pathlib.Path(name).is_file():
-        folder = pathlib.Path(name).parent
-        beside = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    """Raises UserError where data.vocabulary names a file that is not there: at the door, before
+    TensorFlow is imported and a model is made."""
+    if name.endswith((".model", ".json")) and not files.is_file(name):
+        file = files.path(name)
         raise UserError(f"data.vocabulary={name!r}: no such file;"
-                        f"{nearest(pathlib.Path(name).name, beside)}")
+                        f"{nearest(file.name, files.names(file.parent))}")
 
 
 def rows_for_file(path: str) -> int | None:
@@ -154,13 +154,14 @@ def rows_for_file(path: str) -> int | None:
     has none of its own, as a multiple of 128. None where the file cannot be read here."""
     try:
         if path.endswith(".json"):
-            pieces = _json_pieces(pathlib.Path(path).read_bytes())
-            added = json.loads(pathlib.Path(path).read_bytes()).get("added_tokens", ())
+            content = files.local_copy(path).read_bytes()
+            pieces, added = _json_pieces(content), json.loads(content).get("added_tokens", ())
             size = max([len(pieces) - 1, *(token["id"] for token in added)]) + 1
             own = any(token["content"] == "<extra_id_0>" for token in added)
         else:
             import sentencepiece
-            pieces = _sentence_pieces(sentencepiece.SentencePieceProcessor(path))
+            pieces = _sentence_pieces(
+                sentencepiece.SentencePieceProcessor(str(files.local_copy(path))))
             size, own = len(pieces), "<extra_id_" in pieces[-1]
     except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError):
         return None   # what is wrong with the file is said where it is used

@@ -4,12 +4,12 @@ import dataclasses
 import json
 import pathlib
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from t5x_lite import files
 from t5x_lite.errors import UserError, nearest
 from t5x_lite.formats import hf_bert, hf_decoders, hf_fields, hf_t5, hub, safetensors
 from t5x_lite.formats.functions import differences
@@ -224,9 +224,9 @@ def write_model(folder: pathlib.Path, config: ModelConfig, dtypes: Mapping[str, 
 _WEIGHTS = (".safetensors", ".bin", ".h5", ".msgpack", ".pt", ".pth", ".onnx", ".ot", ".index.json")
 
 
-def copy_other_files(source: pathlib.Path, target: pathlib.Path) -> None:
+def copy_other_files(source: files.Path, target: pathlib.Path) -> None:
     """Copies tokenizer and other small files, and config.json, from one folder to another."""
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
         if file.is_file() and not file.name.endswith(_WEIGHTS):
-            shutil.copyfile(file, target / file.name)
+            files.copy(file, target / file.name)

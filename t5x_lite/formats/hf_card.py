@@ -2,10 +2,10 @@
 
 import json
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
+from t5x_lite import files
 from t5x_lite.checkpoints.format import Record
 from t5x_lite.formats import safetensors
 
@@ -25,23 +25,23 @@ def write(folder: pathlib.Path, record: Record, workdir: str) -> None:
         ids = {name: written[name] for name in names if written.get(name) is not None}
         _write_json(folder / "generation_config.json", ids)
     if not (folder / "README.md").exists():
-        (folder / "README.md").write_text(_card(config, record.step, pathlib.Path(workdir)))
+        (folder / "README.md").write_text(_card(config, record.step, files.path(workdir)))
 
 
 def _tokenizer(folder: pathlib.Path, vocabulary: str) -> None:
     """The run's vocabulary in the files that AutoTokenizer reads, where it is such a file."""
-    source = pathlib.Path(vocabulary).expanduser()
+    source = files.path(vocabulary).expanduser()
     held = ("tokenizer.json", "spiece.model", "tokenizer.model", "tokenizer_config.json")
     if any((folder / name).exists() for name in held):
         return
     if vocabulary == "byt5":
         _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "ByT5Tokenizer"})
     elif source.is_file() and source.name.endswith(".json"):
-        shutil.copyfile(source, folder / "tokenizer.json")
+        files.copy(source, folder / "tokenizer.json")
         _write_json(folder / "tokenizer_config.json",
                     {"tokenizer_class": "PreTrainedTokenizerFast"})
     elif source.is_file() and source.name.endswith(".model"):
-        shutil.copyfile(source, folder / "spiece.model")
+        files.copy(source, folder / "spiece.model")
         _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer"})
 
 
@@ -49,7 +49,7 @@ def _write_json(file: pathlib.Path, value: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
-def _card(config: Mapping[str, Any], step: int, workdir: pathlib.Path) -> str:
+def _card(config: Mapping[str, Any], step: int, workdir: files.Path) -> str:
     """The model card: what it was trained on, for how long, its last metrics, its config."""
     data = config.get("data", {})
     trained_on = {"data.train": data.get("train"), "data.train_files": data.get("train_files"),
@@ -71,13 +71,13 @@ def _card(config: Mapping[str, Any], step: int, workdir: pathlib.Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _last_metrics(workdir: pathlib.Path, step: int) -> dict[str, float]:
+def _last_metrics(workdir: files.Path, step: int) -> dict[str, float]:
     """{name: its last number up to a step} of a run's metrics.jsonl; {} where there is none."""
     file = workdir / "metrics.jsonl"
     last: dict[str, float] = {}
     if not file.is_file():
         return last
-    for line in file.read_text(errors="replace").splitlines():
+    for line in files.read_text(file).splitlines():
         try:
             row = json.loads(line)
         except ValueError:   # a log line that was cut never stops an export

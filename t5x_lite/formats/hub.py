@@ -2,31 +2,35 @@
 
 huggingface_hub keeps what it downloaded in its cache (HF_HOME), takes the token of `hf auth login`
 or HF_TOKEN, asks HF_ENDPOINT where a mirror is named, and nothing but the cache under
-HF_HUB_OFFLINE=1. hf:ORG/NAME@REVISION names a branch, tag or commit.
+HF_HUB_OFFLINE=1. hf:ORG/NAME@REVISION names a branch, tag or commit. A folder in a bucket,
+hf:gs://BUCKET/PATH, is brought into the cache of t5x_lite.
 """
 
 import functools
 import pathlib
 import re
 
-from t5x_lite import log
+from t5x_lite import files, log
 from t5x_lite.errors import UserError
 
 _NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 _TEXTS = ("*.json", "*.model", "*.txt", "*.jinja")
+_WEIGHTS = (".safetensors", ".bin", ".h5", ".msgpack", ".pt", ".pth", ".onnx", ".ot")
 _ELSEWHERE = ("*/*", "consolidated*", "*.onnx.json")   # other formats of the same model
 
 
 def local_folder(name: str, weights: bool = True) -> pathlib.Path:
-    """The local folder of hf:NAME, which is downloaded if it names a model of the hub.
+    """The local folder of hf:NAME, which is downloaded if it names a model of the hub or a bucket.
 
     Args:
-        name: a local folder, or ORG/NAME, or ORG/NAME@REVISION.
+        name: a local folder, one in a bucket, or ORG/NAME, or ORG/NAME@REVISION.
         weights: whether the tensors are wanted too, beside config.json and the tokenizer.
 
     Raises:
         UserError: the model is not there, asks for a token, or cannot be reached.
     """
+    if files.is_url(name):
+        return files.local_copy(name, lambda file: weights or not file.endswith(_WEIGHTS))
     path = pathlib.Path(name).expanduser()
     match = _NAME.fullmatch(name)
     if path.exists() or match is None:

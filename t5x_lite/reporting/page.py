@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from t5x_lite import files
 from t5x_lite.errors import UserError
 from t5x_lite.reporting import runs as reporting_runs, tables
 from t5x_lite.reporting.runs import AXES, Run
@@ -66,21 +67,22 @@ def _markup(text: str):
     return markupsafe.Markup(text.replace("</script", "<\\/script"))
 
 
-def write(paths: Sequence[str], output: str, title: str = "") -> pathlib.Path:
+def write(paths: Sequence[str], output: str, title: str = "") -> files.Path:
     """Writes the page of the runs in these folders; returns its path."""
     if not paths:
         raise UserError("which runs? python -m t5x_lite.report WORKDIR… [--output=report.html]")
     runs = reporting_runs.find(paths)
-    name = title or ", ".join(pathlib.Path(path).resolve().name for path in paths)
+    name = title or ", ".join(files.path(files.absolute(path)).name for path in paths)
     return saved(render(runs, name), output)
 
 
-def saved(text: str, output: str) -> pathlib.Path:
+def saved(text: str, output: str) -> files.Path:
     """Writes a page; returns its path. Raises UserError where it cannot be written."""
-    file = pathlib.Path(output)
+    file = files.path(output)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--output={output} cannot be written ({error.strerror}).") from error
+        files.write_whole(file, text)
+    except files.failures() as error:
+        why = getattr(error, "strerror", None) or files.explain(error, output)
+        raise UserError(f"--output={output} cannot be written ({why}).") from error
     return file

@@ -7,11 +7,11 @@ import dataclasses
 import fnmatch
 import json
 import math
-import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from t5x_lite import files
 from t5x_lite.errors import UserError
 
 # The x axes of every curve: name -> (field of a line of metrics.jsonl, unit).
@@ -29,7 +29,7 @@ _NOT_SETTINGS = ("train.seed", "data.seed", "name", "data.cache_dir", "init_from
 class Run:
     """One run's folder, read."""
 
-    folder: pathlib.Path
+    folder: files.Path
     arm: str                          # what it is grouped by: the experiment's arm, or its settings
     seed: int
     settings: Mapping[str, Any]       # config.json, flat: "train.num_steps" -> 400
@@ -75,14 +75,14 @@ def find(paths: Sequence[str]) -> list[Run]:
     Raises:
         UserError: a path that is no folder, or holds no metrics.jsonl with a line in it.
     """
-    folders: dict[pathlib.Path, pathlib.Path] = {}   # a run's folder -> the path that named it
-    for path in map(pathlib.Path, paths):
+    folders: dict[files.Path, files.Path] = {}   # a run's folder -> the path that named it
+    for path in map(files.path, paths):
         if not path.is_dir():
             raise UserError(f"{path} is no folder: name workdirs, or a folder that holds some.")
-        files = sorted(path.rglob("metrics.jsonl"))
-        if not files:
+        found = files.find(path, "metrics.jsonl")
+        if not found:
             raise UserError(f"{path} holds no metrics.jsonl: is it the workdir of a run?")
-        folders |= {file.parent: path for file in files}
+        folders |= {file.parent: path for file in found}
     runs = [_read(folder, path) for folder, path in folders.items()]
     kept = [run for run in runs if run.lines]
     if not kept:
@@ -91,35 +91,35 @@ def find(paths: Sequence[str]) -> list[Run]:
     return _with_arms(kept)
 
 
-def _read(folder: pathlib.Path, path: pathlib.Path) -> Run:
+def _read(folder: files.Path, path: files.Path) -> Run:
     lines, unreadable = _lines(folder / "metrics.jsonl")
     config = _json(folder / "config.json")
     settings = dict(flatten(config))
-    texts = {name: (folder / name).read_text(encoding="utf-8", errors="replace")
+    texts = {name: files.read_text(folder / name)
              for name in ("samples.txt", "data.txt") if (folder / name).is_file()}
     seed = settings.get("train.seed", 0)
     return Run(folder, _arm(folder, path), seed if isinstance(seed, int) else 0, settings,
                [*_with_hours(lines)], texts, unreadable)
 
 
-def _arm(folder: pathlib.Path, path: pathlib.Path) -> str:
+def _arm(folder: files.Path, path: files.Path) -> str:
     """The folders between the named path and the run, without the seed's; "" where there are none."""
     parts = [part for part in folder.relative_to(path).parts if not _SEED.fullmatch(part)]
     return "/".join(parts)
 
 
-def _json(file: pathlib.Path) -> dict:
+def _json(file: files.Path) -> dict:
     try:
-        content = json.loads(file.read_text(encoding="utf-8", errors="replace"))
+        content = json.loads(files.read_text(file))
     except (OSError, json.JSONDecodeError):
         return {}   # a page can do without: the table of settings then has a gap
     return content if isinstance(content, dict) else {}
 
 
-def _lines(file: pathlib.Path) -> tuple[list[dict], int]:
+def _lines(file: files.Path) -> tuple[list[dict], int]:
     """(lines that are objects with a step, how many are none): a kill may leave half a line."""
     lines, unreadable = [], 0
-    for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
+    for text in files.read_text(file).splitlines():
         try:
             line = json.loads(text)
         except json.JSONDecodeError:

@@ -11,13 +11,13 @@ WORKDIR/watchdog-PROCESS.txt and ends the process with EXIT_STUCK, so that a sch
 import contextlib
 import dataclasses
 import os
-import pathlib
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 
+from t5x_lite import files
 from t5x_lite.errors import at_least
 from t5x_lite.parallel import processes
 
@@ -114,11 +114,11 @@ class Watchdog:
         leave: ends the process with a status.
     """
 
-    def __init__(self, config: WatchdogConfig, clock: Clock, workdir: pathlib.Path, *,
+    def __init__(self, config: WatchdogConfig, clock: Clock, workdir: files.Path, *,
                  where: Callable[[], str], process: int = 0,
                  saving_since: Callable[[], float | None] = lambda: None,
                  leave: Callable[[int], None] = os._exit, now: Callable[[], float] = time.monotonic):
-        self._config, self._clock, self._workdir = config, clock, pathlib.Path(workdir)
+        self._config, self._clock, self._workdir = config, clock, files.path(workdir)
         self._where, self._process = where, process
         self.saving_since = saving_since
         self._leave, self._now = leave, now
@@ -170,7 +170,7 @@ class Watchdog:
 
     def _write(self, text: str) -> None:
         self._workdir.mkdir(parents=True, exist_ok=True)
-        (self._workdir / f"watchdog-{self._process}.txt").write_text(text)
+        files.write_whole(self._workdir / f"watchdog-{self._process}.txt", text)
 
 
 def stacks() -> str:

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from t5x_lite import files
 from t5x_lite.errors import UserError, nearest
 from t5x_lite.running.counts import MEANINGS
 
@@ -109,7 +110,7 @@ def read(path: str | pathlib.Path, columns: Mapping[str, str], *,
     Raises:
         UserError: no such file or column, no rows, or rows that hold no numbers, by line.
     """
-    path = pathlib.Path(path)
+    path = files.path(path)
     rows = _read_rows(path, curves)
     if not rows:
         raise UserError(f"--table={path} has no rows: it needs a line of names and a line a run.")
@@ -130,7 +131,7 @@ def read(path: str | pathlib.Path, columns: Mapping[str, str], *,
     return _complete(arrays, sources, lines, words, skip_bad=skip_bad)
 
 
-def _read_rows(path: pathlib.Path, curves: bool) -> list[dict]:
+def _read_rows(path: files.Path, curves: bool) -> list[dict]:
     if not path.exists():
         raise UserError(f"--table={path} does not exist: a CSV, a .jsonl or a folder of workdirs.")
     if path.is_dir():
@@ -151,7 +152,7 @@ def _read_rows(path: pathlib.Path, curves: bool) -> list[dict]:
             for row in reader if any(isinstance(v, str) and v.strip() for v in row.values())]
 
 
-def _json_rows(path: pathlib.Path, text: str) -> list[dict]:
+def _json_rows(path: files.Path, text: str) -> list[dict]:
     try:
         found = [json.loads(line) for line in text.splitlines() if line.strip()] \
             if ".jsonl" in path.name else json.loads(text)
@@ -162,10 +163,10 @@ def _json_rows(path: pathlib.Path, text: str) -> list[dict]:
     return found
 
 
-def _workdirs(folder: pathlib.Path, curves: bool) -> list[dict]:
+def _workdirs(folder: files.Path, curves: bool) -> list[dict]:
     """A row for every run below the folder, its last evaluation; or a row for every evaluation."""
     rows = []
-    for number, path in enumerate(sorted(folder.rglob("metrics.jsonl"))):
+    for number, path in enumerate(files.find(folder, "metrics.jsonl")):
         found = _evaluations(path)
         where = {"workdir": str(path.parent.relative_to(folder)), "run": number}
         rows += [{**line, **where, "loss": _loss(line)} for line in
@@ -176,11 +177,11 @@ def _workdirs(folder: pathlib.Path, curves: bool) -> list[dict]:
     return rows
 
 
-def _evaluations(path: pathlib.Path) -> list[dict]:
+def _evaluations(path: files.Path) -> list[dict]:
     """What the lines of each evaluation's step hold, of all its tasks. Lines that a kill or a full
     disk damaged do not count."""
     found: dict[int, dict] = {}
-    for text in path.read_text(errors="replace").splitlines():
+    for text in files.read_text(path).splitlines():
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
@@ -196,7 +197,7 @@ def _loss(line: Mapping) -> float | None:
     return line.get("eval/all/loss", losses[0] if losses else None)
 
 
-def _workdir_columns(path: pathlib.Path, rows: list[dict], columns: Mapping[str, str],
+def _workdir_columns(path: files.Path, rows: list[dict], columns: Mapping[str, str],
                      curves: bool) -> dict[str, str]:
     """The columns of a folder of workdirs: those asked for, and WORKDIR_COLUMNS for the rest.
 

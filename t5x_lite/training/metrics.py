@@ -7,7 +7,6 @@ only what is shown is divided. metrics.jsonl and TensorBoard receive the same li
 import json
 import math
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,13 +53,13 @@ def read_metrics(path: os.PathLike | str) -> list[dict[str, float]]:
     Raises:
         UserError: no such file.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
+    file = files.path(path)
+    if not file.is_file():
         raise UserError(f"{path} does not exist: is that the workdir of a run?")
-    return [json.loads(line) for line in _good_lines(path)[0]]
+    return [json.loads(line) for line in _good_lines(file)[0]]
 
 
-def _good_lines(path: pathlib.Path) -> tuple[list[bytes], int]:
+def _good_lines(path: files.Path) -> tuple[list[bytes], int]:
     """(lines that hold a JSON object with a step, how many others there are)."""
     lines = path.read_bytes().split(b"\n")
     good = [line for line in lines[:-1] if _step_of(line) is not None]
@@ -84,26 +83,29 @@ class MetricsWriter:
     A run that resumes from `resume_step` goes over the steps after it again: their lines are
     dropped, so that every step stands once, whatever was killed in between. Lines that cannot be
     read or written are named once and left out; the run goes on.
+
+    In a bucket the lines appear every half a minute (files.Growing), and with `sync`, which a run calls
+    before it saves: what a checkpoint comes after is never missing.
     """
 
     def __init__(self, workdir: os.PathLike | str, resume_step: int = 0):
-        self._file = self._board = None
+        self._file = self._board = self._folder = None
         self._torn = self._complained = False
         if jax.process_index() != 0:
             return
-        workdir = pathlib.Path(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / "metrics.jsonl"
+        self._folder = files.Growing(workdir, self._complain)
         try:
+            path = self._folder.bring("metrics.jsonl")
             if path.exists():
                 _drop_after(path, resume_step)
             self._file = open(path, "ab", buffering=0)
-        except OSError as error:
+        except files.failures() as error:
             self._complain(error)
         with packages.lean("torch"):   # of which it would take 2 s for converting tensors
             from tensorboardX import SummaryWriter
         try:
-            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+            self._board = SummaryWriter(str(self._folder.folder / "tensorboard"),
+                                        purge_step=resume_step + 1)
         except OSError as error:
             self._complain(error)
 
@@ -143,7 +145,12 @@ class MetricsWriter:
         except OSError as error:
             self._complain(error)
 
-    def _complain(self, error: OSError) -> None:
+    def sync(self) -> None:
+        """All lines up to now are in the workdir when this returns, if they can be written at all."""
+        if self._folder is not None:
+            self._folder.sync()
+
+    def _complain(self, error: BaseException) -> None:
         if not self._complained:
             log.say(f"warning: metrics cannot be written ({error}); the run goes on without")
         self._complained = True
@@ -155,26 +162,27 @@ class MetricsWriter:
                 file.close()
             except OSError as error:
                 self._complain(error)
+        if self._folder is not None:
+            self._folder.close()
 
 
-def inherit(source: os.PathLike | str, workdir: pathlib.Path) -> None:
+def inherit(source: os.PathLike | str, workdir: files.Path) -> None:
     """Copies the lines of the run that a branch starts from, so that the branch's curve begins where
     its parameters do; MetricsWriter then leaves out what that run wrote after the branch.
 
     source: a workdir, its checkpoints folder or the folder of one step.
     """
-    folder = epath.Path(os.path.abspath(os.path.expanduser(os.fspath(source)))
-                        if "://" not in os.fspath(source) else source)
+    folder = files.path(files.absolute(source))
     places = [parent / "metrics.jsonl" for parent in (folder, *folder.parents[:2])]
     found = next((place for place in places if place.exists()), None)
     if found is None:
         log.say(f"warning: {source} has no metrics.jsonl; the branch's begins with the branch")
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "metrics.jsonl").write_bytes(found.read_bytes())
+    files.write_bytes(workdir / "metrics.jsonl", found.read_bytes())
 
 
-def _drop_after(path: pathlib.Path, resume_step: int) -> None:
+def _drop_after(path: files.Path, resume_step: int) -> None:
     """Leaves in a metrics.jsonl what can be read and belongs to a step up to this one."""
     good, damaged = _good_lines(path)
     if damaged > 1 or (damaged and path.read_bytes().endswith(b"\n")):   # else a kill's torn end
