@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 
+from t5x_lite import files
 from t5x_lite.config import RunConfig, to_config_dict
 from t5x_lite.layers.config import AttentionConfig, MLPConfig
 from t5x_lite.models.config import BlockConfig, ModelConfig, SegmentConfig, StackConfig
@@ -101,7 +102,7 @@ def begin_two(text, workdir, *flags: str, each=((), ())) -> list[subprocess.Pope
 def without_timings(workdir) -> list[str]:
     """The lines of metrics.jsonl, less what a clock measured."""
     lines = []
-    for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines():
+    for line in (files.path(workdir) / "metrics.jsonl").read_text().splitlines():
         fields = json.loads(line)
         lines.append(json.dumps({name: value for name, value in fields.items()
                                  if name not in TIMINGS and not name.startswith("seconds/")}))
