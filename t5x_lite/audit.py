@@ -28,7 +28,7 @@ import sys
 
 from absl import flags
 
-from t5x_lite import cli, log
+from t5x_lite import cli, files, log
 from t5x_lite.corpus import card, documents, measure, overlap, patterns, run
 from t5x_lite.errors import UserError, nearest
 
@@ -136,7 +136,7 @@ if __name__ == "__main__":
             patterns.block_list(values.block_list), patterns.groups(values.groups), sets,
             values.vocabulary, values.languages)
         corpus = corpus_of(values.corpus, values.split, values.text_document, values.task_modules)
-        folder = pathlib.Path(values.output)
+        folder = files.local(values.output, "--output")
         command = shlex.join(["python", "-m", "t5x_lite.audit", *sys.argv[1:]])
         result = audit(values.corpus, corpus, settings, folder, tuple(values.remove),
                        values.processes, command)

@@ -122,10 +122,10 @@ def _reach(bucket: str) -> None:
 
 # --- what goes wrong ------------------------------------------------------------------------------
 
-def failures() -> tuple[type[BaseException], ...]:
-    """What reading and writing raise, here and in a bucket. For an except clause, which asks for it
-    once something was raised."""
-    found: list[type[BaseException]] = [OSError]
+def failures(*others: type[BaseException]) -> tuple[type[BaseException], ...]:
+    """What reading and writing raise, here and in a bucket, and `others`. For an except clause, which
+    asks for it once something was raised."""
+    found: list[type[BaseException]] = [OSError, *others]
     if "gcsfs" in _loaded():
         from gcsfs.retry import ChecksumError, HttpError
         found += [HttpError, ChecksumError]

@@ -58,6 +58,17 @@ def path(name: os.PathLike | str) -> Path:
     return epath.Path(text)
 
 
+def local(name: os.PathLike | str, field: str) -> pathlib.Path:
+    """The path of a local name, for what works on this machine's disk alone.
+
+    field: what messages call it. Raises UserError for a URL.
+    """
+    if is_url(name):
+        raise UserError(f"{field}={os.fspath(name)}: must be a local folder; copy it into a bucket "
+                        "afterwards.")
+    return pathlib.Path(name)
+
+
 def _check(name: str) -> None:
     try:
         buckets.check(name)

@@ -116,7 +116,7 @@ class _Lock:
             try:
                 with self._turn:
                     self._sign()
-            except (*files.failures(), ValueError):   # a full disk, no network, or closed meanwhile
+            except files.failures(ValueError):   # a full disk, no network, or closed meanwhile
                 continue
 
     def release(self) -> None:

@@ -296,7 +296,7 @@ class Checkpointer:
         """
         try:
             self._manager.wait_until_finished()
-        except (*files.failures(), ValueError) as error:  # tensorstore's own errors are ValueErrors
+        except files.failures(ValueError) as error:  # tensorstore's own errors are ValueErrors
             raise self._not_written(error) from error
 
     def _check_lock(self) -> None:

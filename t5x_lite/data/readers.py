@@ -52,7 +52,7 @@ def open_binary(path: str):
     try:
         file = files.open_binary(path)
         return _Unzipped(file) if path.endswith(".gz") else file
-    except (*files.failures(), ValueError) as error:   # ValueError: a NUL in the name
+    except files.failures(ValueError) as error:   # ValueError: a NUL in the name
         raise _unreadable(path, error) from error
 
 
@@ -112,7 +112,7 @@ def raw_lines(file, name: str, on_error: OnError = refuse) -> Iterator[tuple[int
                                    "end its lines with line feeds, or cut it into documents"))
                 continue
             yield number, raw
-    except (*_READ_ERRORS, *files.failures()) as error:
+    except files.failures(*_READ_ERRORS) as error:
         problem = _explained(error, name, number)
         problem.__cause__ = error
         if not number:
@@ -176,7 +176,7 @@ def whole_of(file, name: str) -> str:
     """All the text of a binary file, or of an iterable of bytes. Raises UserError."""
     try:
         raw = file.read() if hasattr(file, "read") else b"".join(file)
-    except (*_READ_ERRORS, *files.failures()) as error:
+    except files.failures(*_READ_ERRORS) as error:
         raise _explained(error, name, 0) from error
     raw = raw.removeprefix(_BOM)
     if raw.startswith(_UTF_16):

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from typing import Any
 
+from t5x_lite import files
 from t5x_lite.errors import UserError, at_least, positive
 from t5x_lite.scaling import ladder_results as results, tables
 from t5x_lite.scaling.numbers_in import numbers_list
@@ -82,7 +83,7 @@ def ladder(options: argparse.Namespace) -> dict[str, Any]:
     ladder_cost.refuse_above([*rungs, *further], pace, options.max_hours)
     if options.plan_only:
         return ladder_cost.total([*rungs, *further], pace)
-    workdir = pathlib.Path(options.workdir)
+    workdir = files.local(options.workdir, "--workdir")
     ladders.write_plan(workdir, base, chosen)
     _train(workdir, say)
     laws = ladders.DESIGNS[chosen.design].laws

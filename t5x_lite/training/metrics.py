@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from etils import epath
 
 from t5x_lite import files, log, packages
 from t5x_lite.errors import UserError
