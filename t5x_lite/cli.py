@@ -161,11 +161,12 @@ def _start(main: Callable[[], None], argv: list[str], alone: bool) -> None:
     if among is not None:
         _run_among(among, main)
         return
-    _find_devices()
+    find_devices()
     main()
 
 
-def _find_devices() -> None:
+def find_devices() -> None:
+    """Has JAX look for its devices, without what libraries say of those that are not there."""
     noise: tuple[bytes, ...] = ()
     if processes.has_tpu_library() and not processes.has_tpu(os.environ):
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -180,7 +181,7 @@ def _run_among(others: processes.Processes, main: Callable[[], None]) -> None:
     with processes.last_words():
         try:
             others.initialize()
-            _find_devices()
+            find_devices()
             main()
         except Exception as error:
             if isinstance(error, UserError) or not processes.is_peers_fault(error):

@@ -6,7 +6,7 @@ learning rate from the budget.
 Expected: docs/experiments.md has the exponents, their intervals and a prediction that was written down
 before its run was trained.
 Command: python -m t5x_lite.scaling ladder --config=configs/experiments/ladder.py:lm \\
-    --budgets=6e9,2.8e10,1.3e11,6e11 --ratio=60 --unit=4 --predict=4 --max_hours=2 \\
+    --budgets=4e9,1.86e10,8.6e10,4e11 --ratio=60 --unit=4 --predict=4 --max_hours=2 \\
     --workdir=runs/ladder
 
 `…ladder.py:lm` is a causal LM and `…ladder.py:t5` a T5 with span corruption; any other config's run may
@@ -29,7 +29,7 @@ from t5x_lite.training.objectives import ObjectiveConfig
 
 SHOWN = ("all/loss",)
 OVER, LOG_AXES = "FLOPs", "xy"
-LADDER = ladders.Ladder(budgets=(6e9, 2.8e10, 1.3e11, 6e11), ratio=60.0, unit=4)
+LADDER = ladders.Ladder(budgets=(4e9, 1.86e10, 8.6e10, 4e11), ratio=60.0, unit=4)
 _ATTENTION, _MLP = AttentionConfig(num_heads=4, head_dim=8), MLPConfig(mlp_dim=128, gated=False)
 _WIDTH, _BYTES = 32, 384     # ByT5's ids, padded
 

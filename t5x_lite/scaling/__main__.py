@@ -122,9 +122,9 @@ def page(options: argparse.Namespace) -> dict:
     """Draws a table of runs."""
     if not options.table:
         raise UserError("--table is missing: a CSV, a .jsonl or a folder of workdirs.")
-    file = ladder_page.write(options.table, options.output, columns=tables.pairs(options.columns, "columns"),
-                             where=tables.pairs(options.where, "where"), skip_bad=options.skip_bad,
-                             title=options.title)
+    columns, where = (tables.pairs(getattr(options, n), n) for n in ("columns", "where"))
+    file = ladder_page.write(options.table, options.output, columns=columns, where=where,
+                             skip_bad=options.skip_bad, title=options.title)
     return {"written": str(file)}
 
 

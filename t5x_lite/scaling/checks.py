@@ -12,7 +12,7 @@ _SAME = 0.02        # spread of a logarithm below which a column counts as one v
 _AT_BOUND = 1e-6
 _FLAT = 2.0         # high over low end of an interval beyond which a coefficient is not known
 _LADDER = ("run IsoFLOP budgets instead, four or more, each with five sizes on both sides of the "
-           "best")
+           "best (python -m t5x_lite.scaling ladder --design=isoflop)")
 
 
 class Fit(Protocol):

@@ -91,7 +91,8 @@ class Fit:
             "objective": self.objective, "objective_kind": self.settings.objective,
             "exponents": self.exponents, "runs": len(self.table),
             "rmse_log": float(np.sqrt(np.mean(self.residuals**2))),
-            "columns": dict(self.table.sources), "counted": self.table.counted, "fixed": dict(self.settings.fixed),
+            "columns": dict(self.table.sources), "counted": self.table.counted,
+            "fixed": dict(self.settings.fixed),
             "near_minima": self.near_minima, "warnings": self.warnings}
         return found
 

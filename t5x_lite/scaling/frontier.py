@@ -15,6 +15,7 @@ import numpy as np
 from scipy import interpolate
 
 from t5x_lite.errors import UserError, one_of
+from t5x_lite.scaling import checks
 from t5x_lite.scaling.tables import Table
 
 APPROACHES = ("parabola", "akima", "envelope")
@@ -96,9 +97,11 @@ def fit(approach: str, table: Table, *, points: int = 0, noise: float = 0.0, dra
         optima, warnings = _optima(approach, table, points, noise, rng)
     if len(optima) < 2:
         raise UserError(
-            f"{approach}: {len(optima)} of the budgets have an optimum between their sizes; an "
-            f"exponent needs two or more. {' '.join(warnings)} Run four budgets or more, each with "
-            f"sizes on both sides of its best.")
+            f"{approach}: {len(optima)} of the budgets {'has' if len(optima) == 1 else 'have'} an "
+            f"optimum between their sizes; an exponent needs two or more. {' '.join(warnings)} Run "
+            f"four budgets or more, each with sizes on both sides of its best: python -m "
+            f"t5x_lite.scaling ladder --design=isoflop.")
+    warnings += checks.rising(table)
     if len(optima) == 2:
         warnings.append("two budgets: the exponent has no error of its own; run four or more")
     exponents, factors = power_laws(optima)

@@ -1,9 +1,9 @@
 """`python -m t5x_lite.scaling ladder`: a ladder from its budgets to its fits, one command.
 
     WORKDIR/ladder.json        what it is solved from; other flags for the same folder are refused
-    WORKDIR/ARM/SEED[/STAGE]/  the runs, which t5x_lite.experiment trains, one after another and resumably
-    WORKDIR/prediction.json    by --predict: the loss of a larger run, written before that is trained
-    WORKDIR/fits.json, .md     fits by each approach of the design, the prediction and how it came out
+    WORKDIR/ARM/SEED[/STAGE]/  the runs, which t5x_lite.experiment trains resumably
+    WORKDIR/prediction.json    by --predict: the loss of a larger run, written before it is trained
+    WORKDIR/fits.json, .md     fits by each approach of the design; how the prediction came out
     WORKDIR/ladder.html        the same drawn, see ladder_page.py
 """
 
@@ -57,8 +57,6 @@ def add(parser: argparse.ArgumentParser) -> None:
 def ladder(options: argparse.Namespace) -> dict[str, Any]:
     """Solves, prices, trains, fits; the object that the command prints."""
     # JAX, which fits go without.
-    import jax
-
     from t5x_lite.scaling import ladder_cost, ladder_page, ladders
     positive("--max_hours", options.max_hours)
     at_least("--predict", options.predict, 0)
@@ -70,14 +68,14 @@ def ladder(options: argparse.Namespace) -> dict[str, Any]:
         numbers_list(options.params, "params"), numbers_list(options.tokens, "tokens"),
         options.ratio, options.seeds, options.aspect, options.unit, options.rule, options.rate_factor,
         options.warmup, options.decay, options.evaluations,
-        options.multiple or jax.device_count())
+        options.multiple or ladder_cost.apart(ladder_cost.device_count))
     base = ladders.base_config(options.config, options.override)
     rungs = ladders.rungs(base, chosen)
     top = max(rung.flops for rung in rungs)
     further = [ladders.predicted(base, chosen, max(r.params for r in rungs), options.predict * top)
                ] if options.predict else []   # its size is not known yet, its budget is
-    pace = ladder_cost.priced(ladder_cost.measure([*rungs, *further]), options.watts,
-                              options.dollars_per_hour)
+    pace = ladder_cost.priced(ladder_cost.apart(ladder_cost.measure, [*rungs, *further]),
+                              options.watts, options.dollars_per_hour)
     say = sys.stderr if options.json else sys.stdout
     print(ladder_cost.describe([*rungs, *further], pace), file=say, flush=True)
     ladder_cost.refuse_above([*rungs, *further], pace, options.max_hours)
@@ -120,12 +118,11 @@ def _train(workdir: pathlib.Path, say) -> None:
 
 def _predict(workdir, base, chosen, compute: float, columns, laws) -> None:
     """Fits what is there and writes the prediction of one larger run."""
-    from t5x_lite.build import build
-    from t5x_lite.scaling import ladders
+    from t5x_lite.scaling import ladder_cost, ladders
     found = results.fitted(workdir, laws, columns)
     size = results.optimal_params(found, compute)
     run = ladders.predicted(base, chosen, size, compute)
-    counts = build(run.config).parameter_counts
+    counts = ladder_cost.apart(ladder_cost.parameter_counts, run.config)
     name = {"params": "params_no_embed_head", **columns}["params"]
     params = float(counts.get(name, run.params))
     results.write_prediction(workdir, {

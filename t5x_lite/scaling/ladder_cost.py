@@ -1,12 +1,16 @@
 """What a ladder costs on this machine: hours from steps that are measured, energy, money."""
 
+import concurrent.futures
 import dataclasses
+import multiprocessing
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from t5x_lite import cli
 from t5x_lite.build import build
 from t5x_lite.config import RunConfig
 from t5x_lite.cost import energy, hardware, usage
@@ -38,6 +42,28 @@ class Pace:
             evaluation.every
         return self.start + share * (train.num_steps * self.step + rung.flops * self.flop
                                      + rows * a_row / 3 * self.flop)
+
+
+def apart(task: Callable, *arguments: Any) -> Any:
+    """task(*arguments) by a process of its own, which then leaves the devices to the runs."""
+    with concurrent.futures.ProcessPoolExecutor(
+            1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_on_devices, task, *arguments).result()
+
+
+def _on_devices(task: Callable, *arguments: Any) -> Any:
+    cli.find_devices()
+    return task(*arguments)
+
+
+def device_count() -> int:
+    """Devices that a run here has."""
+    return jax.device_count()
+
+
+def parameter_counts(config: RunConfig) -> dict[str, int | float]:
+    """The parameters of a run, as running/counts.py names them."""
+    return build(config).parameter_counts
 
 
 def measure(rungs: Sequence[Rung]) -> Pace:

@@ -1,8 +1,9 @@
-"""A table of runs as one HTML page: loss over compute with the frontier, IsoFLOP parabolas, optimal N and
-D over C beside the papers' lines, residuals, exponents, the prediction. It needs no network."""
+"""A table of runs as one HTML page: loss over compute with the frontier, IsoFLOP parabolas, optimal
+N and D over C beside the papers' lines, residuals, exponents, the prediction. It needs no network.
+"""
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,8 @@ def _rows(table: Table, names: Sequence[str]) -> list[dict[str, float]]:
 
 
 _SIZE = {"field": "params", "type": "quantitative", "title": "N",
-         "scale": {"type": "log", "scheme": "viridis", "nice": False}, "legend": {"format": "~s", "type": "gradient"}}
+         "scale": {"type": "log", "scheme": "viridis", "nice": False},
+         "legend": {"format": "~s", "type": "gradient"}}
 _TIP = [{"field": name, "type": "quantitative", "format": ".4~g"}
         for name in ("params", "tokens", "flops", "loss")]
 
@@ -153,21 +155,16 @@ def _isoflop(runs: Table, optima: Frontier):
 
 def _optimal(name: str, field: str, found: Mapping[str, results.Found], optima: Frontier):
     """Optimal N or D over C: each approach's optima and line, and the papers' lines."""
-    low, high = min(o.flops for o in optima.optima), max(o.flops for o in optima.optima)
-    places = np.geomspace(low / 2, high * 8, _LINE_POINTS)
+    budgets = [o.flops for o in optima.optima]
+    places = np.geomspace(min(budgets) / 2, max(budgets) * 8, _LINE_POINTS)
     points, lines = [], []
     for approach, fit in found.items():
-        if isinstance(fit, Frontier):
+        if isinstance(fit, Frontier) and approach not in frontier.OF_CURVES:
             points += [{"flops": o.flops, "value": getattr(o, name), "by": approach}
-                       for o in fit.optima if approach != "envelope"]
-            at = fit.params_at if field == "N" else fit.tokens_at
-            lines += [{"flops": float(c), "value": float(at(c)), "by": approach} for c in places]
-        elif isinstance(fit, Fit) and fit.law.name == "hoffmann":
-            size = [results.params_by_law(fit, float(c)) for c in places]
-            k = results.flops_over_nd(fit.table)
-            value = size if field == "N" else [c / k / n for c, n in zip(places, size, strict=True)]
-            lines += [{"flops": float(c), "value": float(v), "by": "parametric"}
-                      for c, v in zip(places, value, strict=True)]
+                       for o in fit.optima]
+        line = _line(fit, field)
+        lines += [{"flops": float(c), "value": float(line(c)), "by": approach}
+                  for c in places if line]
     papers = [{"flops": float(c), "value": float(pair[field == "D"](c)), "by": paper}
               for paper, pair in PAPERS.items() for c in places]
     x, y = _axis("flops", "FLOPs"), _axis("value", field)
@@ -181,6 +178,17 @@ def _optimal(name: str, field: str, found: Mapping[str, results.Found], optima: 
                            _layer(papers, dash, x=x, y=y, color=color),
                            _layer(points, {"type": "point", "filled": True, "size": 60}, x=x, y=y,
                                   color=color)])}
+
+
+def _line(fit: results.Found, field: str) -> Callable[[float], float] | None:
+    """N* or D* as a function of C; None where the fit says nothing of it."""
+    if isinstance(fit, Frontier):
+        return fit.params_at if field == "N" else fit.tokens_at
+    if not isinstance(fit, Fit) or "N_of_C" not in fit.exponents:
+        return None
+    if field == "N":
+        return lambda c: results.params_by_law(fit, c)
+    return lambda c: c / results.flops_over_nd(fit.table) / results.params_by_law(fit, c)
 
 
 def _residuals(fit: Fit):

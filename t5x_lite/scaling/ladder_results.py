@@ -75,7 +75,7 @@ def optimal_params(found: Mapping[str, Found], compute: float) -> float:
     """
     sizes = [fit.params_at(compute) for fit in found.values() if isinstance(fit, Frontier)]
     sizes += [params_by_law(fit, compute) for fit in found.values()
-              if isinstance(fit, Fit) and fit.law.name == "hoffmann"]
+              if isinstance(fit, Fit) and "N_of_C" in fit.exponents]
     if not sizes:
         why = " ".join(str(fit) for fit in found.values())
         raise UserError(f"no size can be predicted from this ladder: {why}")
@@ -103,20 +103,26 @@ def predictions(found: Mapping[str, Found], params: float, tokens: float, comput
     The interval holds the parameters' uncertainty and the scatter of the runs about the fit. Of a
     frontier a power law goes through the losses of its optima.
     """
-    rng, said = np.random.default_rng(seed), {}
+    said: dict[str, dict[str, Any]] = {}
     at = {"params": params, "tokens": tokens, "flops": compute}
     for name, fit in found.items():
         if isinstance(fit, Frontier):
             said.update(_of_frontier(name, fit, compute))
         elif isinstance(fit, Fit):
-            said[name] = {"loss": float(fit.predict(at)[0])}
-            if fit.samples is not None:
-                x = {n: np.atleast_1d(at[n]) for n in fit.law.inputs}
-                drawn = np.array([fit.law.evaluate(theta, x)[0][0] for theta in fit.samples])
-                drawn = np.exp(drawn + fit.residuals.std() * rng.standard_normal(len(drawn)))
-                said[name]["interval"] = [float(q) for q in np.quantile(
-                    drawn, ((1 - level) / 2, (1 + level) / 2))]
+            said[name] = {"loss": float(fit.predict(at)[0]), **_interval(fit, at, level, seed)}
     return said
+
+
+def _interval(fit: Fit, at: Mapping[str, float], level: float, seed: int
+              ) -> dict[str, list[float]]:
+    """{"interval": …} of a bootstrapped fit's prediction; {} of another."""
+    if fit.samples is None:
+        return {}
+    x = {name: np.atleast_1d(at[name]) for name in fit.law.inputs}
+    drawn = np.array([fit.law.evaluate(theta, x)[0][0] for theta in fit.samples])
+    scatter = fit.residuals.std() * np.random.default_rng(seed).standard_normal(len(drawn))
+    ends = np.quantile(np.exp(drawn + scatter), ((1 - level) / 2, (1 + level) / 2))
+    return {"interval": [float(end) for end in ends]}
 
 
 def _of_frontier(name: str, fit: Frontier, compute: float) -> dict[str, dict[str, float]]:

@@ -151,6 +151,8 @@ class SumLaw(Law):
         if self.name not in ("hoffmann", "krajewski"):
             return {}
         total = values["alpha"] + values["beta"]
+        if not total:   # a loss that no size and no text lowers: every model is as good
+            return {}
         return {"N_of_C": values["beta"] / total, "D_of_C": values["alpha"] / total}
 
 

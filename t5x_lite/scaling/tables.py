@@ -116,6 +116,10 @@ def read(path: str | pathlib.Path, columns: Mapping[str, str], *,
         raise UserError(f"--table={path} has no rows: it needs a line of names and a line a run.")
     columns = _workdir_columns(path, rows, columns, curves) if path.is_dir() else \
         dict(columns) or {n: n for n in rows[0] if n in _POSITIVE}
+    if not columns:
+        known = ", ".join(n for n in rows[0] if n != "_line")
+        raise UserError(f"--table={path} has {known}, and none of the columns that laws know: say which "
+                        f"are what by --columns=params=COL,flops=COL,loss=COL.")
     _check_names(path, rows, [*columns.values(), *(where or {}), *labels])
     numbers = [i for i, row in enumerate(rows) if _matches(row, where or {})]
     if not numbers:

@@ -223,6 +223,24 @@ def test_bad_ladders_say_what_is_wrong(tmp_path):
     assert "| parabola | – | – | parabola: 1 of the budgets" in results.summary(found, None)
 
 
+def test_tables_that_say_nothing_are_named_or_drawn_with_what_is_wrong(tmp_path, capsys):
+    def drawn(rows, columns="params=N,flops=C,loss=L", head="N,C,L"):
+        (tmp_path / "t.csv").write_text(f"{head}\n{rows}")
+        flags = [f"--columns={columns}"] if columns else []
+        status = command.main(["page", f"--table={tmp_path}/t.csv", *flags,
+                               f"--output={tmp_path}/p.html"])
+        return capsys.readouterr().err if status else (tmp_path / "p.html").read_text()
+
+    one = "1e6,1e16,3.0\n2e6,1e16,2.9\n4e6,1e16,3.1\n8e6,1e16,3.3\n"
+    assert "1 of the budgets has an optimum" in drawn(one)
+    up = "".join(f"{n}e6,1e{16 + k},{3 + k + (n - 2) ** 2 / 10}\n" for k in range(3) for n in (1, 2, 4))
+    assert "the loss rises with compute" in drawn(up)
+    assert "loss (L) is nan in line 3" in drawn("1e6,1e16,3\n2e6,1e16,\n")
+    assert "no column 'N'" in drawn(
+        "1,2\n", head="a,b")
+    assert "none of the columns that laws know" in drawn("1,2\n", columns="", head="a,b")
+
+
 def test_seed_noise_is_the_spread_within_arms(tmp_path):
     for seed, loss in ((0, 2.0), (1, 2.2), (2, 2.4)):
         path = tmp_path / "a" / f"seed_{seed}"
@@ -243,7 +261,7 @@ def test_charts_hold_what_was_measured(tmp_path):
     lines, papers, points = (layer["data"]["values"] for layer in
                              charts["optimal_params"]["spec"]["layer"])
     assert {p["by"] for p in papers} == set(ladder_page.PAPERS) and len(points) == 4
-    assert {p["by"] for p in lines} == {"parabola", "parametric"}
+    assert {p["by"] for p in lines} == {"parabola", "hoffmann"}
     size, tokens = ladder_page.PAPERS["Hoffmann et al. 2022"]
     assert size(5.76e23) == 67e9 and tokens(5.76e23) == 1.5e12
     size, tokens = ladder_page.PAPERS["Kaplan et al. 2020"]
