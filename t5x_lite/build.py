@@ -19,7 +19,7 @@ from t5x_lite.cost import flops, hardware
 from t5x_lite.data import rows as data_rows
 from t5x_lite.errors import UserError, multiple_of
 from t5x_lite.layers import fp8, moe
-from t5x_lite.models import language_model
+from t5x_lite.models import language_model, parametrization
 from t5x_lite.models.language_model import Model
 from t5x_lite.models.params import ParamInfo
 from t5x_lite.models.peft import Tuning
@@ -238,12 +238,13 @@ def build(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Pro
     state.check_divisible({**table, **tuning.trainable}, mesh, rules)
     optimizer = make_optimizer(until(config.optimizer, config.train.num_steps),
                                tuning.trainable, policy, config.loss_scale,
-                               seed=config.train.seed)
+                               seed=config.train.seed,
+                               width=parametrization.width_ratio(config.model))
     if config.sharding.offload_optimizer:
         optimizer.check_offload()
     differentiated = steps.Differentiated(
         model, config.objective, tuning, optimizer.frozen, config.train.accumulation,
-        config.sharding.zero)
+        config.sharding.zero, config.train.noise_scale)
     return Program(
         config=config, mesh=mesh, rules=rules, policy=policy, model=model, optimizer=optimizer,
         abstract_state=state.abstract(model, optimizer, mesh, rules, tuning,

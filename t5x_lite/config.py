@@ -51,11 +51,17 @@ class TrainConfig:
     # Robust standard deviations above the median of the last losses from which a loss is bad
     # (running/health.py); 0: none is. OLMo's skip-step has 6.
     spike_bound: float = 0.0
+    # The gradient noise scale, about the largest useful batch in rows, from the micro-batches of each
+    # step: train/noise_scale (steps.noise_scale). Needs accumulation of 2 or more.
+    noise_scale: bool = False
     watchdog: WatchdogConfig = WatchdogConfig()   # seconds after which a run counts as stuck
 
     def __post_init__(self):
         one_of("train.bad_steps", self.bad_steps, BAD_STEPS)
         at_least("train.max_bad_steps", self.max_bad_steps, 1)
+        if self.noise_scale and self.accumulation < 2:
+            raise UserError("train.noise_scale=True compares micro-batches with their sum: set "
+                            "train.accumulation to 2 or more.")
         at_least("train.spike_bound", self.spike_bound, 0, "0 means that no loss is a spike.")
 
 

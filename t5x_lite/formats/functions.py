@@ -12,6 +12,7 @@ from typing import Any
 from t5x_lite.layers.config import AttentionConfig, MoEConfig, PositionConfig
 from t5x_lite.layers.position import POSITIONS
 from t5x_lite.layers.routing import ROUTERS
+from t5x_lite.models import parametrization
 from t5x_lite.models.config import BlockConfig, ModelConfig, StackConfig
 
 # How a model is initialised, regularised and run, rather than what it computes.
@@ -23,7 +24,7 @@ _TRAINING_OF_EXPERTS = {"second_policy", "capacity_factor", "jitter", "balance_w
 
 def facts(config: ModelConfig) -> dict[str, Any]:
     """{dotted field: value} of all that matters, with defaults spelled out, layer by layer."""
-    return _facts(config, "")
+    return _facts(parametrization.resolved(config), "")
 
 
 def differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:

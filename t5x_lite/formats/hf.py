@@ -22,6 +22,7 @@ from t5x_lite.formats.mapping import (
     place,
     write_parameter,
 )
+from t5x_lite.models import parametrization
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.language_model import Model
 
@@ -67,6 +68,7 @@ def hf_config(config: ModelConfig, model_type: str | None = None,
     Raises:
         UserError: the family cannot express the model; names every field.
     """
+    config = parametrization.resolved(config)   # its multipliers become plain scales
     base = dict(base or {})
     wanted = model_type or base.get("model_type")
     candidates = [family(wanted)] if wanted else [

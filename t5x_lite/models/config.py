@@ -76,3 +76,8 @@ class ModelConfig:
     prompt_length: int = 0                  # learned vectors before the encoder's row, or before
     #                                         that of a decoder without encoder; not for packing
     init: InitConfig = InitConfig()
+    # A row of parametrization.PARAMETRIZATIONS. mup: learning rates, and all numbers here that are no
+    # sizes, are those of the model of width base_width, and serve every width.
+    parametrization: str = "standard"
+    base_width: int = 0                     # mup: embed_dim of the model that was tuned
+    base_head_dim: int = 0                  # mup: its head_dim; 0: the same as here

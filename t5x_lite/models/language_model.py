@@ -19,6 +19,7 @@ from t5x_lite.layers import attention, mlp, moe, norm, position
 from t5x_lite.layers.embed import HeadTransform, LogitsBias, Prompt, TokenEmbedding, TokenTypes
 from t5x_lite.layers.linear import INIT_KERNELS, Dense, RowKey, kernel_std
 from t5x_lite.layers.masks import Masking
+from t5x_lite.models import parametrization
 from t5x_lite.models.blocks import RESIDUALS, Stack, add_aux
 from t5x_lite.models.config import BlockConfig, ModelConfig, StackConfig
 from t5x_lite.models.params import ParamInfo
@@ -311,6 +312,7 @@ class Model:
     def __init__(self, config: ModelConfig, dtype: jnp.dtype = jnp.float32,
                  param_dtype: jnp.dtype = jnp.float32):
         validate(config)
+        config = parametrization.resolved(config)
         self.config = config
         self._cls = ARCHITECTURES[config.architecture][0]
         self._param_dtype = param_dtype
@@ -381,6 +383,7 @@ def validate(config: ModelConfig) -> None:
     if config.head_transform:
         one_of("model.head_transform", config.head_transform, mlp.ACTIVATIONS)
     at_least("model.prompt_length", config.prompt_length, 0)
+    parametrization.validate(config)
     needed = ARCHITECTURES[config.architecture][1]
     for name in ("encoder", "decoder"):
         stack = getattr(config, name)

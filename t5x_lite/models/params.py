@@ -10,6 +10,10 @@ from typing import Any, Protocol
 
 import jax
 
+# Logical axes whose dims grow with a model's width, and those that count layers or experts.
+WIDE_AXES = frozenset({"embed", "mlp", "heads", "kv_heads"})
+_COUNTING = ("layers", "expert", "stage")
+
 
 @dataclasses.dataclass(frozen=True)
 class ParamInfo:
@@ -22,6 +26,18 @@ class ParamInfo:
     units: tuple[int, ...]                 # what each dim counts (heads, not heads * head_dim)
     fan_in: int
     init: str
+
+    @property
+    def role(self) -> str:
+        """What it is as the width grows (Yang et al. 2022, table 3): "vector" (inputs of a fixed
+        number: tables, biases, scales), "hidden" (wide to wide), "head" (wide to the vocabulary) or
+        "narrow" (wide to a few, as a router)."""
+        dims = [axis for axis in self.logical_axes if axis not in _COUNTING]
+        if len(dims) < 2 or dims[-2] not in WIDE_AXES:
+            return "vector"
+        if dims[-1] in WIDE_AXES:
+            return "hidden"
+        return "head" if dims[-1] == "vocab" else "narrow"
 
     @property
     def size(self) -> int:

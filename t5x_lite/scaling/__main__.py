@@ -1,13 +1,15 @@
-"""`python -m t5x_lite.scaling COMMAND --flag=…`; fit, laws and page need neither JAX nor TensorFlow.
+"""`python -m t5x_lite.scaling COMMAND --flag=…`; fit, compare, laws and page need no JAX.
 
     fit      a law, or the frontier, to any table of runs
     compare  two methods: how much compute one saves over the other
+    coordinate_check   activations' change over a model's width (needs JAX)
     laws     names, formulas and sources
     ladder   solve, price, train and fit the runs that identify a law
     page     a table of runs drawn: frontier, parabolas, optimal N and D, residuals
 """
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -134,12 +136,21 @@ def _add_page(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--title", default="", help="its heading")
 
 
+def _later(module: str) -> tuple[Callable, Callable, Callable]:
+    """The row of a command whose module needs JAX, which is imported where it is used."""
+    def of(name: str) -> Callable:
+        return lambda *args: getattr(
+            importlib.import_module(f"t5x_lite.scaling.{module}"), name)(*args)
+    return of("add_flags"), of("command"), of("show")
+
+
 # {command: (adds its flags, what it prints as JSON, that for people)}
 COMMANDS: dict[str, tuple[Callable, Callable, Callable]] = {
     "fit": (_add_fit, fit, show), "laws": (lambda parser: None, laws, show),
     "compare": (comparing.add_flags, comparing.compare, comparing.show),
     "ladder": (ladder_command.add, ladder_command.ladder, show),
-    "page": (_add_page, page, show)}
+    "page": (_add_page, page, show),
+    "coordinate_check": _later("coordinates")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,9 +158,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="python -m t5x_lite.scaling", description=__doc__,
                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    argv = sys.argv[1:] if argv is None else list(argv)
     for name, (add, _, _) in COMMANDS.items():
         chosen = commands.add_parser(name, allow_abbrev=False)
-        add(chosen)
+        if name in argv[:1]:
+            add(chosen)
         chosen.add_argument("--json", action="store_true", help="print one JSON object")
     try:
         options = parser.parse_args(argv)

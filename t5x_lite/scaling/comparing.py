@@ -108,14 +108,22 @@ def _interval(ends) -> str:
 
 
 def draw(found: comparison.Comparison, result: Mapping[str, Any], output: str) -> None:
-    """Writes the picture: losses with both laws, and the ratio with its interval, over budgets.
+    """Writes the picture to a file.
 
     Raises:
         UserError: a file name that no picture has, or that cannot be written.
     """
-    from matplotlib.figure import Figure
     if pathlib.Path(output).suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--output={output}: must end with .png, .pdf or .svg.")
+    try:
+        picture(found, result).savefig(output, dpi=120)
+    except OSError as error:
+        raise UserError(f"--output={output} cannot be written ({error.strerror}).") from error
+
+
+def picture(found: comparison.Comparison, result: Mapping[str, Any]):
+    """A matplotlib figure: losses with both laws, and the ratio with its interval, over budgets."""
+    from matplotlib.figure import Figure
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     over = result["over"]
@@ -124,22 +132,16 @@ def draw(found: comparison.Comparison, result: Mapping[str, Any], output: str) -
         fit = result["fits"][name]
         left.plot(x, fit["E"] + fit["A"] * x**-fit["alpha"], color=f"C{i}", label=name)
         left.plot(found.pairs.x[i], found.pairs.loss[i], ".", color=f"C{i}")
-    left.set_xlabel(over)
     left.set_ylabel("loss")
-    left.set_xscale("log")
     left.legend(frameon=False)
     curve = comparison.ratios(found, x)
     right.plot(x, [row["ratio"] for row in curve], color="C2")
     right.fill_between(x, [row["interval"][0] for row in curve],
                        [row["interval"][1] for row in curve], color="C2", alpha=0.2, linewidth=0)
     right.axhline(1, color="black", linewidth=0.8)
-    right.set_xscale("log")
-    right.set_xlabel(over)
-    first, second = result["arms"]
-    right.set_ylabel(f"{over} to the same loss, {first} / {second}")
+    right.set_ylabel("{} to the same loss, {} / {}".format(over, *result["arms"]))
     for axes in (left, right):
+        axes.set_xscale("log")
+        axes.set_xlabel(over)
         axes.grid(alpha=0.3)
-    try:
-        figure.savefig(output, dpi=120)
-    except OSError as error:
-        raise UserError(f"--output={output} cannot be written ({error.strerror}).") from error
+    return figure

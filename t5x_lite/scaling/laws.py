@@ -162,6 +162,7 @@ class FormulaLaw(Law):
 
     write: Callable[[list[Jet], Columns], Jet] = None
     guess: Callable[[Columns, np.ndarray], np.ndarray] | None = None
+    derive: Callable[[Mapping[str, float]], dict[str, float]] | None = None   # see `exponents`
 
     def evaluate(self, theta: np.ndarray, x: Columns) -> tuple[np.ndarray, np.ndarray]:
         found = self.write(jet.parameters(theta, len(x[self.inputs[0]])), x)
@@ -169,6 +170,9 @@ class FormulaLaw(Law):
 
     def starts(self, x: Columns, y: np.ndarray) -> np.ndarray:
         return self.guess(x, y) if self.guess else super().starts(x, y)
+
+    def exponents(self, values: Mapping[str, float]) -> dict[str, float]:
+        return self.derive(values) if self.derive else {}
 
 
 def power(name: str, column: str, source: str, *, floor: bool = False, output: str = "loss",
@@ -249,6 +253,17 @@ def _broken_starts(x: Columns, y: np.ndarray) -> np.ndarray:
         found.append([np.log(y.min() * floor), np.log(y[size.argmin()]) + c0 * size.min(), c0, c1,
                       middle, np.log(width)])
     return np.array(found)
+
+
+def _steps_of_batch(p: list[Jet], x: Columns) -> Jet:
+    log_steps, log_examples = p
+    return (log_steps.exp() + (log_examples - np.log(x["batch"])).exp()).log()
+
+
+def _steps_of_batch_starts(x: Columns, y: np.ndarray) -> np.ndarray:
+    examples = np.log((x["batch"] * y).min())
+    return np.array([[np.log(y.min() * a), examples + np.log(b)]
+                     for a, b in itertools.product((0.3, 0.6, 0.95), repeat=2)])
 
 
 def _sigmoid(p: list[Jet], x: Columns) -> Jet:
@@ -342,6 +357,10 @@ LAWS: dict[str, Law] = {law.name: law for law in (
     product("step_law_batch", "batch", {"tokens": "beta"}, "Li et al. 2025 (Step Law)"),
     power("critical_batch", "loss", "McCandlish et al. 2018; Kaplan et al. 2020, eq. 1.4",
           output="batch"),
+    FormulaLaw("steps_of_batch", "steps = S_min + E_min / batch, that is S/S_min - 1 = 1/(E/E_min - 1)",
+               "McCandlish et al. 2018, eq. 2.11: steps to one loss by batch; B_crit = E_min / S_min",
+               ("batch",), (coefficient("S_min"), coefficient("E_min")), "steps", _steps_of_batch,
+               _steps_of_batch_starts, lambda v: {"B_crit": v["E_min"] / v["S_min"]}),
     FormulaLaw("broken", "loss = a + b tokens^-c0 (1 + (tokens/d)^(1/f))^(-c1 f)",
                "Caballero et al. 2023, one break", ("tokens",),
                (Param("a", True, -40, 5), Param("b", True, -60, 60), Param("c0", low=-2, high=5),

@@ -123,6 +123,19 @@ class Trained:
         return len(axes) - self.stacked[path] == 2 and not TABLE_AXES & set(axes)
 
 
+# Powers of the width that learning rates have under model.parametrization=mup, by ParamInfo.role:
+# what makes every update change activations as much at any width (Yang et al. 2022, table 3).
+Widths = Mapping[str, float]
+_BY_ELEMENT = {"vector": 0.0, "hidden": -1.0, "head": -1.0, "narrow": -1.0}    # table 3's Adam
+# Steps in proportion to parameters, whose deviation is width^-1/2 where hidden, width^-1 in heads.
+_BY_SIZE = {"vector": 0.0, "hidden": -0.5, "head": 0.0, "narrow": 0.0}
+_BY_GRADIENT = {"vector": 1.0, "hidden": 0.0, "head": -1.0, "narrow": -1.0}    # table 3's SGD
+# Steps of spectral norm sqrt(out / in) leave activations alike (Yang et al. 2023,
+# arXiv:2310.17813): muon's have 1 where out <= in, or sqrt(max(in, out)) by consistent_rms.
+_MUON = {"vector": 0.0, "hidden": 0.0, "head": -1.0, "narrow": -0.5}
+_MUON_RMS = {"vector": 0.0, "hidden": -0.5, "head": -1.0, "narrow": -1.0}
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """A row: how a name becomes an optax transformation, and what is left to do around it."""
@@ -135,6 +148,7 @@ class Method:
     # (config, moment, a layer's stacked dims, shape, logical axes) -> the logical axes of a moment
     # that has not its parameter's shape; None: such arrays are whole on every device.
     moment_axes: Callable[..., Sequence[str | None]] | None = None
+    widths: Callable[[OptimizerConfig], Widths] = lambda c: _BY_ELEMENT   # see Widths
 
 
 def _adam(c: OptimizerConfig, trained: Trained):
@@ -196,13 +210,15 @@ def _sophia(c: OptimizerConfig, trained: Trained):
 
 # Add a row to add an optimizer.
 METHODS: dict[str, Method] = {
-    "adafactor": Method(_adafactor, scales_by_rate=True, moment_axes=_adafactor_axes),
+    "adafactor": Method(
+        _adafactor, scales_by_rate=True, moment_axes=_adafactor_axes, widths=lambda c:
+        _BY_SIZE if c.adafactor.multiply_by_parameter_scale else _BY_ELEMENT),
     "adamw": Method(_adam),
     "adam": Method(_adam, decay="gradient"),
     "lion": Method(_lion),
-    "sgd": Method(_sgd, decay="gradient"),
-    "muon": Method(_muon),
-    "lamb": Method(_lamb, decay="own"),
+    "sgd": Method(_sgd, decay="gradient", widths=lambda c: _BY_GRADIENT),
+    "muon": Method(_muon, widths=lambda c: _MUON_RMS if c.muon.consistent_rms else _MUON),
+    "lamb": Method(_lamb, decay="own", widths=lambda c: _BY_SIZE),
     "ademamix": Method(_ademamix),
     "sophia": Method(_sophia),
 }

@@ -80,6 +80,8 @@ class Optimizer:
     group_of: Mapping[str, int]           # path -> index into config.groups, -1 for none
     weight_decay: Mapping[str, float]     # path -> rate, trainable paths only
     transformation: optax.GradientTransformationExtraArgs
+    # path -> what its learning rate is multiplied by for the model's width; {}: 1 for all
+    width_rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def frozen(self) -> frozenset[str]:
@@ -264,7 +266,8 @@ class Optimizer:
         groups = (GroupConfig(""), *self.config.groups)  # -1 + 1: no group
         rates = [schedules.schedule(group.schedule or self.config.schedule)(step)
                  * group.learning_rate_multiplier for group in groups]
-        return {path: rates[self.group_of[path] + 1] for path in self.weight_decay}
+        found = {path: rates[self.group_of[path] + 1] for path in self.weight_decay}
+        return found | {path: factor * found[path] for path, factor in self.width_rates.items()}
 
     def _round(self, path, new, old_param, step) -> jax.Array:
         """The float32 value as the parameter's own type, on the parameter's own shards."""
@@ -290,13 +293,14 @@ def _at(paths, flat: Mapping[str, Any]) -> dict[str, Any]:
 def make_optimizer(config: OptimizerConfig, table: Mapping[str, Any],
                    policy: precision.Policy = precision.POLICIES["float32"],
                    loss_scaling: precision.LossScaleConfig = precision.LossScaleConfig(),
-                   seed: int = 0) -> Optimizer:
+                   seed: int = 0, width: float = 1.0) -> Optimizer:
     """The optimizer of a model.
 
     Args:
         table: path -> ParamInfo of every parameter (models.parameter_table).
         policy: decides master copies, rounding and loss scaling.
         seed: of stochastic rounding.
+        width: over that of the model whose learning rate was tuned, see models/parametrization.py.
     Raises:
         UserError: an unknown name, a pattern that is no regex or matches nothing, a number
             out of range, or nothing left to train.
@@ -307,12 +311,25 @@ def make_optimizer(config: OptimizerConfig, table: Mapping[str, Any],
     weight_decay = {path: rate for path, rate in decay.items() if rate is not None}
     if not weight_decay:
         raise UserError("optimizer.groups freeze every parameter; leave at least one to train.")
+    width_rates = _width_rates(config, {path: table[path] for path in weight_decay}, width)
+    if METHODS[config.name].decay == "change":   # its rate is the base's: see _change
+        weight_decay |= {path: weight_decay[path] / factor ** config.weight_decay_lr_exponent
+                         for path, factor in width_rates.items()}
     axes = {path: tuple(table[path].logical_axes) for path in weight_decay}
     trained = Trained(axes, {path: stacked_dims(a) for path, a in axes.items()}, weight_decay)
     transformation = optax.with_extra_args_support(
         METHODS[config.name].transformation(config, trained))
     return Optimizer(config, policy, loss_scaling, seed, dict(table), group_of, weight_decay,
-                     transformation)
+                     transformation, width_rates)
+
+
+def _width_rates(config: OptimizerConfig, trained: Mapping[str, ParamInfo], width: float
+                 ) -> dict[str, float]:
+    """{path: factor of the learning rate}, where it is not 1."""
+    powers = METHODS[config.name].widths(config)
+    factors = {path: width ** powers[info.role] for path, info in trained.items()
+               } if width != 1.0 else {}
+    return {path: factor for path, factor in factors.items() if factor != 1.0}
 
 
 def _decay_of(config: OptimizerConfig, info: ParamInfo, group: int) -> float | None:

@@ -69,6 +69,7 @@ class Differentiated:
     # ZeRO's stage. 1: gradients stay whole on every device of the fsdp axis; 2 and 3: each
     # micro-batch's are reduced onto the devices that hold their optimizer state.
     zero: int = 3
+    noise_scale: bool = False   # measure the gradient noise scale, see noise_scale
 
     def slices(self) -> int:
         """Into how many copies the mesh's slices ask for gradients of their own: see `gradients`."""
@@ -133,14 +134,44 @@ def gradients(of: Differentiated, params: Mapping, batch: Batch, key: jax.Array 
         loss = part_loss if slices == 1 else slices_loss
         return jax.grad(loss, has_aux=True)(trained, flat, part)
 
-    rows = sharding.shard(jnp.arange(next(iter(batch.values())).shape[0]), "act_batch")
+    num_rows = next(iter(batch.values())).shape[0]
+    rows = sharding.shard(jnp.arange(num_rows), "act_batch")
     batch = {**batch, _ROWS: rows}
-    totals = part_gradients(batch) if of.parts == 1 else _accumulated(
-        part_gradients, split_batch(batch, of.parts))
+    totals, squares = (part_gradients(batch), None) if of.parts == 1 else _accumulated(
+        part_gradients, split_batch(batch, of.parts), of.noise_scale)
     if slices > 1:
         totals = jax.tree.map(sharding.sum_of_copies, totals)
     grads, sums = totals
+    if of.noise_scale:
+        sums = sums | noise_scale(squares / scale**2, _squares(grads) / scale**2,
+                                  of.parts * slices, num_rows)
     return tree.unflatten(grads), sums
+
+
+def noise_scale(parts: jax.Array, whole: jax.Array, count: int, rows: int
+                ) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Metrics (sum, count) of the gradient noise scale B = tr(Sigma) / |G|^2, in rows (McCandlish et
+    al. 2018, arXiv:1812.06162, appendix A.1), with Sigma the covariance of one row's gradient.
+
+    A batch of b rows has E|G_b|^2 = |G|^2 + tr(Sigma) / b, so that two sizes tell both. "noise_scale"
+    has tr(Sigma) as its sum and |G|^2 as its count: over steps they add up apart, and the ratio is of
+    means. Of few steps it may be negative; "gradient_noise" and "gradient_signal" are the two alone.
+
+    Args:
+        parts: the squares' sum of the gradients of `count` equal parts of the batch, each a part of
+            the whole's gradient: they add up to it.
+        whole: the square of that sum.
+    """
+    small = count * parts   # |mean gradient of a part|^2, averaged over parts
+    signal = (count * whole - small) / (count - 1)
+    noise = (small - whole) * rows / (count - 1)
+    one = jnp.ones_like(noise)
+    return {"noise_scale": (noise, signal), "gradient_noise": (noise, one),
+            "gradient_signal": (signal, one)}
+
+
+def _squares(grads: Mapping[str, jax.Array]) -> jax.Array:
+    return sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads))
 
 
 def _copies(x: jax.Array, slices: int) -> jax.Array:
@@ -149,17 +180,20 @@ def _copies(x: jax.Array, slices: int) -> jax.Array:
         "slice", *jax.typeof(x).sharding.spec))
 
 
-def _accumulated(part_gradients: Callable, split: Batch) -> tuple[dict, Sums]:
-    """The float32 sums of part_gradients over micro-batches [parts, …], one after another."""
+def _accumulated(part_gradients: Callable, split: Batch, measured: bool
+                 ) -> tuple[tuple[dict, Sums], jax.Array | None]:
+    """(the float32 sums of part_gradients over micro-batches [parts, …], one after another; where
+    measured, the sum of the squares of their gradients)."""
     def accumulate(total, part):
         grads, sums = part_gradients(part)
-        return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, (grads, sums)), None
+        added = jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, (grads, sums))
+        return added, _squares(grads) if measured else None
 
     first = jax.eval_shape(part_gradients, jax.tree.map(lambda x: x[0], split))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32,
                                              out_sharding=_spec(x)), first)
-    totals, _ = jax.lax.scan(accumulate, zeros, split)
-    return totals
+    totals, squares = jax.lax.scan(accumulate, zeros, split)
+    return totals, None if squares is None else jnp.sum(squares)
 
 
 def _spec(x: jax.ShapeDtypeStruct) -> PartitionSpec | None:

@@ -6,6 +6,7 @@ import pytest
 
 from configs.experiments import (
     closed_book_qa,
+    muon_vs_adamw,
     precision as precision_experiment,
     scan,
     switch_vs_dense,
@@ -119,3 +120,16 @@ def test_every_precision_policy_trains_the_same_model(tmp_path):
         loss = 4.0 if run.arm == "float32" else 4.25
         (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "eval/all/loss": loss}) + "\n")
     assert "- bf16_params: +0.2500 (+0.2500)" in precision_experiment.conclude(runs, tmp_path)
+
+
+def test_muon_and_adamw_share_budgets_and_follow_the_width():
+    runs = muon_vs_adamw.runs(((64, 3), (128, 5)), (0,), (0.004,))
+    assert [(r.arm, r.stage) for r in runs] == [
+        (arm, stage) for stage in ("64_3_0.004", "128_5_0.004") for arm in muon_vs_adamw.ARMS]
+    assert {(r.config.model.embed_dim, r.config.train.num_steps) for r in runs} == {(64, 3), (128, 5)}
+    program = build(runs[3].config)
+    assert program.model.config.init.logits_std == 64**-0.5 / 2
+    # Muon's steps have AdamW's size: its hidden rates fall as the root of the width.
+    hidden = "encoder/segment_0/block_0/mlp/wo/kernel"
+    assert program.optimizer.width_rates[hidden] == 2**-0.5
+    assert build(runs[2].config).optimizer.width_rates[hidden] == 0.5

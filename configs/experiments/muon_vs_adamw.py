@@ -1,0 +1,53 @@
+"""Muon against AdamW over compute: four budgets, each a width and a number of steps, two seeds.
+
+Paper: Jordan et al. 2024 and Liu et al. 2025 (arXiv:2502.16982), which reports about half of AdamW's
+compute. Data and objective are the quickstart's, span corruption of the text of your own Python
+installation. Muon's steps have AdamW's size (muon.consistent_rms 0.2), so that one grid of learning
+rates serves both arms; both have mup (model.base_width 64), so that it serves every width.
+Expected: not run yet at these settings; about an hour on 2 CPU cores.
+Command: python -m t5x_lite.experiment --config=configs/experiments/muon_vs_adamw.py \\
+    --workdir=runs/muon_vs_adamw
+and then: python -m t5x_lite.scaling compare --arms=runs/muon_vs_adamw/adamw,runs/muon_vs_adamw/muon
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from configs import quickstart
+from t5x_lite import config as configs
+from t5x_lite.experiment import Run
+from t5x_lite.models.parametrization import grown
+from t5x_lite.training.methods import MuonConfig, OptimizerConfig
+from t5x_lite.training.schedules import ScheduleConfig
+
+BUDGETS = ((64, 100), (128, 140), (192, 200), (256, 280))   # (width, steps)
+SEEDS = (0, 1)
+RATES = (0.002, 0.004, 0.008)
+ARMS = ("adamw", "muon")
+
+
+def get_runs() -> tuple[Run, ...]:
+    """Every budget, rate and seed of both arms."""
+    return runs(BUDGETS, SEEDS, RATES)
+
+
+def runs(budgets: Sequence[tuple[int, int]], seeds: Sequence[int], rates: Sequence[float]
+         ) -> tuple[Run, ...]:
+    """The same for other settings."""
+    return tuple(Run(arm, seed, _run(arm, width, steps, rate, seed), f"{width}_{steps}_{rate:g}")
+                 for width, steps in budgets for rate in rates for seed in seeds for arm in ARMS)
+
+
+def _run(arm: str, width: int, steps: int, rate: float, seed: int):
+    config = quickstart.run()
+    model = dataclasses.replace(grown(config.model, width), parametrization="mup", base_width=64)
+    schedule = ScheduleConfig("constant * linear_warmup * linear_to_floor", rate,
+                              warmup_steps=max(1, steps // 10), floor_fraction=0.02)
+    optimizer = OptimizerConfig(arm, schedule, clip_norm=1.0, beta2=0.98,
+                                muon=MuonConfig(consistent_rms=0.2))
+    config = dataclasses.replace(config, name=f"{arm}_{width}", model=model, optimizer=optimizer)
+    for path, value in (("train.seed", seed), ("train.num_steps", steps), ("eval.every", steps),
+                        ("eval.num_examples", 256), ("eval.samples", 0),
+                        ("checkpoint.every", steps), ("checkpoint.keep_last", 1)):
+        config = configs.replace(config, path, value)
+    return config
