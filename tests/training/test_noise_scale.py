@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5x_lite import config as configs, tree
+from t5x_lite import config as configs
+from t5x_lite.build import build
 from t5x_lite.errors import UserError
 from t5x_lite.scaling import fits, tables
 from t5x_lite.scaling.laws import LAWS
 from t5x_lite.training import metrics, steps
 from tests import tiny
-from tests.training.test_steps import one_step
 
 DIM, NOISE = 40, 32.0   # of the quadratic |theta|^2 / 2; tr(Sigma) = NOISE |G|^2
 
@@ -46,28 +46,31 @@ def test_equal_parts_have_no_noise():
 
 
 def test_a_step_measures_its_micro_batches_and_trains_as_before():
-    run = tiny.seq2seq()
+    """Against the gradient of every micro-batch alone, at its share of the loss."""
+    run, batch = tiny.seq2seq(), tiny.batch()
     train = dataclasses.replace(run.train, accumulation=4)
-    batch = tiny.batch()
-    plain = one_step(dataclasses.replace(run, train=train), batch, jax.devices()[:1])
-    run = dataclasses.replace(run, train=dataclasses.replace(train, noise_scale=True))
-    _, params, sums = one_step(run, batch, jax.devices()[:1])
-    jax.tree.map(np.testing.assert_array_equal, params, plain[1])
-    assert "noise_scale" not in plain[2]
-
-    weights = np.asarray(batch["decoder_loss_weights"])
-    alone = []
-    for part in range(4):   # rows part, part + 4, …: their own gradient, at their share of the loss
-        masked = {**batch, "decoder_loss_weights": jnp.asarray(
-            weights * (np.arange(tiny.ROWS) % 4 == part)[:, None])}
-        grads = one_step(tiny.seq2seq(), masked, jax.devices()[:1])[0]
-        share = weights[part::4].sum() / weights.sum()
-        alone.append({path: share * g for path, g in tree.flatten(grads).items()})
-    small = sum(np.sum(g.astype(float)**2) for part in alone for g in part.values())
-    big = sum(np.sum(sum(part[path] for part in alone).astype(float)**2) for path in alone[0])
-    expected = steps.noise_scale(small, big, 4, tiny.ROWS)
+    plain, measured = (build(dataclasses.replace(run, train=dataclasses.replace(
+        train, noise_scale=noise)), jax.devices()[:1]) for noise in (False, True))
+    params = tiny.params(run)
+    alone = build(run, jax.devices()[:1]).differentiated
+    with measured.activate():
+        found = [jax.jit(lambda p, b, of=of: steps.gradients(of, p, b, None))(params, batch)
+                 for of in (plain.differentiated, measured.differentiated)]
+        gradient = jax.jit(lambda p, b: steps.gradients(alone, p, b, None)[0])
+        weights = np.asarray(batch["decoder_loss_weights"])
+        parts = []
+        for part in range(4):   # rows part, part + 4, …
+            of_part = weights * (np.arange(tiny.ROWS) % 4 == part)[:, None]
+            grads = gradient(params, {**batch, "decoder_loss_weights": jnp.asarray(of_part)})
+            parts.append(jax.tree.map(lambda g, w=of_part: np.asarray(g, float) * w.sum()
+                                      / weights.sum(), grads))
+    jax.tree.map(np.testing.assert_array_equal, found[1][0], found[0][0])
+    assert "noise_scale" not in found[0][1]
+    squares = [sum(np.sum(g**2) for g in jax.tree.leaves(part)) for part in
+               (*parts, jax.tree.map(lambda *g: sum(g), *parts))]
+    expected = steps.noise_scale(sum(squares[:4]), squares[4], 4, tiny.ROWS)
     for name, pair in expected.items():
-        np.testing.assert_allclose(sums[name], pair, rtol=1e-3, err_msg=name)
+        np.testing.assert_allclose(found[1][1][name], pair, rtol=1e-3, err_msg=name)
 
 
 def test_one_micro_batch_is_refused():
