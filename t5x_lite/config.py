@@ -184,9 +184,7 @@ def _section(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, (Mapping, ml_collections.ConfigDict)):
         raise refuse(where, value, f"a section with the fields {', '.join(hints)}")
     for name in value:
-        if name not in hints:
-            raise UserError(f"{where}.{name}: no such field.{nearest(name, hints)} "
-                            f"Known: {', '.join(hints)}.")
+        errors.known(where, "field", name, hints)
     fields = {}
     for name in value:
         field = f"{where}.{name}"

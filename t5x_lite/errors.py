@@ -61,6 +61,23 @@ def one_of(field: str, value: Any, allowed: Iterable[Any],
     return value
 
 
+def known(where: str, what: str, name: Any, names: Iterable[Any]) -> Any:
+    """The name, one of `names`, for what a user names inside a longer value.
+
+    Args:
+        where: the field or file that holds it.
+        what: the kind of thing, such as "mesh axis".
+    Raises:
+        UserError: lists the names, the nearest first.
+    """
+    names = list(names)
+    if name not in names:
+        shown = repr(name) if len(repr(name)) < 100 else f"{repr(name)[:100]}…"
+        raise UserError(f"{where}: no {what} is called {shown}.{nearest(name, names)} "
+                        f"Known: {', '.join(map(str, names))}.")
+    return name
+
+
 def at_least(field: str, value: Number, lowest: float, fix: str = "") -> Number:
     """The value, a finite number of at least `lowest`. fix: what to do, a sentence."""
     return between(field, value, lowest, math.inf, fix)

@@ -21,13 +21,13 @@ from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read o
 import jax
 import numpy as np
 
-from t5x_lite import config as configs, files, init_from
+from t5x_lite import config as configs, errors, files, init_from
 from t5x_lite.build import Program, build
 from t5x_lite.config import RunConfig
 from t5x_lite.data import tasks as data_tasks, vocabulary as data_vocabulary
 from t5x_lite.decoding.decode import DecodeConfig
 from t5x_lite.decoding.logits_fn import LogitsFn
-from t5x_lite.errors import UserError, nearest
+from t5x_lite.errors import UserError
 from t5x_lite.evaluation.predictor import Predictor
 from t5x_lite.training import metrics
 
@@ -168,10 +168,9 @@ def _pairs(examples: Examples, what: str) -> list[tuple[str, str]]:
 
 
 def _decode_config(config: DecodeConfig, changes: dict) -> DecodeConfig:
-    known = [field.name for field in dataclasses.fields(config)]
-    for name in changes.keys() - known:
-        raise UserError(f"decoding has no field {name!r};{nearest(name, known)} one of "
-                        f"{', '.join(known)}")
+    fields = [field.name for field in dataclasses.fields(config)]
+    for name in changes:
+        errors.known("decode", "field", name, fields)
     return dataclasses.replace(config, **changes)
 
 

@@ -18,10 +18,11 @@ def say(line: str = "") -> None:
         sys.stdout.flush()
 
 
-def si(number: float, unit: str = "") -> str:
-    """1.23e9 -> '1.23 G'."""
-    for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"),
-                           (1e3, "k")):
-        if abs(number) >= factor:
-            return f"{number / factor:.3g} {prefix}{unit}"
-    return f"{number:.3g} {unit}".rstrip()
+def si(number: float, unit: str = "", digits: int = 3) -> str:
+    """A number to so many figures with an SI prefix: 1.2345e13 "FLOP" -> "12.3 TFLOP"."""
+    prefixes = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
+    power = 0
+    # 999.6 has three figures as 1.00 k: what rounds up to a thousand has the next prefix.
+    while float(f"{abs(number):.{digits}g}") >= 1000 and power < len(prefixes) - 1:
+        number, power = number / 1000, power + 1
+    return f"{number:.{digits}g} {prefixes[power]}{unit}".rstrip()

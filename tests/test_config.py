@@ -37,8 +37,8 @@ def test_the_config_dict_is_locked_and_typed():
 
 
 @pytest.mark.parametrize(("mapping", "message"), [
-    ({"modle": {}}, "config.modle: no such field. did you mean 'model'?"),
-    ({"train": {"sed": 1}}, "config.train.sed: no such field. did you mean 'seed'?"),
+    ({"modle": {}}, "config: no field is called 'modle'. did you mean 'model'?"),
+    ({"train": {"sed": 1}}, "config.train: no field is called 'sed'. did you mean 'seed'?"),
     ({"train": {"num_steps": 1.5}}, "config.train.num_steps=1.5: must be int, not float"),
     ({"train": {"num_steps": None}}, "config.train.num_steps=None: must be int, not NoneType"),
     ({"train": {"num_steps": True}}, "config.train.num_steps=True: must be int, not bool"),
@@ -151,7 +151,7 @@ def test_what_an_earlier_version_wrote_is_read(tmp_path):
     assert configs.load(tmp_path / "config.json") == everything()
     mapping["sharding"]["zeros"] = 1
     (tmp_path / "config.json").write_text(json.dumps(mapping))
-    with pytest.raises(UserError, match="sharding.zeros: no such field"):
+    with pytest.raises(UserError, match="sharding: no field is called 'zeros'"):
         configs.load(tmp_path / "config.json")
 
 

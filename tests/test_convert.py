@@ -108,7 +108,7 @@ def test_configs_with_scaled_rotary_positions_and_old_fields():
         hf.model_config({**base, "rope_scaling": {"type": "dynamic", "factor": 2.0}})
     with pytest.raises(UserError, match="activation 'gelu_nwe'.*did you mean 'gelu_new'"):
         hf.model_config({**base, "hidden_act": "gelu_nwe"})
-    with pytest.raises(UserError, match="model_type 'lama' is not known.*did you mean 'llama'"):
+    with pytest.raises(UserError, match="no model_type is called 'lama'.*did you mean 'llama'"):
         hf.model_config({**base, "model_type": "lama"})
 
 

@@ -450,7 +450,8 @@ def restore_or_init(checkpointer: Checkpointer, abstract_state: Any, init_fn: Ca
 
 def _branch(source: str, abstract_state: Any, frozen_fn: Callable[[], Mapping] | None) -> Restored:
     """The checkpoint that a branch begins with. Raises UserError where there is none."""
-    where, step = _absolute(source), "last"
+    step: int | str = "last"
+    where = _absolute(source)
     if where.name.isdigit() and where.parent.name == "checkpoints":   # to list what else there is
         where, step = where.parents[1], int(where.name)
     return _first_readable(where, step, lambda folder: checkpoint_format.read_step(

@@ -10,6 +10,7 @@ from rich.table import Table
 from t5x_lite.cost.energy import PublishedRun, RunCost
 from t5x_lite.cost.hlo import CollectiveTotal
 from t5x_lite.cost.roofline import Roofline
+from t5x_lite.log import si
 
 UNKNOWN = "unknown"
 
@@ -27,12 +28,7 @@ def quantity(value: float | None, unit: str = "") -> str:
     """Four figures with an SI prefix: 1.234e13 "FLOP" -> "12.34 TFLOP"; None -> "unknown"."""
     if value is None:
         return UNKNOWN
-    prefixes = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
-    power = 0
-    while abs(value) >= 999.95 and power < len(prefixes) - 1:
-        value, power = value / 1000, power + 1
-    number = f"{value:.4g}" if power or value != int(value) else f"{value:.0f}"
-    return f"{number} {prefixes[power]}{unit}".rstrip()
+    return si(value, unit, digits=4)
 
 
 def binary_bytes(value: float | None) -> str:

@@ -35,7 +35,7 @@ from t5x_lite.data import (
     vocabulary as data_vocabulary,
 )
 from t5x_lite.data.span_corruption import corrupt, span_corruption, windows_of
-from t5x_lite.errors import UserError, nearest
+from t5x_lite.errors import UserError, between, nearest, refuse
 
 _plain = tf.autograph.experimental.do_not_convert
 
@@ -120,8 +120,7 @@ def bert(dataset: tf.data.Dataset, sequence_length, output_features,
 
 
 def _check_density(what: str, density: float) -> None:
-    if not 0 < density < 1:
-        raise UserError(f"{what} with noise_density={density}: it lies between 0 and 1")
+    between(f"{what} with noise_density", density, 0, 1, open_below=True, open_above=True)
 
 
 # --- BART -----------------------------------------------------------------------------------
@@ -357,6 +356,9 @@ def check_objective(name: str, objective: str, field: str) -> None:
 def find(name: str) -> Denoiser:
     """The denoiser that data.denoising names; UserError for an unknown one."""
     if name not in DENOISERS:
-        raise UserError(f"data.denoising={name!r} is unknown: one of {', '.join(DENOISERS)} or "
-                        f"salient;{nearest(name, (*DENOISERS, 'salient'))}")
+        raise UserError(f"{refuse('data.denoising', name, _allowed())}{nearest(name, DENOISERS)}")
     return DENOISERS[name]
+
+
+def _allowed() -> str:
+    return f"one of {', '.join(DENOISERS)}, or salient for pairs"

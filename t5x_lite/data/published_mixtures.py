@@ -24,7 +24,7 @@ https://github.com/deepspeedai/Megatron-DeepSpeed; its tokens stand in table 20 
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-from t5x_lite.errors import UserError, nearest
+from t5x_lite.errors import known
 
 
 class Part(NamedTuple):
@@ -54,10 +54,7 @@ MIXTURES: dict[str, dict[str, Part]] = {
 
 
 def _mixture(name: str) -> dict[str, Part]:
-    if name not in MIXTURES:
-        raise UserError(f"no published mixture is called {name!r};{nearest(name, MIXTURES)} "
-                        f"Known: {', '.join(MIXTURES)}")
-    return MIXTURES[name]
+    return MIXTURES[known("data.train", "published mixture", name, MIXTURES)]
 
 
 def weights(name: str, tasks: Mapping[str, str]) -> str:
@@ -67,9 +64,7 @@ def weights(name: str, tasks: Mapping[str, str]) -> str:
     """
     parts = _mixture(name)
     for part in tasks:
-        if part not in parts:
-            raise UserError(f"{name} has no part {part!r};{nearest(part, parts)} "
-                            f"Known: {', '.join(parts)}")
+        known(name, "part", part, parts)
     return ",".join(f"{task}={parts[part].share}" for part, task in tasks.items())
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from t5x_lite import files
-from t5x_lite.errors import UserError, nearest
+from t5x_lite.errors import UserError, known
 from t5x_lite.formats import hf_bert, hf_decoders, hf_fields, hf_t5, hub, safetensors
 from t5x_lite.formats.functions import differences
 from t5x_lite.formats.hf_family import Family
@@ -34,10 +34,7 @@ FAMILIES: dict[str, Family] = {
 
 def family(model_type: str, where: str = "the model") -> Family:
     """The family of this name. Raises UserError listing the known ones."""
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise UserError(f"{where}: model_type {str(model_type)[:80]!r} is not known here."
-                        f"{nearest(model_type, FAMILIES)} Known: {', '.join(FAMILIES)}.")
-    return FAMILIES[model_type]
+    return FAMILIES[known(where, "model_type", model_type, FAMILIES)]
 
 
 def model_config(hf: Mapping[str, Any], tied: bool | None = None) -> ModelConfig:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from t5x_lite.errors import UserError, nearest
+from t5x_lite.errors import UserError, known
 from t5x_lite.formats.mapping import Rule
 from t5x_lite.layers.config import InitConfig, PositionConfig, RotaryScalingConfig
 from t5x_lite.models.config import BlockConfig, ModelConfig, SegmentConfig, StackConfig
@@ -57,10 +57,7 @@ ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "ge
 
 def activation(name: str) -> str:
     """Our name of their activation. Raises UserError for one that we have not."""
-    if name not in ACTIVATIONS:
-        raise UserError(f"activation {name!r} of config.json is none of "
-                        f"{', '.join(ACTIVATIONS)}.{nearest(name, ACTIVATIONS)}")
-    return ACTIVATIONS[name]
+    return ACTIVATIONS[known("config.json", "activation", name, ACTIVATIONS)]
 
 
 def their_activation(name: str) -> str:

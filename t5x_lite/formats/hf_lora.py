@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import regex
 
-from t5x_lite.errors import UserError
+from t5x_lite.errors import UserError, refuse
 from t5x_lite.formats import hf, safetensors
 from t5x_lite.formats.mapping import Placed, Slot, Tensors, place
 from t5x_lite.models.config import ModelConfig
@@ -182,11 +182,10 @@ def _checked(folder: pathlib.Path) -> dict[str, Any]:
                         "path_initial_model_for_weight_conversion.")
     _check_alpha(given.get("lora_alpha"), "lora_alpha", folder)
     if not isinstance(given.get("use_rslora", False), (bool, type(None))):
-        raise UserError(f"{folder / CONFIG}: use_rslora={given['use_rslora']!r} must be true or "
-                        "false.")
+        raise refuse(f"{folder / CONFIG}: use_rslora", given["use_rslora"], "true or false")
     patterns = given.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
-        raise UserError(f"{folder / CONFIG}: alpha_pattern={str(patterns)[:60]!r} must be a section.")
+        raise refuse(f"{folder / CONFIG}: alpha_pattern", patterns, "a section")
     for pattern, alpha in patterns.items():
         _check_alpha(alpha, f"alpha_pattern[{pattern[:60]!r}]", folder)
     return given
@@ -194,8 +193,8 @@ def _checked(folder: pathlib.Path) -> dict[str, Any]:
 
 def _check_alpha(alpha: Any, name: str, folder: pathlib.Path) -> None:
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < 1e30:
-        raise UserError(f"{folder / CONFIG}: {name}={str(alpha)[:60]} must be a number above 0: "
-                        "what the adapter adds is scaled by it.")
+        raise refuse(f"{folder / CONFIG}: {name}", alpha, "a number above 0: what the adapter adds is "
+                     "scaled by it")
 
 
 def _modules_of(tensors: Tensors, known: Mapping[str, Sequence[tuple[str, int, Slot]]],

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from t5x_lite.errors import UserError, at_least, one_of
+from t5x_lite.errors import UserError, at_least, between, one_of
 from t5x_lite.layers import routing
 from t5x_lite.layers.config import InitConfig, MoEConfig
 from t5x_lite.layers.linear import Dense, RowKey, kernel_std, param
@@ -98,11 +98,10 @@ def _validate_fields(config: MoEConfig, where: str) -> routing.Router:
     one_of(f"{where}.loss_mean", config.loss_mean, ("real", "all"))
     for field, least in (("num_experts", 1), ("expert_groups", 1), ("max_groups", 1),
                          ("expert_capacity", 0), ("shared_experts", 0), ("balance_weight", 0),
-                         ("z_weight", 0), ("second_threshold", 0), ("jitter", 0)):
+                         ("z_weight", 0), ("second_threshold", 0)):
         at_least(f"{where}.{field}", getattr(config, field), least)
-    if config.jitter >= 1:
-        raise UserError(f"{where}.jitter={config.jitter}: must be below 1, or the router's inputs "
-                        "change their sign; Switch uses 0.01.")
+    between(f"{where}.jitter", config.jitter, 0, 1, "Beyond it the router's inputs change their sign; "
+            "Switch uses 0.01.", open_above=True)
     router = routing.ROUTERS[config.router]
     if "top_k" in router.settings:
         at_least(f"{where}.top_k", config.top_k, 1)

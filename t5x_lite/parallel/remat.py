@@ -25,7 +25,7 @@ from collections.abc import Callable
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from t5x_lite.errors import UserError, nearest
+from t5x_lite.errors import UserError, known, nearest
 
 POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -60,9 +60,7 @@ def parse(policy: str, where: str = "remat") -> dict[str, tuple[str, ...]]:
                 f"{where}={policy!r}: must be none, full, dots, recompute:NAMES, or save:NAMES "
                 f"and offload:NAMES joined by ';'.{nearest(action, (*ACTIONS, 'none', *POLICIES))}")
         for name in chosen:
-            if name not in NAMES:
-                raise UserError(f"{where}={policy!r}: no tensor is named {name!r}."
-                                f"{nearest(name, NAMES)} Known: {', '.join(NAMES)}.")
+            known(f"{where}={policy!r}", "tensor", name, NAMES)
     return actions
 
 

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from t5x_lite.errors import Axis, UserError, nearest, refuse
+from t5x_lite.errors import Axis, UserError, known, refuse
 from t5x_lite.parallel import products
 
 Axes = tuple[str | None, ...]
@@ -97,22 +97,15 @@ class Rules:
 
     def __post_init__(self):
         for name, axes in self.table.items():
-            if name not in DEFAULT_RULES:
-                raise UserError(f"sharding.rules: unknown logical axis {name!r}."
-                                f"{nearest(name, DEFAULT_RULES)} Known: {', '.join(DEFAULT_RULES)}.")
+            known("sharding.rules", "logical axis", name, DEFAULT_RULES)
             for axis in axes:
-                if axis not in MESH_AXES:
-                    raise UserError(f"sharding.rules.{name}: unknown mesh axis {axis!r}."
-                                    f"{nearest(axis, MESH_AXES)} Known: {', '.join(MESH_AXES)}.")
+                known(f"sharding.rules.{name}", "mesh axis", axis, MESH_AXES)
 
     def mesh_axes(self, name: str | None) -> tuple[str, ...]:
         """The mesh axes of one logical axis; None is a dim that is never sharded."""
         if name is None:
             return ()
-        if name not in self.table:
-            raise UserError(f"unknown logical axis {name!r}.{nearest(name, self.table)} "
-                            f"Known: {', '.join(self.table)}.")
-        return self.table[name]
+        return self.table[known("sharding.rules", "logical axis", name, self.table)]
 
     def spec(self, axes: Axes, sizes: Mapping[str, int], drop: Sequence[str] = ()) -> PartitionSpec:
         """The PartitionSpec of an array with these logical axes.

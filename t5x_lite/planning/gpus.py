@@ -26,7 +26,7 @@ from jax.experimental import topologies
 
 from t5x_lite import quiet
 from t5x_lite.cost import hardware
-from t5x_lite.errors import UserError
+from t5x_lite.errors import UserError, refuse
 from t5x_lite.layers import attention_implementations
 
 PLUGIN = "jax_plugins.xla_cuda12"
@@ -133,7 +133,7 @@ def memory_fraction() -> float:
         except ValueError:
             fraction = 0.0
         if fraction <= 0:
-            raise UserError(f"{name}={value}: must be a number above 0, such as 0.9.")
+            raise refuse(name, value, "a number above 0, such as 0.9")
         return fraction
     return MEMORY_FRACTION
 

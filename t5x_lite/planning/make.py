@@ -11,7 +11,7 @@ from t5x_lite.build import Program, build
 from t5x_lite.config import RunConfig, replace
 from t5x_lite.cost import energy, hlo, roofline as roofline_lib
 from t5x_lite.cost.roofline import Roofline
-from t5x_lite.errors import UserError
+from t5x_lite.errors import UserError, at_least, between
 from t5x_lite.layers import attention_implementations
 from t5x_lite.parallel.sharding import MeshConfig
 from t5x_lite.planning import gpus, rehearse
@@ -33,15 +33,11 @@ class Assumptions:
     dollars_per_chip_hour: float | None = None
 
     def __post_init__(self):
-        if not 0 < self.mfu <= 1:
-            raise UserError(f"--mfu={self.mfu}: must be above 0 and at most 1.")
+        between("--mfu", self.mfu, 0, 1, open_below=True)
         for name in ("watts", "kg_per_kwh", "kg_per_kwh_net", "dollars_per_chip_hour"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise UserError(f"--{name}={value}: must not be negative.")
-        if self.pue < 1:
-            raise UserError(f"--pue={self.pue}: a data centre draws at least what its machines "
-                            f"draw, so at least 1.")
+            if getattr(self, name) is not None:
+                at_least(f"--{name}", getattr(self, name), 0)
+        at_least("--pue", self.pue, 1, "A data centre draws at least what its machines draw.")
 
 
 @dataclasses.dataclass(frozen=True)

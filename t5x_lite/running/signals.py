@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 import jax
 from jax.experimental import multihost_utils
 
-from t5x_lite.errors import UserError
+from t5x_lite.errors import refuse
 from t5x_lite.parallel import processes
 
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
@@ -36,7 +36,7 @@ def stopped_status(environ: Mapping[str, str]) -> int:
     """
     value = environ.get("T5X_LITE_STOPPED_STATUS", "0")
     if not value.isdecimal() or int(value) > 125:
-        raise UserError(f"T5X_LITE_STOPPED_STATUS={value}: must be a number from 0 to 125.")
+        raise refuse("T5X_LITE_STOPPED_STATUS", value, "a number from 0 to 125")
     return int(value)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from t5x_lite.errors import Share, UserError, at_least, nearest
+from t5x_lite.errors import Share, UserError, at_least, known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +124,7 @@ def until(config: ScheduleConfig, num_steps: int) -> ScheduleConfig:
 
 def _check_factor(config: ScheduleConfig, name: str) -> None:
     where = f"optimizer.schedule.factors={config.factors!r}"
-    if name not in FACTORS:
-        raise UserError(f"{where}: unknown factor {name!r}.{nearest(name, FACTORS)} "
-                        f"Known: {', '.join(FACTORS)}.")
+    known(where, "factor", name, FACTORS)
     for factors, field in _NEEDED.items():
         if name in factors:
             at_least(f"optimizer.schedule.{field}", getattr(config, field), 1,

@@ -58,7 +58,7 @@ def test_recompute_keeps_all_but_these(capsys):
     ("ful", "remat='ful': must be none, full, dots.*did you mean 'full'"),
     ("save:", "must be none"),
     ("keep:query", "must be none, full, dots"),
-    ("save:mlp_hiden", "no tensor is named 'mlp_hiden'. did you mean 'mlp_hidden'"),
+    ("save:mlp_hiden", "no tensor is called 'mlp_hiden'. did you mean 'mlp_hidden'"),
     ("recompute:query;save:key", "must be none"),
 ])
 def test_unknown_policies_are_refused(policy, message):

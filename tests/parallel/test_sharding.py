@@ -60,9 +60,9 @@ def test_specs_leave_out_axes_of_size_one():
 def test_unknown_names_are_refused_with_the_nearest():
     with pytest.raises(UserError, match="'act_bach'.*did you mean 'act_batch'"):
         Rules().spec(("act_bach",), {"data": 2})
-    with pytest.raises(UserError, match="unknown logical axis 'mpl'.*did you mean 'mlp'"):
+    with pytest.raises(UserError, match="no logical axis is called 'mpl'.*did you mean 'mlp'"):
         Rules({"mpl": ("tensor",)})
-    with pytest.raises(UserError, match="unknown mesh axis 'tensors'.*did you mean 'tensor'"):
+    with pytest.raises(UserError, match="no mesh axis is called 'tensors'.*did you mean 'tensor'"):
         Rules({"mlp": ("tensors",)})
 
 

@@ -67,7 +67,7 @@ def test_jax_may_allocate_a_share_of_a_gpus_memory(monkeypatch):
     assert h100.hbm_bytes == int(0.92 * whole)
     for bad in ("much", "0", "-1"):
         monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", bad)
-        with pytest.raises(UserError, match=f"FRACTION={bad}: must be a number above 0"):
+        with pytest.raises(UserError, match=f"FRACTION={bad!r}: must be a number above 0"):
             _ = h100.hbm_bytes
     # A TPU's is libtpu's own figure, whatever is set for GPUs.
     assert dataclasses.replace(h100, chip=hardware.lookup("v5e")).hbm_bytes == 15.75 * 2**30

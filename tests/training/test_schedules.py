@@ -62,7 +62,7 @@ def test_a_python_step_and_a_traced_one_agree():
 
 @pytest.mark.parametrize("change, message", [
     ({"factors": "constant * linear_warmpu"}, "'linear_warmpu'. did you mean 'linear_warmup'"),
-    ({"factors": ""}, "unknown factor ''"),
+    ({"factors": ""}, "no factor is called ''"),
     ({"factors": "constant * linear_warmup", "warmup_steps": 0}, "warmup_steps=0: must be at least 1"),
     ({"factors": "cosine_to_floor", "total_steps": 1000}, "needs total_steps"),
     ({"factors": "stable_then_decay", "total_steps": 5000, "decay_steps": 4500}, "decay_steps"),
