@@ -143,8 +143,8 @@ def test_every_field_of_pefts_lora_config_has_its_place():
 
 @pytest.mark.parametrize("changes,message", [
     ({"lora_alpha": float("nan")}, "lora_alpha=nan: must be a number above 0"),
-    ({"lora_alpha": "16"}, "lora_alpha=16 must be a number"),
-    ({"lora_alpha": 0}, "lora_alpha=0 must be"),
+    ({"lora_alpha": "16"}, "lora_alpha='16': must be a number"),
+    ({"lora_alpha": 0}, "lora_alpha=0: must be"),
     ({"alpha_pattern": {"q": float("inf")}}, r"alpha_pattern\['q'\]=inf"),
     ({"alpha_pattern": {"(": 2}}, r"'\(' is no regex"),
     ({"alpha_pattern": {r"(\w|\w\w|\W|..)*(?<!q|o|k|v|wi_0|wi_1)": 2}}, "takes longer than"),
