@@ -77,6 +77,9 @@ class EvalConfig:
     num_batches: int = 0            # at most so many batches, if that is less; 0: no such limit
     samples: int = 0                # inputs completed on the screen after training
     metrics: bool = True            # decode and score for the metric functions of the tasks
+    # Predictions read inputs at so many widths, data.inputs_length, its half, its quarter …, each row
+    # at the least that holds it; a width compiles once. 1: all at data.inputs_length.
+    length_buckets: Count = 3
     # infer: gather the parameters over mesh.fsdp once and not at every token; False where a
     # device cannot hold them.
     gather_params: bool = True

@@ -61,6 +61,7 @@ FORMATS = ("jsonl", "json", "tsv", "text")
 MODES = ("predict", "score")
 _FINGERPRINT = 1 << 16   # bytes of the input's beginning that tell it from another
 _SECONDS_BETWEEN_REPORTS = 10.0
+_WINDOW = 8   # batches that are read at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,7 +306,9 @@ def run(predictor: Predictor, params, items: Iterable[Item], output: Output, mod
     began = shown = time.monotonic()
     count = 0
     results = _scored if mode == "score" else _predicted
-    for batch in _batches(fresh, predictor.batch_size):
+    # Several batches at a time, so that rows of one width find one another.
+    window = predictor.batch_size * (_WINDOW if len(predictor.widths) > 1 else 1)
+    for batch in _batches(fresh, window):
         output.write([{"line": item.line, "inputs": item.text, **result,
                        "targets": list(item.targets), **item.about}
                       for item, result in zip(batch, results(predictor, params, batch), strict=True)])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from configs import switch
 from t5x_lite import (
     config as configs,
     eval as eval_main,
@@ -28,6 +29,7 @@ from t5x_lite.data import tasks as data_tasks
 from t5x_lite.data.config import DataConfig
 from t5x_lite.decoding.decode import DecodeConfig
 from t5x_lite.errors import UserError
+from t5x_lite.evaluation import predictor as predictors
 from t5x_lite.evaluation.evaluator import Evaluator
 from t5x_lite.evaluation.predictor import Predictor
 from t5x_lite.parallel.sharding import MeshConfig
@@ -284,6 +286,32 @@ def test_what_stands_before_a_malformed_line_is_written(run, files, tmp_path):
     assert [row["line"] for row in written(tmp_path / "out.jsonl")] == list(range(1, 13))
 
 
+def test_narrow_rows_predict_what_wide_ones_do(session, monkeypatch):
+    """Rows of unlike lengths in any company: the same tokens, in the order of the inputs."""
+    program, vocabulary = session.program, data_tasks.vocabulary_of(session.program.config.data)
+    texts = ["1", "2+2=4 5", "a longer one, of 20", "3+3", "0123456789", "x" * 40]
+    assert predictors.widths(program.config) == (24,)   # narrower ones are not worth a program
+    wide = Predictor(program, vocabulary, DecodeConfig(max_length=4), batch_size=8)
+    monkeypatch.setattr(predictors, "MIN_WIDTH", 1)
+    narrow = Predictor(program, vocabulary, DecodeConfig(max_length=4), batch_size=8)
+    assert narrow.widths == (24, 12, 6)
+    assert list(narrow._grouped([24, 6, 7, 13, 0])) == [(24, [0, 3]), (12, [2]), (6, [1, 4])]
+    with program.activate():
+        expected = wide.predict(session.params, texts)
+        found = narrow.predict(session.params, texts)
+        alone = narrow.predict(session.params, texts[1:2])
+    assert [p.tokens for p in found] == [p.tokens for p in expected]
+    np.testing.assert_allclose([p.scores for p in found], [p.scores for p in expected], rtol=1e-5)
+    assert alone == found[1:2]
+
+
+def test_mixtures_have_one_width():
+    config = configs.replace(tiny_config.run(""), "data.inputs_length", 512)
+    assert predictors.widths(config) == (512, 256, 128)
+    assert predictors.widths(configs.replace(config, "eval.length_buckets", 1)) == (512,)
+    assert predictors.widths(dataclasses.replace(config, model=switch.run().model)) == (512,)
+
+
 def test_rows_of_causal_and_prefix_models_by_hand(session, capsys):
     """[inputs, targets] in one row, as long as training's; loss on the targets; a prefix sees its
     own EOS."""
@@ -297,7 +325,7 @@ def test_rows_of_causal_and_prefix_models_by_hand(session, capsys):
             config, objective=dataclasses.replace(config.objective, name=objective)))
         predictor = Predictor(program, vocabulary, DecodeConfig(), batch_size=8)
         return predictor, {n: x[0].tolist() for n, x in predictor.training_rows(
-            ["ab"], ["c"]).items()}, predictor._prompts(["ab"])
+            ["ab"], ["c"]).items()}, predictor._prompts([predictor._inputs("ab", 3)], 3)
 
     _, causal, prompt = rows("lm")
     assert causal == {"decoder_input_tokens": [0, 100, 101, 102, 0, 0],

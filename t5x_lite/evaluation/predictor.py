@@ -5,8 +5,9 @@
         predictor.predict(params, ["translate English to German: Good."])
         predictor.score(params, ["nq question: who"], ["Ada"])
 
-Rows are of fixed widths and batches of a fixed size, so each function compiles once and a row's
-result does not depend on what stands beside it. An encoder-decoder reads the inputs and EOS, as
+Rows are of few fixed widths (eval.length_buckets) and batches of a fixed size, so each function
+compiles once a width, and a row's result, whose width is a function of its own length, does not
+depend on what stands beside it. An encoder-decoder reads the inputs and EOS, as
 in training. A prefix LM reads start token, inputs and EOS, all visible to one another. A causal
 LM continues start token and inputs, and neither they nor scored targets get an EOS. In both,
 inputs and targets share a row of data.targets_length, as in training.
@@ -27,6 +28,7 @@ import numpy as np
 
 from t5x_lite import log
 from t5x_lite.build import Program
+from t5x_lite.config import RunConfig
 from t5x_lite.data import batches as data_batches, rows as data_rows, vocabulary as data_vocabulary
 from t5x_lite.decoding.decode import DecodeConfig
 from t5x_lite.decoding.logits_fn import LogitsFn
@@ -40,6 +42,8 @@ _NO_NUMBER = ("a score that is not a number: the model overflows its number form
 _EMPTY = ("an empty text: the model ends at once, or its tokens spell none; check the vocabulary, "
           "the task's prefix and how long it was trained")
 
+MIN_WIDTH = 64   # narrower inputs are not worth a program of their own
+
 Text = str | Sequence[int]   # a text, or its tokens without padding
 
 
@@ -50,6 +54,16 @@ class Prediction:
     texts: tuple[str, ...]
     scores: tuple[float, ...]
     tokens: tuple[tuple[int, ...], ...]   # with the end token, without padding
+
+
+def widths(config: RunConfig) -> tuple[int, ...]:
+    """The widths that inputs are read at, falling: data.inputs_length, its half, its quarter … as many
+    as eval.length_buckets. One where a mixture's room for tokens follows from the width."""
+    stacks = filter(None, (config.model.encoder, config.model.decoder))
+    mixtures = any(b.moe for stack in stacks for s in stack.segments for b in s.blocks)
+    whole = config.data.inputs_length
+    halves = [-(-whole // 2**n) for n in range(1, config.eval.length_buckets)]
+    return (whole, *(width for width in halves if width >= MIN_WIDTH and not mixtures))
 
 
 def make_score_step(model):
@@ -76,6 +90,7 @@ class Predictor:
                             "with: use a seq2seq, lm or prefix_lm model.")
         self._program = program
         self._inputs_length = config.data.inputs_length
+        self.widths = widths(config)
         self._targets_length = config.data.targets_length
         self._vocabulary = vocabulary
         if decode.eos_id == DecodeConfig.eos_id:
@@ -95,20 +110,21 @@ class Predictor:
         row_ids: who each row is, for sampling; default: its place in `inputs`.
         """
         ids = np.arange(len(inputs)) if row_ids is None else np.asarray(row_ids)
-        scores = []
-        for rows in self._batches(len(inputs)):
-            batch = self._prompts([inputs[i] for i in rows])
+        predictions: list[Prediction | None] = [None] * len(inputs)
+        read = [self._inputs(text, self._inputs_length) for text in inputs]
+        for width, rows in self._grouped([len(row) for row in read]):
+            batch = self._prompts([read[i] for i in rows], width)
             batch["row_ids"] = _fill(ids[rows], self.batch_size)
             decoded = self._decode_step(params, {n: self._place(x) for n, x in batch.items()})
             tokens_BNL, scores_BN, lengths_BN = map(data_batches.whole, decoded)
-            for i in range(len(rows)):
+            for i, row in enumerate(rows):
                 tokens = tuple(tuple(map(int, ids[:n]))
                                for ids, n in zip(tokens_BNL[i], lengths_BN[i], strict=True))
-                prediction = Prediction(tuple(map(self._text, tokens)),
-                                        tuple(map(float, scores_BN[i])), tokens)
-                self._look_at(int(ids[rows[i]]), prediction.scores[0], prediction.texts[0])
-                scores.append(prediction)
-        return scores
+                predictions[row] = Prediction(tuple(map(self._text, tokens)),
+                                              tuple(map(float, scores_BN[i])), tokens)
+        for row_id, prediction in zip(ids, predictions, strict=True):
+            self._look_at(int(row_id), prediction.scores[0], prediction.texts[0])
+        return predictions
 
     def score(self, params, inputs: Sequence[Text], targets: Sequence[Text],
               row_ids: Sequence[int] | None = None) -> list[float]:
@@ -147,7 +163,7 @@ class Predictor:
         length = self._targets_length
         if not self._kind.shares_row:
             target_rows = [t for _, t in pairs]
-            batch = self._encoder_rows([i for i, _ in pairs])
+            batch = self._encoder_rows([i for i, _ in pairs], self._inputs_length)
         else:
             batch, target_rows = {}, [[*i, *t] for i, t in pairs]
         tokens = self._pad(target_rows, length)
@@ -178,12 +194,11 @@ class Predictor:
         """The batch on the devices, sharded as in training."""
         return {name: self._place(x) for name, x in batch.items()}
 
-    def _prompts(self, inputs: Sequence[Text]) -> dict[str, np.ndarray]:
-        ids = [self._inputs(text, self._inputs_length) for text in inputs]
+    def _prompts(self, ids: Sequence[Sequence[int]], width: int) -> dict[str, np.ndarray]:
         if not self._kind.shares_row:
-            return self._encoder_rows(ids)
+            return self._encoder_rows(ids, width)
         prompts = [[self._start, *row] for row in ids]
-        width = self._inputs_length + 1
+        width = width + 1
         lengths = np.maximum(_column(map(len, prompts), self.batch_size), 1)
         batch = {"decoder_prompt_tokens": self._pad(prompts, width),
                  "decoder_prompt_lengths": lengths[:, 0].astype(np.int32)}
@@ -191,11 +206,10 @@ class Predictor:
             batch["decoder_prefix"] = (np.arange(width) < lengths).astype(np.int32)
         return batch
 
-    def _encoder_rows(self, ids: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
-        batch = {"encoder_input_tokens": self._pad(ids, self._inputs_length)}
+    def _encoder_rows(self, ids: Sequence[Sequence[int]], width: int) -> dict[str, np.ndarray]:
+        batch = {"encoder_input_tokens": self._pad(ids, width)}
         if data_vocabulary.zero_in_rows(self._vocabulary):
-            batch["encoder_segment_ids"] = self._pad(
-                [[1] * len(row) for row in ids], self._inputs_length)
+            batch["encoder_segment_ids"] = self._pad([[1] * len(row) for row in ids], width)
         return batch
 
     def _inputs(self, text: Text, room: int) -> list[int]:
@@ -258,6 +272,13 @@ class Predictor:
     def _ids(self, text: Text) -> list[int]:
         ids = self._vocabulary.encode(text) if isinstance(text, str) else list(map(int, text))
         return ids[:-1] if ids and ids[-1] == self._eos else ids
+
+    def _grouped(self, lengths: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+        """(width, places of the rows in `lengths`) of each batch: rows of one width together."""
+        for width, lower in zip(self.widths, (*self.widths[1:], -1), strict=True):
+            rows = [i for i, length in enumerate(lengths) if lower < length <= width]
+            for batch in self._batches(len(rows)):
+                yield width, [rows[i] for i in batch]
 
     def _batches(self, count: int) -> Iterator[range]:
         for start in range(0, count, self.batch_size):

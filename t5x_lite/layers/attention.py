@@ -196,14 +196,15 @@ class Attention(nnx.Module):
         else:
             k, v = kv
         # Zeroing a value is dropping its probability for every query at once.
-        v = dropout(v.astype(self.dtype), config.dropout_rate, key, "act_batch", "act_kv_heads",
-                    "act_keys", None, broadcast_dims=(3,))
-        k, v = _for_queries(k.astype(self.dtype), v, config)
+        v = dropout(v, config.dropout_rate, key, "act_batch", "act_kv_heads", "act_keys", None,
+                    broadcast_dims=(3,))
+        k, v = _for_queries(k, v, config)
+        q = q.astype(k.dtype)   # a cache may be wider: products.read_as
         chosen = attention_implementations.choose(
             config.implementation, q, k, masking=masking, softcap=config.logit_softcap,
             bias=bias is not None or relative is not None)
         terms = Terms(bias, relative, config.logit_softcap)
-        y = attend(chosen, q, k, v, terms, masking, config.chunk)
+        y = attend(chosen, q, k, v, terms, masking, config.chunk).astype(self.dtype)
         y = y.transpose(0, 2, 1, 3)
         y = sharding.reshape(y, (*y.shape[:2], config.num_heads * config.head_dim), *flat)
         y = tag(y, "context")

@@ -26,7 +26,7 @@ from t5x_lite.layers.moe import MoE
 from t5x_lite.layers.norm import Norm
 from t5x_lite.layers.position import POSITIONS, PositionBias, make_bias
 from t5x_lite.models.config import BlockConfig, SegmentConfig, StackConfig
-from t5x_lite.parallel import sharding
+from t5x_lite.parallel import products, sharding
 from t5x_lite.parallel.pipeline import run_layers
 from t5x_lite.parallel.remat import tag
 
@@ -361,7 +361,8 @@ class Stack(nnx.Module):
             for i, block in enumerate(segment.blocks):
                 attention = block.self_attention
                 shape = (segment.repeats, batch, attention.kv_heads, length, attention.head_dim)
-                empty = sharding.shard(jnp.zeros(shape, self.dtype), None, "act_batch",
+                kept = products.read_as(self.dtype)
+                empty = sharding.shard(jnp.zeros(shape, kept), None, "act_batch",
                                        "act_kv_heads", "act_keys", None)
                 cache = {"self_attention": {"key": empty, "value": empty}}
                 if encoded is not None:
@@ -369,6 +370,7 @@ class Stack(nnx.Module):
                     _, kv, _ = run_layers(
                         lambda x, module, xs, inputs: (x, module.project_kv(x, None)), module,
                         encoded, (), (), repeats=segment.repeats, scan=True, remat_policy="none")
-                    cache["cross_attention"] = {"key": kv[0], "value": kv[1]}
+                    cache["cross_attention"] = {
+                        "key": kv[0].astype(kept), "value": kv[1].astype(kept)}
                 caches[name][f"block_{i}"] = cache
         return caches

@@ -7,7 +7,7 @@ Shape letters: B batch, L length, S key length, D model, V vocabulary.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from t5x_lite.models import parametrization
 from t5x_lite.models.blocks import RESIDUALS, Stack, add_aux
 from t5x_lite.models.config import BlockConfig, ModelConfig, StackConfig
 from t5x_lite.models.params import ParamInfo
-from t5x_lite.parallel import remat, sharding
+from t5x_lite.parallel import products, remat, sharding
 
 Batch = Mapping[str, jax.Array]
 
@@ -122,13 +122,17 @@ class LanguageModel(nnx.Module):
         """What `head` needs."""
         return self.gather_head(self.stored_head())
 
-    def head(self, params: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
-        """Hidden states [..., D] -> float32 logits [..., V]."""
+    def head(self, params: Mapping[str, jax.Array], x: jax.Array,
+             product: Callable = sharding.product) -> jax.Array:
+        """Hidden states [..., D] -> float32 logits [..., V].
+
+        product: see sharding.dense; the default rounds the logits to the compute dtype.
+        """
         scale, softcap = self.config.logits_scale, self.config.logits_softcap
         if scale != 1.0:
             x = x * jnp.asarray(scale, x.dtype)
         middle = ("act_length",) if x.ndim == 3 else ()
-        logits = sharding.dense(x, params["kernel"], ("act_batch", *middle, "act_vocab"))
+        logits = sharding.dense(x, params["kernel"], ("act_batch", *middle, "act_vocab"), product)
         logits = logits.astype(jnp.float32)
         if "bias" in params:
             logits = logits + params["bias"]
@@ -144,7 +148,8 @@ class LanguageModel(nnx.Module):
             head: `head_params`, made outside of a loop over tokens.
         """
         x, cache = self._decode(self.embed(tokens), tokens, cache)
-        return self.head(self.head_params() if head is None else head, x), cache
+        head = self.head_params() if head is None else head
+        return self.head(head, x, products.wide), cache
 
     def _decode(self, x: jax.Array, tokens: jax.Array, cache: dict) -> tuple[jax.Array, dict]:
         """Runs the decoder: embedded tokens x_BLD -> hidden states x_BLD before the logits, and the

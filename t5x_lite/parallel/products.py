@@ -35,6 +35,19 @@ def chip_multiplies_bfloat16() -> bool:
     return any(flag in flags.split() for flag in _FLAGS)
 
 
+def read_as(dtype: jnp.dtype) -> jnp.dtype:
+    """The type that products of a cache in this type read: a CPU widens 16-bit ones to float32, which
+    a cache is better kept in than widened at every token."""
+    return jnp.dtype(jnp.float32) if platform() == "cpu" and jnp.dtype(dtype).itemsize == 2 \
+        else jnp.dtype(dtype)
+
+
+def wide(x: jax.Array, w: jax.Array, spec: PartitionSpec | None) -> jax.Array:
+    """x_…D @ w_DF with a float32 result, whatever the operands' type; for use without a gradient."""
+    return jnp.einsum("...D,DF->...F", x, w, preferred_element_type=jnp.float32,
+                      out_sharding=spec)
+
+
 def applies(x: jax.Array, w: jax.Array) -> bool:
     """Whether `product` is the way to multiply these: two bfloat16 matrices on such a CPU.
 

@@ -420,14 +420,14 @@ def einsum(equation: str, *operands: jax.Array, out: Axes, **kwargs) -> jax.Arra
     return jnp.einsum(equation, *operands, out_sharding=spec(*out), **kwargs)
 
 
-def _product(x: jax.Array, w: jax.Array, spec: PartitionSpec | None) -> jax.Array:
+def product(x: jax.Array, w: jax.Array, spec: PartitionSpec | None) -> jax.Array:
     if products.applies(x, w):
         return products.product(x, w, spec)
     return jnp.einsum("...D,DF->...F", x, w, out_sharding=spec)
 
 
 def dense(x: jax.Array, w: jax.Array, out: Axes,
-          product: Callable[[jax.Array, jax.Array, PartitionSpec | None], jax.Array] = _product
+          product: Callable[[jax.Array, jax.Array, PartitionSpec | None], jax.Array] = product
           ) -> jax.Array:
     """x_…D @ w_DF with logical axes `out` on the result.
 

@@ -374,6 +374,25 @@ def test_cached_decoding_equals_teacher_forcing(name):
     close(found, expected)
 
 
+@pytest.mark.parametrize("name", ["per_layer_bias", "grouped_rotary_parallel"])
+def test_cached_decoding_in_bfloat16_keeps_what_a_cpu_reads(name):
+    """The cache is float32 there, its numbers are bfloat16's, and the logits of teacher forcing are
+    met as closely as that type can."""
+    config = CACHED[name]
+    model = Model(config, jnp.bfloat16)
+    params = jit(model.init)(jax.random.key(1))
+    batch = make_batch(config, rows=3, target=7)
+    expected = jit(functools.partial(logits_of, model))(params, batch)
+    found = jit(lambda p, b: decoded_logits(model, p, b, (3, 1, 5)))(params, batch)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, atol=0.03 * float(np.abs(expected).max()))
+    cache = jit(lambda p, b: model.bind(p).init_cache(b, 4))(params, batch)
+    kept = [x for x in jax.tree.leaves(cache["layers"])]
+    assert {x.dtype for x in kept} == {jnp.dtype("float32")}
+    for x in kept:
+        np.testing.assert_array_equal(x, x.astype(jnp.bfloat16).astype(jnp.float32))
+
+
 @pytest.mark.parametrize("axis", ["data", "stage"])
 def test_cached_decoding_over_a_mesh(axis):
     config, params, batch, _, _ = reference("encoder_decoder")

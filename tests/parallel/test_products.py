@@ -40,3 +40,18 @@ def test_dense_takes_it_with_any_leading_dims(monkeypatch):
     monkeypatch.setattr(products, "product", lambda *args: calls.append(1) or product(*args))
     y = sharding.dense(draw(0, 2, 3, 8), draw(1, 8, 4), ("act_batch", None, None))
     assert calls and y.shape == (2, 3, 4) and y.dtype == jnp.bfloat16
+
+
+def test_what_a_cpu_reads_of_a_cache(monkeypatch):
+    found = [products.read_as(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32)]
+    assert found == [jnp.float32] * 3
+    monkeypatch.setattr(products, "platform", lambda: "gpu")
+    assert products.read_as(jnp.bfloat16) == jnp.bfloat16
+
+
+def test_a_wide_product_is_not_rounded():
+    x, w = draw(0, 24, 40), draw(1, 40, 16)
+    y = products.wide(x, w, None)
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y, np.asarray(x, np.float64) @ np.asarray(w, np.float64), rtol=1e-5,
+                               atol=1e-5)
