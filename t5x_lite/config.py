@@ -30,6 +30,7 @@ from t5x_lite.training.batch_ramp import BatchRampConfig
 from t5x_lite.training.methods import OptimizerConfig
 from t5x_lite.training.objectives import ObjectiveConfig
 from t5x_lite.training.precision import LossScaleConfig
+from t5x_lite.training.trackers import TrackConfig
 
 BAD_STEPS = ("stop", "skip")
 
@@ -116,6 +117,7 @@ class RunConfig:
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    track: TrackConfig = TrackConfig()   # W&B, trackio
     mesh: MeshConfig = MeshConfig()
     sharding: ShardingConfig = dataclasses.field(default_factory=ShardingConfig)
     precision: str = "float32"      # a name of precision.POLICIES

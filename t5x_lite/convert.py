@@ -48,9 +48,10 @@ import numpy as np
 from absl import flags
 
 from t5x_lite import files, init_from, log, tree
-from t5x_lite.checkpoints import manager
+from t5x_lite.checkpoints import format as checkpoint_format, manager
 from t5x_lite.checkpoints.manager import CheckpointConfig, Checkpointer
 from t5x_lite.config import RunConfig, saved, to_json
+from t5x_lite.data import tasks
 from t5x_lite.errors import UserError, nearest
 from t5x_lite.formats import hf, hf_card, hf_lora, hub, mesh_tf, t5x
 from t5x_lite.formats.mapping import ForeignModel, Tensors, num_bytes
@@ -235,7 +236,21 @@ def _write_hf(folder: pathlib.Path, source: str, model: ForeignModel, dtypes: Ma
                    max_bytes=int(options.max_file_gb * 1e9),
                    progress=lambda path: _progress(next(done), model, path))
     if not source.startswith(("hf:", "t5x:", "mtf:")):
-        hf_card.write(folder, manager.read_record(source, _step(options)), source)
+        record = manager.read_record(source, _step(options))
+        hf_card.write(folder, record, source,
+                      None if hf_card.has_tokenizer(folder) else _vocabulary(record))
+
+
+def _vocabulary(record: checkpoint_format.Record) -> Any:
+    """The vocabulary of the run that wrote a checkpoint; None, which is said, where there is none."""
+    data = saved(record.config).data
+    if not data.vocabulary and not data.train:
+        return None
+    try:
+        return tasks.vocabulary_of(data)
+    except (UserError, ImportError) as error:
+        log.say(f"no tokenizer is written: {error}")
+        return None
 
 
 def _hf_files(source: str) -> files.Path | None:

@@ -6,6 +6,9 @@ appends them to WORKDIR/eval.jsonl. Only parameters are read, on any mesh.
 
 Without a workdir, a config's own init_from is evaluated (see init_from.py) and printed:
 `python -m t5x_lite.eval --config=configs/t5_1_1.py:small --config.init_from=hf:DIR`.
+
+`--harness=TASK,TASK` evaluates on tasks of lm-evaluation-harness instead (extra [lm_eval]),
+`--harness_tasks=FOLDER` adds your own, one YAML file each; see evaluation/harness.py.
 """
 
 if __name__ == "__main__":   # --help is answered before what is slow to import
@@ -14,6 +17,7 @@ if __name__ == "__main__":   # --help is answered before what is slow to import
     from t5x_lite import manual
     manual.answer(__file__, sys.argv)
 
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -61,6 +65,33 @@ def run(config: RunConfig, workdir: files.Path | None, steps: Sequence[int | str
     return results
 
 
+@dataclasses.dataclass(frozen=True)
+class Harness:
+    """What the --harness flags ask for."""
+
+    tasks: Sequence[str]
+    folder: str = ""                # of further tasks as YAML
+    arguments: str = ""             # of the model, "max_length=512,start=True"
+    limit: int = 0                  # examples a task; 0: all
+    num_fewshot: int | None = None   # None: as the tasks say
+
+
+def run_harness(config: RunConfig, workdir: files.Path | None, steps: Sequence[int | str],
+                asked: Harness) -> dict[int, dict[str, dict[str, float]]]:
+    """As `run`, on tasks of lm-evaluation-harness; says its table of each step."""
+    from t5x_lite.evaluation import harness  # an extra
+    program = build(config)
+    results = {}
+    for step in steps:
+        with program.activate():
+            params, found = init_from.restore(program, workdir, step)
+        model = harness.model_of(program, params, asked.arguments)
+        results[found], table = harness.evaluate(model, asked.tasks, asked.folder, asked.limit,
+                                                 asked.num_fewshot)
+        log.say(f"step {found}, max_length={model.max_length}\n{table}")
+    return results
+
+
 def write(workdir: files.Path, results: dict[int, dict[str, dict[str, float]]]) -> None:
     """Appends one JSON line a step and task to WORKDIR/eval.jsonl."""
     if not log.is_main():
@@ -76,13 +107,22 @@ def write(workdir: files.Path, results: dict[int, dict[str, dict[str, float]]]) 
 if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run to evaluate.")
     _STEP = flags.DEFINE_string("step", "last", "all, last or the number of a step.")
+    _HARNESS = flags.DEFINE_list("harness", [], "Tasks of lm-evaluation-harness, by commas.")
+    _TASKS = flags.DEFINE_string("harness_tasks", "", "A folder of further ones as YAML files.")
+    _ARGUMENTS = flags.DEFINE_string("harness_args", "", "max_length=N,max_gen_toks=N,start=True,…")
+    _LIMIT = flags.DEFINE_integer("harness_limit", 0, "Examples a task of it; 0: all.")
+    _FEWSHOT = flags.DEFINE_integer("harness_fewshot", None, "Solved examples before each.")
     _CONFIG = cli.define_config()
 
     def main() -> None:
         config, workdir = cli.saved_or_given(_WORKDIR.value, _CONFIG)
-        if workdir is None:
-            run(config, None, [0])
+        steps = [0] if workdir is None else steps_to_evaluate(workdir, _STEP.value)
+        if _HARNESS.value:
+            results = run_harness(config, workdir, steps, Harness(
+                _HARNESS.value, _TASKS.value, _ARGUMENTS.value, _LIMIT.value, _FEWSHOT.value))
         else:
-            write(workdir, run(config, workdir, steps_to_evaluate(workdir, _STEP.value)))
+            results = run(config, workdir, steps)
+        if workdir is not None:
+            write(workdir, results)
 
     cli.run(main)

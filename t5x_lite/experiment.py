@@ -13,6 +13,11 @@ metrics.jsonl of all runs become a table and a plot:
 `--override=train.num_steps=50` changes a field of every run, `--only=REGEX` runs the
 folders that match, `--config=FILE:ARG` hands ARG to get_runs, `--over=FLOPs --log=xy` chooses the
 plot's axes (step, tokens, FLOPs, parameters or hours).
+
+`--launcher=local:2` runs two at a time on this machine, `--launcher=slurm` gives every run a job of a
+Slurm cluster (running/launchers.py): the same folders, failures listed at the end, exit status 1 if
+there were any. `--shard=2/4` runs the second of four parts, each of whole arms and seeds, for machines
+that share a disk and no scheduler; the last of them, or --launcher=local afterwards, has the whole table.
 """
 
 if __name__ == "__main__":   # --help is answered before what is slow to import
@@ -22,22 +27,30 @@ if __name__ == "__main__":   # --help is answered before what is slow to import
     manual.answer(__file__, sys.argv)
 
 import dataclasses
+import functools
 import importlib.util
 import io
 import json
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
+from typing import Any
 
+from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read on import
+
+# isort: split
+
+import jax
 from absl import flags
 
-from t5x_lite import cli, config as configs, files, log, train
+from t5x_lite import config as configs, files, log, train
 from t5x_lite.checkpoints import manager
 from t5x_lite.config import RunConfig
 from t5x_lite.errors import UserError, one_of
 from t5x_lite.reporting import figure, runs as reporting_runs
+from t5x_lite.running import launchers
 from t5x_lite.training import metrics
 
 
@@ -98,6 +111,37 @@ def execute(runs: Sequence[Run], workdir: files.Path) -> None:
         train.run(config, folder)
 
 
+def launched(runs: Sequence[Run], workdir: files.Path, where: str, arguments: Sequence[str],
+             options: Mapping[str, Any]) -> dict[str, str]:
+    """As `execute`, by a launcher; {folder: why it failed}.
+
+    Args:
+        where: "local:2" or "slurm", see running/launchers.py.
+        arguments: of this command, that every run is started with.
+        options: of the cluster.
+    """
+    tasks = [launchers.Task(
+        run.folder, (*arguments, f"--only=^{re.escape(run.folder)}$", "--nogather"),
+        functools.partial(is_finished, workdir / run.folder, run.config),
+        run.after and dataclasses.replace(run, stage=run.after).folder) for run in runs]
+    return launchers.run_all(tasks, launchers.make(where, workdir, options), workdir)
+
+
+def shard_of(runs: Sequence[Run], text: str) -> list[Run]:
+    """The runs of part i of n, "i/n"; an arm's stages of one seed stay together.
+
+    Raises:
+        UserError: not two numbers with 1 <= i <= n.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    part, parts = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= part <= parts:
+        raise UserError(f"--shard={text}: must be i/n, the part and how many there are: 1/4 … 4/4.")
+    chains = list(dict.fromkeys((run.arm, run.seed) for run in runs))
+    ours = set(chains[part - 1::parts])
+    return [run for run in runs if (run.arm, run.seed) in ours]
+
+
 def final_values(runs: Sequence[Run], workdir: files.Path) -> dict[str, dict[str, float]]:
     """{folder: the held-out metrics of its last evaluation, "TASK/METRIC": value}."""
     results = {}
@@ -156,6 +200,9 @@ def draw(runs: Sequence[Run], workdir: files.Path, metric: str, path: files.Path
     over: a key of reporting/runs.AXES. log_axes: "x", "y" or "xy" have logarithmic scales.
     """
     folders = {workdir / run.folder for run in runs}
+    if not any((folder / "metrics.jsonl").is_file() for folder in folders):
+        log.say(f"{path.name} is not drawn: no run has taken a step")
+        return
     read = [run for run in reporting_runs.find([str(workdir)]) if run.folder in folders]
     if not any(reporting_runs.curve(run, metric, over) for run in read):
         known = ", ".join(reporting_runs.metrics_of(read)) or "none"
@@ -169,9 +216,11 @@ def draw(runs: Sequence[Run], workdir: files.Path, metric: str, path: files.Path
 
 
 def run(path: str, workdir: str | os.PathLike, *, overrides: Sequence[str] = (), only: str = "",
-        over: str = "", log_axes: str | None = None) -> str:
-    """Runs an experiment and returns its table; the config may define
+        over: str = "", log_axes: str | None = None, shard: str = "1/1", launcher: str = "local",
+        options: Mapping[str, Any] | None = None, gather: bool = True) -> str:
+    """Runs an experiment and returns its table, "" without `gather`; the config may define
 
+        SLURM       options of the cluster for --launcher=slurm; `options` stand over them
         SHOWN       the metrics of the table, "TASK/METRIC", or "*/METRIC" where the task is an
                     argument (default: all/loss)
         PLOTTED     the metric of the plot (default: eval/ and the first of SHOWN)
@@ -186,10 +235,31 @@ def run(path: str, workdir: str | os.PathLike, *, overrides: Sequence[str] = (),
                       ("", "x", "y", "xy"))
     runs = [dataclasses.replace(r, config=configs.override(r.config, overrides))
             for r in (module.get_runs(argument) if argument else module.get_runs())]
-    chosen = [r for r in runs if re.search(only, r.folder)]
+    chosen = [r for r in shard_of(runs, shard) if re.search(only, r.folder)]
     if not chosen:
-        raise UserError(f"--only={only!r} matches none of {[r.folder for r in runs]}.")
-    execute(chosen, workdir)
+        raise UserError(f"--only={only!r} of --shard={shard} matches none of "
+                        f"{[r.folder for r in runs]}.")
+    failures: dict[str, str] = {}
+    if launchers.is_here(launcher):
+        execute(chosen, workdir)
+    else:
+        files.local(workdir, "--workdir with --launcher")   # what the runs print is read there
+        arguments = (f"--config={path}", f"--workdir={workdir}",
+                     *(f"--override={text}" for text in overrides))
+        of_config = getattr(module, launchers.kind_of(launcher).options or "", {})
+        failures = launched(chosen, workdir, launcher, arguments, {**of_config, **(options or {})})
+    text = _gathered(module, runs, workdir, over, log_axes) if gather else ""
+    if failures:
+        listed = "\n".join(f"  {name}: {reason}" for name, reason in failures.items())
+        log.say(f"{len(failures)} of {len(chosen)} runs failed:\n{listed}\nThe same command runs them "
+                "again and goes on from what they saved.")
+        raise SystemExit(1)
+    return text
+
+
+def _gathered(module: ModuleType, runs: Sequence[Run], workdir: files.Path, over: str,
+              log_axes: str) -> str:
+    """Writes results.md, results.json and curves.png of what there is; returns the table."""
     shown = getattr(module, "SHOWN", ("all/loss",))
     text = summary(runs, workdir, shown)
     if hasattr(module, "conclude"):
@@ -211,11 +281,20 @@ if __name__ == "__main__":
     _ONLY = flags.DEFINE_string("only", "", "Regex: only the runs whose folder it finds.")
     _OVER = flags.DEFINE_string("over", "", "The plot's x axis: step, tokens, FLOPs, parameters …")
     _LOG = flags.DEFINE_string("log", None, "Logarithmic axes of the plot: x, y or xy.")
+    _SHARD = flags.DEFINE_string("shard", "1/1", "i/n: only part i of n of the arms and seeds.")
+    _LAUNCHER = flags.DEFINE_string("launcher", "local", "local, local:N (N at a time) or slurm.")
+    _OPTION = flags.DEFINE_multi_string("slurm", [], "option=value of the cluster: timeout_min=600.")
+    _GATHER = flags.DEFINE_bool("gather", True, "Write the table and plot of all runs at the end.")
 
     def main() -> None:
         if not _CONFIG.value:
             raise UserError("--config is missing: a file of configs/experiments/.")
+        if not launchers.is_here(_LAUNCHER.value):
+            jax.config.update("jax_platforms", "cpu")   # whatever JAX_PLATFORMS says to the runs
         run(_CONFIG.value, cli.workdir(_WORKDIR.value), overrides=_OVERRIDE.value,
-            only=_ONLY.value, over=_OVER.value, log_axes=_LOG.value)
+            only=_ONLY.value, over=_OVER.value, log_axes=_LOG.value, shard=_SHARD.value,
+            launcher=_LAUNCHER.value, options=launchers.options_of(_OPTION.value),
+            gather=_GATHER.value)
 
-    cli.run(main)
+    # What only starts others is no process of a run, and takes no device from them.
+    cli.run(main, alone=lambda: not launchers.is_here(_LAUNCHER.value))

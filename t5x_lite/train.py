@@ -58,8 +58,8 @@ from t5x_lite.running.ahead import Ahead
 from t5x_lite.running.clock import LOST, Clock, Watchdog
 from t5x_lite.running.counts import Counts
 from t5x_lite.running.health import Fault, Health, Step
-from t5x_lite.running.signals import Stop, stopped_status
-from t5x_lite.training import batch_ramp, metrics, schedules
+from t5x_lite.running.signals import Stop, Stopped, stopped_status
+from t5x_lite.training import batch_ramp, metrics, schedules, trackers
 from t5x_lite.training.steps import FILLED, FINITE
 
 # Load entropy of a mixture, as a share of a uniform load's, below which a run warns: 8 experts
@@ -101,7 +101,7 @@ def run(config: RunConfig, workdir: str | os.PathLike, clock: Clock | None = Non
         UserError: a config that cannot be, a workdir of another model or in use, processes that
             disagree, data that are missing or empty, a step that is not finite, a bucket that cannot
             be reached or written to.
-        SystemExit: a signal asked for the end, and the run is saved.
+        Stopped: a signal asked for the end, and the run is saved.
     """
     workdir, clock, where = files.path(workdir), clock or Clock(), _Where()
     stopped_status(os.environ)   # refused at the start, not at the end
@@ -216,7 +216,8 @@ def _loop(session: _Session, start: Start, compiled: Callable | None, where: _Wh
     compiled_rows = _rows(config, first + 1)
     held_out: dict[str, dict[str, float]] = {}
     stopping = False
-    with metrics.MetricsWriter(session.workdir, resume_step=first) as writer:
+    tracked = trackers.Trackers(config.track, session.workdir, json.loads(to_json(config)))
+    with metrics.MetricsWriter(session.workdir, first, tracked) as writer:
         meter = _Meter(session, writer, first, start.record)
         for step in range(first + 1, last + 1):
             where.step, where.rows = step, meter.counts.rows
@@ -244,7 +245,7 @@ def _loop(session: _Session, start: Start, compiled: Callable | None, where: _Wh
     if stopping:
         log.say(f"stopped by {session.stop.name or 'SIGTERM'} after step {step}, which is saved; "
                 f"the same command goes on from there")
-        raise SystemExit(stopped_status(os.environ))
+        raise Stopped(stopped_status(os.environ), session.stop.name)
     meter.refuse_a_run_without_updates()
     if config.eval.samples and evaluator.has_data:
         _show_samples(session, evaluator, state)
@@ -333,7 +334,7 @@ class _Meter:
             devices[0].device_kind, num_chips=hardware.count_chips(devices),
             dtype=program.policy.matmul_dtype, num_processes=jax.process_count(),
             before=memory.get("usage") or _usage_until(session.workdir), lost_seconds=lost)
-        self._flops_then = self.counts.flops
+        self._flops_then, self._tokens_then = self.counts.flops, self.counts.tokens
         self._fresh = True
         self._warned: set[str] = set()
 
@@ -352,9 +353,10 @@ class _Meter:
                 "lr": self._rate, "phase": schedules.phase(schedule, step - 1)}
 
     def _used(self) -> dict[str, float | str]:
-        """Chip-hours, energy, carbon and MFU, as usage.UsageMeter gives them."""
+        """Chip-hours, energy, carbon, MFU and tokens a second, as usage.UsageMeter gives them."""
         flops, self._flops_then = self.counts.flops - self._flops_then, self.counts.flops
-        return self._usage.read(flops)
+        tokens, self._tokens_then = self.counts.tokens - self._tokens_then, self.counts.tokens
+        return self._usage.read(flops, tokens)
 
     def read_pending(self) -> None:
         """Waits for the pending step's metrics and handles them.

@@ -32,6 +32,7 @@ class UsageMeter:
             lost_seconds: that it ran after those figures, for nothing.
         """
         before = before or {}
+        self._name = device_kind
         try:
             self._chip = hardware.lookup(device_kind)
         except UserError:
@@ -51,13 +52,14 @@ class UsageMeter:
         return {"chip_hours": hours,
                 "energy_kwh": self._joules * energy.PUE_GOOGLE_2020 / JOULES_PER_KWH}
 
-    def read(self, flops: float) -> dict[str, float | str]:
+    def read(self, flops: float, tokens: int = 0) -> dict[str, float | str]:
         """The figures of one line of metrics.jsonl.
 
         Args:
-            flops: model FLOPs of the whole run since the previous read.
+            flops, tokens: model FLOPs and tokens of the whole run since the previous read.
         Returns:
-            chip_hours, and, where they are known: mfu (since the previous read), watts (of the
+            chip_hours and what chip that is ("cpu" where it is none), tokens_per_second (since the
+            previous read), and, where they are known: mfu (since the previous read), watts (of the
             whole run) and power_source, energy_kwh (times the PUE of energy.PUE_GOOGLE_2020),
             co2e_kg (at the US mean) and dollars (at the list price).
         """
@@ -65,7 +67,9 @@ class UsageMeter:
         seconds, self._then = now - self._then, now
         self._seconds += seconds
         chip_hours = self._chips * self._seconds / energy.SECONDS_PER_HOUR
-        figures: dict[str, float | str] = {"chip_hours": chip_hours}
+        figures: dict[str, float | str] = {"chip_hours": chip_hours, "chip": self._name}
+        if seconds > 0:
+            figures["tokens_per_second"] = tokens / seconds
         if self._peak is not None and seconds > 0:
             figures["mfu"] = flops / seconds / (self._chips * self._peak)
         watts, source = self._watts(self._meter.read())
@@ -88,7 +92,8 @@ class UsageMeter:
 
 def describe(used: Mapping[str, float | str]) -> str:
     """The sums of UsageMeter.read in a line, with where the power comes from."""
-    parts = [f"{used['chip_hours']:.3g} chip-hours"]
+    hours = "hours on CPU devices" if used["chip"] == "cpu" else "chip-hours"
+    parts = [f"{used['chip_hours']:.3g} {hours}"]
     if "energy_kwh" in used:
         parts += [f"{used['energy_kwh']:.3g} kWh with PUE {energy.PUE_GOOGLE_2020:.2f} (power: "
                   f"{used['power_source']})", f"{used['co2e_kg']:.3g} kg CO2e"]

@@ -93,7 +93,8 @@ class TokenizerJson(seqio.Vocabulary):
         self.zero_is_text = not (0 in self._added and self._added[0].special)
         self.zero_in_rows = self.zero_is_text or 0 in (self._eos, self._unk)
         front = self.tokenizer.encode("").ids
-        if front and front[0] != self._eos:
+        self.starts_texts = bool(front and front[0] != self._eos)   # as transformers reads them
+        if self.starts_texts:
             self.start_id = front[0]
         else:
             self.start_id = self._eos if self.zero_is_text else 0

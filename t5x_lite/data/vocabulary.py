@@ -93,6 +93,33 @@ def pieces_of_folder(folder: files.Path) -> list[str]:
     return []
 
 
+def tokenizer_files(vocabulary: "seqio.Vocabulary", starts: bool
+                    ) -> tuple[dict[str, bytes], dict[str, int]]:
+    """({file: content} that AutoTokenizer of transformers reads as this vocabulary, what config.json
+    says of its ids); empty ones of a kind that transformers does not have.
+
+    starts: whether the model reads a start token before a text, as decoder-only ones do.
+    """
+    import seqio
+    if isinstance(vocabulary, seqio.ByteVocabulary):
+        return {"tokenizer_config.json": _json({"tokenizer_class": "ByT5Tokenizer"})}, {}
+    if isinstance(vocabulary, seqio.SentencePieceVocabulary):
+        return {"spiece.model": vocabulary.sp_model, "tokenizer_config.json": _json(
+            {"tokenizer_class": "T5Tokenizer", "extra_ids": vocabulary.extra_ids})}, {}
+    content = getattr(vocabulary, "content", b"")   # of a tokenizer.json
+    if not content:
+        return {}, {}
+    ids = {"eos_token": vocabulary.eos_id} | ({"bos_token": start_id(vocabulary)} if starts else {})
+    names = {name: vocabulary.tokenizer.id_to_token(i) for name, i in ids.items()}
+    return {"tokenizer.json": content, "tokenizer_config.json": _json(
+        {"tokenizer_class": "PreTrainedTokenizerFast", **names})}, {
+            f"{name}_id": i for name, i in ids.items()}
+
+
+def _json(value: dict) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
 _BYTE_PIECES = ["<pad>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
 
 

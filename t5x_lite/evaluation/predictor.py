@@ -291,15 +291,19 @@ class Predictor:
         return table
 
     def _place(self, array: np.ndarray) -> jax.Array:
-        program = self._program
-        where = sharding.named_sharding(program.mesh, program.rules,
-                                        ("act_batch", "act_length")[:array.ndim])
-        return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+        return place(self._program, array)
 
     def _text(self, ids: Sequence[int]) -> str:
         ids = list(map(int, ids))
         end = ids.index(self._eos) if self._eos in ids else len(ids)
         return data_vocabulary.text_of(self._vocabulary, ids[:end])
+
+
+def place(program: Program, array: np.ndarray) -> jax.Array:
+    """An array [B] or [B, L], whole in every process, on the devices as in training."""
+    where = sharding.named_sharding(program.mesh, program.rules,
+                                    ("act_batch", "act_length")[:array.ndim])
+    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 
 
 def task_metrics(predictor: Predictor, params, task, examples: Sequence[Mapping]

@@ -5,21 +5,33 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from t5x_lite import files
+from t5x_lite import files, log
 from t5x_lite.checkpoints.format import Record
+from t5x_lite.data import vocabulary as data_vocabulary
 from t5x_lite.formats import safetensors
 
+_TOKENIZERS = ("tokenizer.json", "spiece.model", "tokenizer.model", "tokenizer_config.json")
 
-def write(folder: pathlib.Path, record: Record, workdir: str) -> None:
+
+def has_tokenizer(folder: pathlib.Path) -> bool:
+    """Whether a folder holds files that AutoTokenizer reads."""
+    return any((folder / name).exists() for name in _TOKENIZERS)
+
+
+def write(folder: pathlib.Path, record: Record, workdir: str,
+          vocabulary: Any = None) -> None:
     """Adds to a folder that hf.write_model wrote; files that are there already stay.
 
     Args:
         record: of the exported checkpoint: its step and its run's config.
         workdir: whose metrics the card quotes.
+        vocabulary: the run's seqio.Vocabulary, of which a tokenizer is made where the folder has none.
     """
     config = record.config
-    _tokenizer(folder, config.get("data", {}).get("vocabulary", ""))
     written = safetensors.read_json(folder / "config.json")
+    if vocabulary is not None and not has_tokenizer(folder):
+        written |= _tokenizer(folder, vocabulary, written)
+        _write_json(folder / "config.json", written)
     if not (folder / "generation_config.json").exists():
         names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
         ids = {name: written[name] for name in names if written.get(name) is not None}
@@ -28,21 +40,16 @@ def write(folder: pathlib.Path, record: Record, workdir: str) -> None:
         (folder / "README.md").write_text(_card(config, record.step, files.path(workdir)))
 
 
-def _tokenizer(folder: pathlib.Path, vocabulary: str) -> None:
-    """The run's vocabulary in the files that AutoTokenizer reads, where it is such a file."""
-    source = files.path(vocabulary).expanduser()
-    held = ("tokenizer.json", "spiece.model", "tokenizer.model", "tokenizer_config.json")
-    if any((folder / name).exists() for name in held):
-        return
-    if vocabulary == "byt5":
-        _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "ByT5Tokenizer"})
-    elif source.is_file() and source.name.endswith(".json"):
-        files.copy(source, folder / "tokenizer.json")
-        _write_json(folder / "tokenizer_config.json",
-                    {"tokenizer_class": "PreTrainedTokenizerFast"})
-    elif source.is_file() and source.name.endswith(".model"):
-        files.copy(source, folder / "spiece.model")
-        _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer"})
+def _tokenizer(folder: pathlib.Path, vocabulary: Any, written: Mapping[str, Any]
+               ) -> dict[str, Any]:
+    """Writes the files that AutoTokenizer reads; returns what config.json says of its ids."""
+    found, ids = data_vocabulary.tokenizer_files(
+        vocabulary, starts=written.get("is_encoder_decoder") is not True)
+    if not found:
+        log.say(f"no tokenizer is written: transformers has none for {type(vocabulary).__name__}")
+    for name, content in found.items():
+        (folder / name).write_bytes(content)
+    return ids
 
 
 def _write_json(file: pathlib.Path, value: Mapping[str, Any]) -> None:

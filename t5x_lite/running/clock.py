@@ -99,8 +99,9 @@ class Clock:
         return f"goodput {self.goodput():.1%}{': ' if shown else ''}{shown}"
 
     def metrics(self) -> dict[str, float]:
-        """For a line of metrics.jsonl: goodput and the seconds of every phase."""
+        """For a line of metrics.jsonl: goodput, and the seconds of all phases and of every one."""
         return {"goodput": round(self.goodput(), 6),
+                "seconds": round(sum(self.seconds().values()), 3),
                 **{f"seconds/{name}": round(value, 3) for name, value in self.seconds().items()}}
 
 

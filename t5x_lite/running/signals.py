@@ -40,6 +40,14 @@ def stopped_status(environ: Mapping[str, str]) -> int:
     return int(value)
 
 
+class Stopped(SystemExit):
+    """The end of a run that saved because a signal asked it to stop; `name` is the signal's."""
+
+    def __init__(self, status: int, name: str):
+        super().__init__(status)
+        self.name = name
+
+
 class Stop:
     """Whether a signal asks the run to save and leave; a context around the run.
 

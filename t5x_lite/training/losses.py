@@ -221,13 +221,31 @@ def target_log_probs(head_fn: HeadFn, head_params: Any, hidden_BLD: jax.Array,
     """float32 log p(target)_BL a chunk at a time, for scoring (arguments as above).
 
     It can be differentiated, but then keeps every chunk's logits."""
+    def of_chunk(logits_BCV, targets_BC):
+        return -token_cross_entropy(logits_BCV, targets_BC)[0]
+
+    return _per_chunk(of_chunk, head_fn, head_params, hidden_BLD, targets_BL, chunk)
+
+
+def target_scores(head_fn: HeadFn, head_params: Any, hidden_BLD: jax.Array,
+                  targets_BL: jax.Array, *, chunk: int = 0) -> tuple[jax.Array, jax.Array]:
+    """(float32 log p(target)_BL, bool_BL whether the target is the most likely token); arguments as
+    above."""
+    def of_chunk(logits_BCV, targets_BC):
+        return (-token_cross_entropy(logits_BCV, targets_BC)[0],
+                _is_correct(logits_BCV, targets_BC) > 0)
+
+    return _per_chunk(of_chunk, head_fn, head_params, hidden_BLD, targets_BL, chunk)
+
+
+def _per_chunk(of_chunk, head_fn, head_params, hidden_BLD, targets_BL, chunk):
+    """of_chunk(logits_BCV, targets_BC) -> [B, C], or several, of every chunk of the length, joined."""
     def step(_, xs):
-        loss_BC, _ = token_cross_entropy(head_fn(head_params, xs[0]), xs[1])
-        return None, -loss_BC
+        return None, of_chunk(head_fn(head_params, xs[0]), xs[1])
 
     num_chunks = _num_chunks(head_fn, head_params, hidden_BLD, chunk)
-    return _join(jax.lax.scan(step, None, _split(num_chunks, hidden_BLD, targets_BL))[1],
-                 targets_BL)
+    found = jax.lax.scan(step, None, _split(num_chunks, hidden_BLD, targets_BL))[1]
+    return jax.tree.map(lambda x: _join(x, targets_BL), found)
 
 
 def choice_losses(log_probs_BL: jax.Array, segments_BL: jax.Array

@@ -14,6 +14,7 @@ import jax
 
 from t5x_lite import files, log, packages
 from t5x_lite.errors import UserError
+from t5x_lite.training.trackers import Trackers
 
 Sums = Mapping[str, tuple[Any, Any]]
 
@@ -85,10 +86,15 @@ class MetricsWriter:
 
     In a bucket the lines appear every half a minute (files.Growing), and with `sync`, which a run calls
     before it saves: what a checkpoint comes after is never missing.
+
+    Args:
+        trackers: are shown the same lines, and closed with this.
     """
 
-    def __init__(self, workdir: os.PathLike | str, resume_step: int = 0):
+    def __init__(self, workdir: os.PathLike | str, resume_step: int = 0,
+                 trackers: Trackers | None = None):
         self._file = self._board = self._folder = None
+        self._trackers = trackers
         self._torn = self._complained = False
         if jax.process_index() != 0:
             return
@@ -126,6 +132,8 @@ class MetricsWriter:
             self._append((json.dumps({**stamp, **shown}) + "\n").encode())
         if self._board is not None:
             self._show(int(stamp["step"]), named)
+        if self._trackers is not None:
+            self._trackers.write(int(stamp["step"]), {**stamp, **shown})
 
     def _append(self, line: bytes) -> None:
         # The end of a line that a full disk cut short makes one damaged line of it, not two.
@@ -155,7 +163,9 @@ class MetricsWriter:
         self._complained = True
 
     def close(self) -> None:
-        """Flushes and closes the files."""
+        """Flushes and closes the files, and the trackers' runs."""
+        if self._trackers is not None:
+            self._trackers.close()
         for file in filter(None, (self._file, self._board)):
             try:
                 file.close()

@@ -46,8 +46,8 @@ def test_the_tables_power_where_nothing_is_measured():
 @pytest.mark.parametrize("kind", ["cpu", "NVIDIA GeForce RTX 3060"])
 def test_a_device_that_the_table_lacks_has_what_was_measured_only(kind):
     meter = usage(kind, None, 65.0, num_chips=1)
-    assert meter.read(1e12) == {"chip_hours": 1.0}
-    assert meter.read(1e12).keys() == {"chip_hours", "watts", "power_source", "energy_kwh",
+    assert meter.read(1e12, 7200) == {"chip_hours": 1.0, "chip": kind, "tokens_per_second": 2.0}
+    assert meter.read(1e12).keys() == {"chip_hours", "chip", "tokens_per_second", "watts", "power_source", "energy_kwh",
                                        "co2e_kg"}
 
 
@@ -61,5 +61,6 @@ def test_a_run_that_goes_on_adds_to_what_it_had_used():
 def test_the_line_says_where_the_power_comes_from():
     assert describe(usage("TPU v3", None, num_chips=4).read(0.0)).startswith(
         "4 chip-hours, 1.25 kWh with PUE 1.10 (power: table: measured mean), 0.534 kg CO2e, $")
-    assert "(power: measured: nvml)" in describe(usage("cpu", 65.0, num_chips=1).read(0.0))
+    cpu = describe(usage("cpu", 65.0, num_chips=1).read(0.0))
+    assert "(power: measured: nvml)" in cpu and cpu.startswith("1 hours on CPU devices, ")
     assert "energy unknown" in describe(usage("cpu", None, num_chips=1).read(0.0))

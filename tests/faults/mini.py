@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 # What differs between two runs that do the same: seconds, and what is made of them.
 TIMINGS = ("chip_hours", "mfu", "watts", "power_source", "energy_kwh", "co2e_kg", "dollars",
-           "goodput")
+           "goodput", "seconds", "tokens_per_second")
 
 
 def run(text: str) -> RunConfig:

@@ -1,5 +1,6 @@
 """Models of the hub through a mirror: a small HTTP server that speaks as much of it as is asked."""
 
+import base64
 import contextlib
 import hashlib
 import http.server
@@ -23,15 +24,34 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 @contextlib.contextmanager
 def mirror(folder: pathlib.Path):
-    """A server of one model, org/tiny; yields (its address, the paths that were asked)."""
-    asked = []
+    """A server of one model, org/tiny, that takes uploads of another, org/new; yields (its address,
+    what was asked: paths with their tokens, and {path: bytes} of what was uploaded)."""
+    asked: list[tuple[str, str]] = []
+    uploaded: dict[str, bytes] = {}
 
     class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append((self.path, self.headers.get("Authorization", "")))
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.path == "/api/models/org/new/preupload/main":
+                answer = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False,
+                                     "oid": None} for f in json.loads(body)["files"]]}
+            elif self.path == "/api/models/org/new/commit/main":
+                for line in map(json.loads, body.splitlines()):
+                    if line["key"] == "file":
+                        uploaded[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                answer = {"commitUrl": f"{address}/org/new/commit/{SHA}", "commitOid": SHA}
+            elif self.path == "/api/repos/create":
+                answer = {"url": f"{address}/org/new", "id": "org/new"}
+            else:
+                answer = {"errors": [], "warnings": []}   # the card's YAML is looked at
+            self.answer(json.dumps(answer).encode())
+
         def do_GET(self):
-            asked.append(self.path)
+            asked.append((self.path, self.headers.get("Authorization", "")))
             path = self.path.partition("?")[0]
             files = sorted(f for f in folder.iterdir() if f.is_file())
-            if path == "/api/models/org/tiny/revision/main":
+            if path in ("/api/models/org/tiny/revision/main", "/api/models/org/tiny/revision/v1"):
                 self.answer(json.dumps({"id": "org/tiny", "sha": SHA, "siblings": [
                     {"rfilename": f.name} for f in files]}).encode())
             elif path == f"/api/models/org/tiny/tree/{SHA}":
@@ -56,16 +76,17 @@ def mirror(folder: pathlib.Path):
             for name, value in {"Content-Length": len(data), **dict(headers)}.items():
                 self.send_header(name, str(value))
             self.end_headers()
-            if self.command == "GET":
+            if self.command != "HEAD":
                 self.wfile.write(data)
 
         def log_message(self, *args):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    address = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
+        yield address, asked, uploaded
     finally:
         server.shutdown()
 
@@ -94,9 +115,12 @@ def test_a_model_of_the_hub_by_its_name(tmp_path):
     folders.write_hf(tmp_path / "served", tiny.seq2seq().model)
     (tmp_path / "served" / "consolidated.safetensors").write_bytes(b"not to be fetched")
     cache = tmp_path / "cache"
-    with mirror(tmp_path / "served") as (address, asked):
-        folder, other, revision = fetch(cache, address, "org/tiny", "org/other", "org/tiny@v9")
-    assert not any("/consolidated" in path for path in asked)
+    with mirror(tmp_path / "served") as (address, asked, _):
+        folder, other, revision, tagged = fetch(
+            cache, address, "org/tiny", "org/other", "org/tiny@v9", "org/tiny@v1", HF_TOKEN="hf_secret")
+    assert not any("/consolidated" in path for path, _ in asked)
+    assert {token for path, token in asked if "/org/tiny" in path} == {"Bearer hf_secret"}
+    assert tagged == folder
     assert "neither a local folder nor a model of the hub" in other
     assert "has no such revision" in revision
     served, read = (hf.read_model(str(f)) for f in (tmp_path / "served", folder))
@@ -105,6 +129,29 @@ def test_a_model_of_the_hub_by_its_name(tmp_path):
     # The server is gone; the cache holds what was asked before, and says what it does not hold.
     again, other = fetch(cache, address, "org/tiny", "org/other", HF_HUB_OFFLINE="1")
     assert again == folder and "cannot be reached" in other
+
+
+def test_an_export_is_pushed(tmp_path):
+    pytest.importorskip("huggingface_hub")
+    folders.write_hf(tmp_path / "export", tiny.seq2seq().model)
+    (tmp_path / "export" / "README.md").write_text("---\ntags: [t5x_lite]\n---\n# tiny\n")
+    script = ("import sys\nfrom t5x_lite.errors import UserError\nfrom t5x_lite.formats import hub\n"
+              "try:\n    hub.push(sys.argv[1], 'org/new')\nexcept UserError as e:\n    print(e)\n")
+
+    def push(endpoint, **environment):
+        result = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / "export")], capture_output=True, text=True,
+            env={**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": endpoint,
+                 "JAX_PLATFORMS": "cpu", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_secret",
+                 **environment})
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    with mirror(tmp_path / "export") as (address, asked, uploaded):
+        assert f"pushed to {address}/org/new" in push(address)
+    assert uploaded == {f.name: f.read_bytes() for f in (tmp_path / "export").iterdir()}
+    assert {token for path, token in asked if "/org/new" in path} == {"Bearer hf_secret"}
+    assert "What was written stays in" in push(address, HF_HUB_OFFLINE="1")
 
 
 def test_a_local_folder_comes_first_and_other_names_are_folders(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
-"""A real Slurm of two nodes: scripts/launch/slurm.sbatch is requeued in the middle, and finishes.
+"""A real Slurm of two nodes: scripts/launch/slurm.sbatch is requeued in the middle, and finishes; an
+experiment gives every run a job.
 
 Needs root and Debian's packages: apt-get install --no-install-recommends slurmd slurmctld
 slurm-client munge
@@ -78,3 +79,47 @@ def test_a_job_of_two_tasks_is_requeued_and_goes_on(slurm, tmp_path):
     steps = [line["step"] for line in metrics.read_metrics(workdir / "metrics.jsonl")
              if "train/loss" in line]
     assert steps == sorted(set(steps)) and steps[-1] == 3000
+
+
+EXPERIMENT = '''
+from t5x_lite import config as configs
+from t5x_lite.experiment import Run
+from tests import tiny_config
+
+SHOWN = ("validation_files/loss",)
+SLURM = {"timeout_min": 30, "mem_gb": 1, "cpus_per_task": 1}
+
+def get_runs(text):
+    run = tiny_config.run(text)
+    for field, value in {"train.num_steps": 3000, "checkpoint.every": 3000, "eval.every": 3000}.items():
+        run = configs.replace(run, field, value)
+    yield Run("long", 0, run)
+    yield Run("bad", 0, configs.replace(run, "data.train_files", text + "x"))
+'''
+
+
+def test_an_experiment_through_submitit(slurm, tmp_path):
+    """A job a run; SIGUSR2, which Slurm sends ahead of the limit, saves and requeues one."""
+    text = tiny_config.write_text(tmp_path / "words.txt")
+    (tmp_path / "compare.py").write_text(EXPERIMENT)
+    command = [sys.executable, "-u", "-m", "t5x_lite.experiment", "--launcher=slurm",
+               f"--config={tmp_path / 'compare.py'}:{text}", f"--workdir={tmp_path / 'out'}",
+               "--only=long|bad/seed_0$", "--slurm=timeout_min=20"]
+    out = tmp_path / "said.txt"
+    with open(out, "w") as file:
+        launching = subprocess.Popen(command, env=slurm, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        wait_for(r"long/seed_0: started", out, 120)
+        said = re.search(r"long/seed_0: started; see (\S+/(\d+)_0_log.out)", out.read_text())
+        log, job = pathlib.Path(said[1]), said[2]
+        wait_for(r"step \d+/3000", log, 240)
+        subprocess.run(["scancel", "--signal=USR2", job], env=slurm, check=True)
+        wait_for(rf"back into the queue as job {job}", log, 120)
+        wait_for(r"resumed from .*step \d+", log, 240)
+        assert launching.wait(timeout=420) == 1, out.read_text()
+    finally:
+        launching.kill()
+    content = out.read_text()
+    assert "long/seed_0: finished" in content and "1 of 2 runs failed" in content
+    assert re.search(r"bad/seed_0: job \d+: error: .*words.txtx", content)
+    assert "| long | 1 |" in (tmp_path / "out" / "results.md").read_text()
