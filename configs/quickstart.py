@@ -1,9 +1,14 @@
-"""A 5-million-parameter T5 1.1 pre-trained on the text of your own Python installation.
+"""A 2-million-parameter T5 1.1 that learns 3,160 facts by filling in hidden words.
 
-Paper: Raffel et al. 2020 (arXiv:1910.10683), the 1.1 variant (gated GELU, untied logits);
-span corruption of 15 % of the tokens in spans of 3.
-Expected: under 5 minutes on 2 CPU cores; the held-out loss ends below the unigram entropy
-of its targets, and a few masked passages are filled in on the screen.
+Paper: Raffel et al. 2020 (arXiv:1910.10683), the 1.1 variant (gated GELU, untied logits). Its span
+corruption hides whole words here, 20 % of them, in passages about 949 countries, people, rivers, films
+and elements (tasks/facts_qa.py; the tables are this project's own). Held-out passages state the same
+facts in wordings that the training text never uses for them, so that a right filling is a fact that
+was learned and not a sentence that was.
+Expected: under 5 minutes on 2 CPU cores; nearly all that it fills in is words, and more than half of the
+held-out spans are filled with the very ones, where the training text's most frequent filling reaches
+4 % and its most frequent one between the same two words 21 %.
+Settings were chosen on fact_wordings_dev, which holds out other wordings.
 Command: python -m t5x_lite.train --config=configs/quickstart.py --workdir=runs/quickstart
 `configs/quickstart.py:moe` trains a Switch model of the same FLOPs a token.
 """
@@ -19,10 +24,10 @@ from t5x_lite.training.methods import OptimizerConfig
 from t5x_lite.training.objectives import ObjectiveConfig
 from t5x_lite.training.schedules import ScheduleConfig
 
-_ATTENTION = AttentionConfig(num_heads=4, head_dim=64, scale=1.0)
+_ATTENTION = AttentionConfig(num_heads=4, head_dim=32, scale=1.0)
 _MLP = MLPConfig(mlp_dim=512)
 _LAYERS = 2    # few and wide: small products waste a CPU
-_STEPS = 400
+_STEPS = 1000
 
 
 ARGUMENTS = (None, "moe")
@@ -42,18 +47,19 @@ def run(arg: str | None = None) -> RunConfig:
         encoder, decoder = switch.sparsify(encoder, moe, 2), switch.sparsify(decoder, moe, 2)
     return RunConfig(
         name="quickstart" if arg is None else f"quickstart_{arg}",
-        model=ModelConfig(vocab_size=4096, embed_dim=256, encoder=encoder, decoder=decoder),
+        model=ModelConfig(vocab_size=3072, embed_dim=128, encoder=encoder, decoder=decoder),
         objective=ObjectiveConfig(name="seq2seq"),
-        data=DataConfig(train="python_span_corruption", validation="python_span_corruption",
-                        inputs_length=128, targets_length=32, num_shards=4),
+        # Short rows with few spans: which sentinel hides what is learned early.
+        data=DataConfig(train="fact_wordings", validation="fact_wordings",
+                        inputs_length=32, targets_length=16, num_shards=4),
         optimizer=OptimizerConfig(
             name="adafactor",
             schedule=ScheduleConfig(factors="constant * linear_warmup * linear_to_floor",
-                                    base_learning_rate=0.03, warmup_steps=40,
+                                    base_learning_rate=0.03, warmup_steps=50,
                                     floor_fraction=0.02)),
-        train=TrainConfig(num_steps=_STEPS, global_batch_size=32, log_every=20),
-        eval=EvalConfig(every=200, num_examples=16 * 32, samples=3),
-        checkpoint=CheckpointConfig(every=200, keep_last=2))
+        train=TrainConfig(num_steps=_STEPS, global_batch_size=128, log_every=50),
+        eval=EvalConfig(every=500, num_examples=512, samples=3),
+        checkpoint=CheckpointConfig(every=500, keep_last=2))
 
 
 def get_config(arg: str | None = None):

@@ -28,11 +28,11 @@ DEVICES = 16
 
 
 def presets() -> dict[str, list[str | None]]:
-    """{family: its sizes}, the quickstart and its sparse twin among them."""
+    """{family: its sizes}, the small ones of one size and their sparse twins among them."""
     found = {}
     for file in sorted(CONFIGS.glob("[!_]*.py")):
         module = importlib.import_module(f"configs.{file.stem}")
-        found[file.stem] = {"quickstart": [None, "moe"], "mixtral": ["8x7b"]}.get(
+        found[file.stem] = {"quickstart": [None, "moe"], "python_text": [None, "moe"], "mixtral": ["8x7b"]}.get(
             file.stem) or list(getattr(module, "SIZES", ()))   # configs/hf.py has those of a folder
     return found
 

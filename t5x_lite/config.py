@@ -71,6 +71,7 @@ class EvalConfig:
     """Held-out evaluation in the loop and by t5x_lite.eval."""
 
     every: Count = 1000               # steps between evaluations; the last step always evaluates
+    at_start: bool = False          # before the first step as well: curves then begin at step 0
     batch_size: int = 0             # sequences; 0: train.global_batch_size
     # At most so many rows of each task, whatever the batch size, so that the held-out text is the
     # same in all runs; 0: the whole split.

@@ -34,7 +34,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -52,6 +52,8 @@ from t5x_lite.errors import UserError, one_of
 from t5x_lite.reporting import figure, runs as reporting_runs
 from t5x_lite.running import launchers
 from t5x_lite.training import metrics
+
+MOST_SHOWN = 8   # columns of a table that nobody chose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +195,7 @@ def summary(runs: Sequence[Run], workdir: files.Path, shown: Sequence[str]) -> s
 
 
 def draw(runs: Sequence[Run], workdir: files.Path, metric: str, path: files.Path,
-         over: str = "step", log_axes: str = "") -> None:
+         over: str = "step", log_axes: str = "", title: str = "") -> None:
     """Plots `metric`: an arm's mean as a line, its seeds' range shaded. Says so where no run has the
     metric, instead of drawing nothing.
 
@@ -210,9 +212,22 @@ def draw(runs: Sequence[Run], workdir: files.Path, metric: str, path: files.Path
                 f"{known}")
         return
     image = io.BytesIO()
-    figure.drawn(read, metric, over, logx="x" in log_axes, logy="y" in log_axes).savefig(
-        image, dpi=120)
+    figure.drawn(read, metric, over, logx="x" in log_axes, logy="y" in log_axes,
+                 title=title).savefig(image, dpi=120)
     files.write_bytes(path, image.getvalue())
+
+
+def default_metrics(values: Iterable[Mapping[str, float]]) -> tuple[str, ...]:
+    """What a table shows of runs' held-out metrics ("TASK/METRIC") if nobody says: the loss over all
+    tasks, or else each one's, and what their own metric functions give; at most MOST_SHOWN."""
+    names = list(dict.fromkeys(name for one in values for name in one))
+    losses = ["all/loss"] if "all/loss" in names else [n for n in names if n.endswith("/loss")]
+    own = [n for n in names if "/metric/" in n]
+    return tuple((losses + own)[:MOST_SHOWN]) or ("all/loss",)
+
+
+def _first_line(module: ModuleType) -> str:
+    return (module.__doc__ or "").strip().partition("\n")[0].rstrip(".")
 
 
 def run(path: str, workdir: str | os.PathLike, *, overrides: Sequence[str] = (), only: str = "",
@@ -222,8 +237,10 @@ def run(path: str, workdir: str | os.PathLike, *, overrides: Sequence[str] = (),
 
         SLURM       options of the cluster for --launcher=slurm; `options` stand over them
         SHOWN       the metrics of the table, "TASK/METRIC", or "*/METRIC" where the task is an
-                    argument (default: all/loss)
+                    argument (default: all/loss where there are several tasks, else the task's, and
+                    what its own metric functions give)
         PLOTTED     the metric of the plot (default: eval/ and the first of SHOWN)
+        TITLE       of the plot (default: the first line of the config's docstring)
         OVER        its x axis: step (default), tokens, FLOPs, parameters or hours
         LOG_AXES    "x", "y" or "xy": what is logarithmic (default: nothing)
         conclude    (runs, workdir) -> Markdown that is added below the table
@@ -260,7 +277,7 @@ def run(path: str, workdir: str | os.PathLike, *, overrides: Sequence[str] = (),
 def _gathered(module: ModuleType, runs: Sequence[Run], workdir: files.Path, over: str,
               log_axes: str) -> str:
     """Writes results.md, results.json and curves.png of what there is; returns the table."""
-    shown = getattr(module, "SHOWN", ("all/loss",))
+    shown = getattr(module, "SHOWN", ()) or default_metrics(final_values(runs, workdir).values())
     text = summary(runs, workdir, shown)
     if hasattr(module, "conclude"):
         text += "\n" + module.conclude(runs, workdir)
@@ -269,7 +286,7 @@ def _gathered(module: ModuleType, runs: Sequence[Run], workdir: files.Path, over
         files.write_whole(workdir / "results.json",
                           json.dumps(final_values(runs, workdir), indent=1) + "\n")
         draw(runs, workdir, getattr(module, "PLOTTED", f"eval/{shown[0]}"),
-             workdir / "curves.png", over, log_axes)
+             workdir / "curves.png", over, log_axes, getattr(module, "TITLE", _first_line(module)))
     log.say(text)
     return text
 

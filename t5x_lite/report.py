@@ -23,6 +23,7 @@ import jax
 from tqdm import tqdm
 
 from t5x_lite.build import Program
+from t5x_lite.data import spans
 from t5x_lite.log import is_main, say, si
 
 METRIC = "metric/"   # before the names of a task's own metrics, beside the model's loss and accuracy
@@ -138,15 +139,34 @@ def evaluation_line(step: int, task: str, metrics: Mapping[str, float]) -> str:
 
 
 def samples(rows: Sequence[tuple[str, str, str]]) -> str:
-    """(input, prediction, target) texts, one below the other, line ends shown as ⏎."""
+    """(input, prediction, target) texts, one below the other, line ends shown as ⏎. Where spans are
+    hidden, the passage as it was filled in, each span in brackets and the right one beside a wrong one."""
     blocks = []
     for row in rows:
-        for name, text in zip(("input", "predicted", "target"), row, strict=True):
+        named = [("passage", spans.read(*row))] if spans.hidden(row[0]) else list(
+            zip(("input", "predicted", "target"), row, strict=True))
+        for name, text in named:
             shown = re.sub(r"\s*\n\s*", " ⏎ ", text.strip())
             blocks.append(textwrap.fill(shown, width=100, initial_indent=f"  {name:<10} ",
                                         subsequent_indent=" " * 13))
         blocks.append("")
     return "\n".join(blocks).rstrip()
+
+
+def filled(held_out: Mapping[str, Mapping[str, float]]) -> str:
+    """What share of hidden spans was filled exactly, beside what counting would reach; "" for tasks
+    that do not measure it (data/spans.py)."""
+    lines = []
+    for task, metrics in held_out.items():
+        found = {name: metrics.get(f"{METRIC}spans_{name}") for name in (
+            "exact", "of_words", "most_frequent", "between_same_words")}
+        if None not in found.values():
+            lines.append(
+                "{task}: {exact:.1f} % of the hidden spans are filled with the very words, "
+                "{of_words:.1f} % with words. The training text's most frequent filling would be right "
+                "in {most_frequent:.1f} %, its most frequent one between the same two words in "
+                "{between_same_words:.1f} %.".format(task=task, **found))
+    return "\n".join(textwrap.fill(line, 100) for line in lines)
 
 
 if __name__ == "__main__":

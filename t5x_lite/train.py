@@ -25,7 +25,6 @@ if __name__ == "__main__":   # --help is answered before what is slow to import
 import dataclasses
 import functools
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -219,6 +218,8 @@ def _loop(session: _Session, start: Start, compiled: Callable | None, where: _Wh
     tracked = trackers.Trackers(config.track, session.workdir, json.loads(to_json(config)))
     with metrics.MetricsWriter(session.workdir, first, tracked) as writer:
         meter = _Meter(session, writer, first, start.record)
+        if first == 0 and config.eval.at_start and evaluator.has_data:
+            held_out = _evaluate(session, evaluator, meter, state, 0)
         for step in range(first + 1, last + 1):
             where.step, where.rows = step, meter.counts.rows
             train_step = compiled if _rows(config, step) == compiled_rows else ramp
@@ -248,7 +249,7 @@ def _loop(session: _Session, start: Start, compiled: Callable | None, where: _Wh
         raise Stopped(stopped_status(os.environ), session.stop.name)
     meter.refuse_a_run_without_updates()
     if config.eval.samples and evaluator.has_data:
-        _show_samples(session, evaluator, state)
+        _show_samples(session, evaluator, state, held_out)
     return held_out
 
 
@@ -257,11 +258,12 @@ def _due(every: int, step: int, last: int) -> bool:
     return step % every == 0 or step == last
 
 
-def _show_samples(session: _Session, evaluator: Evaluator, state: Mapping) -> None:
+def _show_samples(session: _Session, evaluator: Evaluator, state: Mapping,
+                  held_out: Mapping[str, Mapping[str, float]]) -> None:
     """Prints what the model makes of a few held-out examples, and writes it to samples.txt."""
     program = session.program
     examples = evaluator.samples(program.whole_params(state), program.config.eval.samples)
-    samples = report.samples(examples)
+    samples = "\n\n".join(filter(None, (report.samples(examples), report.filled(held_out))))
     log.say(samples)
     if log.is_main():
         files.write_whole(session.workdir / "samples.txt", samples + "\n")
@@ -321,7 +323,7 @@ class _Meter:
         spent = memory.get("spent") or _spent_until(record, program)
         self.counts = Counts.resumed(spent, program.row_cost, memory.get("tokens"))
         self._parameters = program.parameter_counts
-        self._batch, self._rate = 0, math.nan   # of the last step that was read
+        self._batch, self._rate = 0, None   # of the last step that was read; none before the first
         self.health = Health(train, program.config.loss_scale.minimum, memory.get("health"))
         self._sums: dict = {name: tuple(pair) for name, pair in memory.get("sums", {}).items()}
         self._skipped_in_line = memory.get("skipped_in_line", 0)

@@ -9,6 +9,9 @@ whose questions were never seen is what configs/experiments/closed_book_qa.py me
     fact_passages_permuted    the same with the answers of each relation permuted among the
                               entities: as much text of the same form that knows nothing true
     fact_passages_salient     the same passages, one of their names or dates hidden (nem:)
+    fact_wordings             words hidden in the same passages; each fact's held-out wording is one
+                              that the training text never uses for it
+    fact_wordings_dev         the same without that wording, another held out: to choose settings on
     closed_book_qa            train: questions about half of the entities, two wordings each;
                               validation: about the other half, one wording each
     closed_book_qa_dev        both from that first half, 4 : 1, to choose hyperparameters on
@@ -24,20 +27,22 @@ import functools
 import hashlib
 import pathlib
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import seqio
 
-from t5x_lite.data import preprocessors, records, salient_spans, task_metrics, text_to_text
+from t5x_lite.data import preprocessors, records, salient_spans, spans, task_metrics, text_to_text
 from t5x_lite.data.document_cache import DocumentSource
 from t5x_lite.data.records import unpack
 from t5x_lite.data.span_corruption import span_corruption
+from t5x_lite.data.word_spans import word_spans
 
 FOLDER = pathlib.Path(__file__).parent / "facts"
 PREFIX = "fact question: "
 _TEMPLATES = "templates.tsv"
 _VARIANTS = 40           # passages an entity for training; one more is held out
 _NOISE_DENSITY = 0.3     # of span corruption: a fact takes few tokens of a passage
+_WORD_DENSITY = 0.2      # of hidden words
 _VERSION = 1             # raise it when the same tables give other text
 
 Relation = tuple[str, str]   # (kind of entity, relation)
@@ -74,6 +79,23 @@ def templates() -> Mapping[Relation, tuple[tuple[str, ...], tuple[str, ...]]]:
     for row in _rows(FOLDER / _TEMPLATES):
         found[row["kind"], row["relation"]][row["text"].endswith("?")].append(row["text"])
     return {key: (tuple(statements), tuple(asked)) for key, (statements, asked) in found.items()}
+
+
+def statements(fact: Fact) -> tuple[str, ...]:
+    """The ways to state a fact."""
+    return templates()[fact.kind, fact.relation][0]
+
+
+def _wordings(fact: Fact, dev: bool = False) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(to train on, held out) of the ways to state a fact: one of the five is held out, by hash.
+
+    dev: hold out one of the other four, and leave out the fifth.
+    """
+    known = statements(fact)
+    turn = _hash(f"{fact.kind}/{fact.name}/{fact.relation}") % len(known)
+    turned = known[turn:] + known[:turn]
+    last = len(turned) - 1 - dev
+    return turned[:last], turned[last:last + 1]
 
 
 def _rows(path: pathlib.Path) -> Iterator[dict[str, str]]:
@@ -119,7 +141,8 @@ def _by_relation(known: Iterable[Fact]) -> dict[Relation, list[Fact]]:
     return dict(groups)
 
 
-def passages(known: Sequence[Fact], variants: Iterable[int]) -> Iterator[str]:
+def passages(known: Sequence[Fact], variants: Iterable[int],
+             wordings: Callable[[Fact], Sequence[str]] = statements) -> Iterator[str]:
     """For each entity and variant a passage: all its facts, shuffled, in random wordings."""
     entities = collections.defaultdict(list)
     for fact in known:
@@ -127,7 +150,7 @@ def passages(known: Sequence[Fact], variants: Iterable[int]) -> Iterator[str]:
     for variant in variants:
         for (kind, name), members in entities.items():
             rng = random.Random(f"{kind}/{name}/{variant}")
-            yield " ".join(_fill(rng.choice(templates()[kind, f.relation][0]), f)
+            yield " ".join(_fill(rng.choice(wordings(f)), f)
                            for f in rng.sample(members, len(members)))
 
 
@@ -172,6 +195,17 @@ def _passages_source(name: str, change=lambda known: known, read=lambda text: [t
     return DocumentSource(lambda: _key(name), ("train", "validation"), documents)
 
 
+def _wordings_source(name: str, dev: bool) -> DocumentSource:
+    """Passages that state each fact in some wordings, and one held-out passage in another."""
+    def documents():
+        yield from (("train", text) for text in passages(
+            facts(), range(_VARIANTS), lambda fact: _wordings(fact, dev)[0]))
+        yield from (("validation", text) for text in passages(
+            facts(), [_VARIANTS], lambda fact: _wordings(fact, dev)[1]))
+
+    return DocumentSource(lambda: _key(name), ("train", "validation"), documents)
+
+
 def _questions_source(name: str, train, validation) -> DocumentSource:
     """Questions of the entities that the two predicates on names choose."""
     def documents():
@@ -195,6 +229,13 @@ def _register() -> None:
             preprocessors=[preprocessors.tokenize, functools.partial(
                 span_corruption, noise_density=_NOISE_DENSITY)],
             output_features=features)
+    for name, dev in (("fact_wordings", False), ("fact_wordings_dev", True)):
+        seqio.TaskRegistry.add(
+            name, source=_wordings_source(name, dev), preprocessors=[
+                preprocessors.tokenize,
+                functools.partial(word_spans, noise_density=_WORD_DENSITY)],
+            output_features=features, postprocess_fn=spans.texts,
+            metric_fns=[spans.Filled(name)])
     text_to_text.register("fact_passages_salient",
                           _passages_source("fact_passages_salient", read=_salient),
                           unpack(("inputs", "targets")), vocabulary="facts")

@@ -87,3 +87,39 @@ def test_a_metric_that_no_run_has_is_said_and_not_drawn(tmp_path, capsys):
     experiment.draw([run], tmp_path, "eval/all/los", tmp_path / "curves.png")
     assert "no run has PLOTTED='eval/all/los'; there are eval/all/loss" in capsys.readouterr().out
     assert not (tmp_path / "curves.png").exists()
+
+
+@pytest.mark.parametrize(("names", "shown"), [
+    (("squad/loss", "squad/accuracy", "squad/metric/em"), ("squad/loss", "squad/metric/em")),
+    (("a/loss", "b/loss", "all/loss", "b/metric/f1"), ("all/loss", "b/metric/f1")),
+    (("a/loss", "b/loss"), ("a/loss", "b/loss")), ((), ("all/loss",))])
+def test_without_a_choice_the_table_shows_the_tasks_that_there_are(names, shown):
+    assert experiment.default_metrics([dict.fromkeys(names, 1.0)]) == shown
+
+
+def test_an_own_experiment_without_choices_has_a_table_and_a_plot(tmp_path, monkeypatch):
+    """What runs wrote is shown, from evaluations before the first step on."""
+    monkeypatch.setattr(experiment, "execute", lambda runs, workdir: [
+        _evaluated(workdir / run.folder, run.seed) for run in runs])
+    drawn = []
+    original = experiment.figure.drawn
+    monkeypatch.setattr(experiment.figure, "drawn", lambda *args, **options: drawn.append(
+        original(*args, **options)) or drawn[-1])
+    config = tmp_path / "own.py"
+    config.write_text('"""My arms.\n\nMore."""\nfrom t5x_lite.experiment import Run\n'
+                      "from tests import tiny\n"
+                      "def get_runs():\n    return [Run('x', s, tiny.seq2seq()) for s in (0, 1)]\n")
+    text = experiment.run(str(config), tmp_path / "out")
+    assert text.splitlines()[0] == "| arm | seeds | mine/loss | mine/metric/em |"
+    assert "| x | 2 | 1.5 (1 … 2) | 30 (30 … 30) |" in text
+    [axes] = drawn[0].axes
+    assert axes.lines[0].get_xdata().tolist() == [0, 5] and drawn[0].get_suptitle().startswith("My arms")
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 5000
+
+
+def _evaluated(folder, seed):
+    folder.mkdir(parents=True)
+    lines = [{"step": step, "eval/mine/loss": 4.0 + seed - step * 0.6,
+              "eval/mine/metric/em": 6.0 * step} for step in (0, 5)]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    (folder / "config.json").write_text("{}")

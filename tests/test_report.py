@@ -50,3 +50,16 @@ def test_samples_are_wrapped_and_show_line_ends():
     assert text.splitlines()[0] == "  input      a ⏎ b"
     assert text.splitlines()[1] == "  predicted  c"
     assert max(map(len, text.splitlines())) <= 100 and len(text.splitlines()) == 4
+
+
+def test_hidden_spans_are_shown_where_they_stood_and_counted():
+    row = ("Norway lies <extra_id_0>. It <extra_id_1> rains", "<extra_id_0> in Europe <extra_id_1> never",
+           "<extra_id_0> in Europe <extra_id_1> often")
+    shown = report.samples([row, ("2 + 2", "5", "4")])
+    assert "passage    Norway lies [in Europe]. It [never, not: often] rains" in shown
+    assert "predicted  5" in shown
+    values = {"exact": 51.2, "of_words": 99.9, "most_frequent": 3.9, "between_same_words": 20.7}
+    text = report.filled({"facts": {f"metric/spans_{n}": v for n, v in values.items()},
+                          "other": {"loss": 2.0}})
+    assert text.startswith("facts: 51.2 % of the hidden spans are filled with the very words, 99.9 %")
+    assert "3.9 %" in text and "20.7 %" in text and report.filled({"other": {"loss": 2.0}}) == ""

@@ -35,7 +35,7 @@ def text_file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(text_file, tmp_path_factory):
     """(config, workdir) of an uninterrupted run on one device."""
-    config = on_one_device(tiny_config.run(text_file))
+    config = configs.replace(on_one_device(tiny_config.run(text_file)), "eval.at_start", True)
     workdir = tmp_path_factory.mktemp("whole")
     train.run(config, workdir)
     return config, workdir
@@ -76,11 +76,12 @@ def test_writes_what_the_readme_promises(whole):
     for line in lines:
         assert line["tokens_seen"] == line["step"] * 8 * 36
         assert line["flops"] == pytest.approx(line["step"] * 8 * program.flops_per_sequence)
-        assert line["non_embedding_params"] == program.num_non_embedding_params
+        assert line["params_no_embed"] == program.num_non_embedding_params
     hours = [line["chip_hours"] for line in lines if "train/loss" in line]
     assert len(hours) == 6 and 0 < hours[0] < hours[-1]
     held_out = [line for line in lines if any(k.startswith("eval/") for k in line)]
-    assert [line["step"] for line in held_out] == [4, 6]
+    assert [line["step"] for line in held_out] == [0, 4, 6]   # eval.at_start
+    assert held_out[0]["eval/validation_files/loss"] > held_out[-1]["eval/validation_files/loss"]
 
 
 def test_resumed_is_uninterrupted_bit_for_bit(whole, tmp_path):

@@ -141,7 +141,7 @@ def _finetune(chosen: Options, seed: int) -> RunConfig:
     if chosen.passages:
         data = dataclasses.replace(data, inputs_length=64, targets_length=24)
     return _stage("finetune", data, seed, _FINETUNE_STEPS, 128, 0.003,
-                  EvalConfig(every=50, decode=DecodeConfig(max_length=data.targets_length)))
+                  EvalConfig(every=50, at_start=True, decode=DecodeConfig(max_length=data.targets_length)))
 
 
 def get_runs(arg: str | None = None) -> tuple[Run, ...]:

@@ -13,7 +13,7 @@ Command: python -m t5x_lite.experiment --config=configs/experiments/precision.py
 import pathlib
 from collections.abc import Sequence
 
-from configs import quickstart
+from configs import python_text
 from t5x_lite import config as configs, experiment
 from t5x_lite.experiment import Run
 from t5x_lite.training import precision
@@ -24,11 +24,11 @@ _STEPS = 600
 
 
 def get_runs() -> tuple[Run, ...]:
-    """The quickstart's task and a fraction of its model, with AdamW as in Gopher's study."""
+    """The task of configs/python_text.py and a fraction of its model, with AdamW as in Gopher's study."""
     runs = []
     for seed in SEEDS:
         for name in precision.POLICIES:
-            config = quickstart.run()
+            config = python_text.run()
             for path, value in (
                     ("name", "precision"), ("precision", name), ("model.embed_dim", 128),
                     ("train.seed", seed), ("train.num_steps", _STEPS),
@@ -37,7 +37,7 @@ def get_runs() -> tuple[Run, ...]:
                     ("optimizer.clip_norm", 1.0),
                     ("optimizer.schedule.base_learning_rate", 2e-3),
                     ("optimizer.schedule.warmup_steps", 30), ("loss_scale.growth_interval", 50),
-                    ("eval.every", 100), ("eval.num_batches", 16), ("eval.samples", 0),
+                    ("eval.every", 100), ("eval.at_start", True), ("eval.num_batches", 16), ("eval.samples", 0),
                     ("checkpoint.every", _STEPS)):
                 config = configs.replace(config, path, value)
             runs.append(Run(name, seed, config))

@@ -29,8 +29,8 @@ class DataConfig:
     train_files: str = ""
     validation_files: str = ""
     text_document: str = "line"         # a document of a .txt file: line, paragraph or file
-    # What is hidden of text files: causal_lm, prefix_lm, span_corruption, bert, bart or ul2
-    # (denoising.py), or salient (dates and names, tasks/salient_spans.py); "": the
+    # What is hidden of text files: causal_lm, prefix_lm, span_corruption, word_spans, bert, bart or
+    # ul2 (denoising.py), or salient (dates and names, tasks/salient_spans.py); "": the
     # objective's usual one. Registered tasks are made for one each: c4_ul2, python_bart.
     denoising: str = ""
     noise_density: Rate = 0.0          # share of the tokens that it hides …

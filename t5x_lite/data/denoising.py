@@ -5,6 +5,7 @@ Each is a preprocessor of tokenised documents, {"targets": tokens} -> the featur
     causal_lm         the text itself, for objective lm
     prefix_lm         a window cut in two at a random place (Raffel et al. 2020, section 3.2.3)
     span_corruption   T5's spans behind sentinels (span_corruption.py)
+    word_spans        the same of whole words (word_spans.py)
     bert              single tokens, to be named where they stand, for objective mlm
     bart              the whole text, out of permuted sentences with masks for spans
     ul2               span corruption of seven kinds, each named by a mode token
@@ -18,7 +19,6 @@ randomness is drawn from stateless seeds, so that a pipeline gives the same exam
 Shape legend: T tokens of one window, S spans or sentences.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +35,7 @@ from t5x_lite.data import (
     vocabulary as data_vocabulary,
 )
 from t5x_lite.data.span_corruption import corrupt, span_corruption, windows_of
+from t5x_lite.data.word_spans import word_spans
 from t5x_lite.errors import UserError, between, nearest, refuse
 
 _plain = tf.autograph.experimental.do_not_convert
@@ -182,21 +183,11 @@ def bart(dataset: tf.data.Dataset, sequence_length, output_features, noise_densi
     windows = preprocessors.concat_and_split(dataset, "targets", max(1, length))
     vocabulary = output_features["inputs"].vocabulary
     return seqio.map_over_dataset(num_seeds=4)(_bart_fn(
-        noise_density, mean_span_length, _ById(vocabulary)))(windows)
-
-
-@dataclasses.dataclass(frozen=True)
-class _ById:
-    """A vocabulary as the key of a cache, which its own equality does not allow."""
-
-    value: seqio.Vocabulary
-
-    def __hash__(self):
-        return id(self.value)
+        noise_density, mean_span_length, preprocessors.ById(vocabulary)))(windows)
 
 
 @functools.cache
-def _bart_fn(noise_density: float, mean_span_length: float, vocabulary: _ById):
+def _bart_fn(noise_density: float, mean_span_length: float, vocabulary: preprocessors.ById):
     """(example, seeds) -> example; one graph for all the shards of a run."""
     eos, mask_id = vocabulary.value.eos_id, vocabularies.mask_id(vocabulary.value)
     ends_V = sentence_ends(vocabulary.value)
@@ -302,6 +293,8 @@ DENOISERS = {
     "prefix_lm": Denoiser(prefix_lm, _PAIR, "pairs"),
     "span_corruption": Denoiser(span_corruption, _PAIR, "pairs",
                                 ("noise_density", "mean_span_length"), sentinels=True),
+    "word_spans": Denoiser(word_spans, _PAIR, "pairs", ("noise_density", "mean_span_length"),
+                           sentinels=True),
     "bert": Denoiser(bert, _PAIR, "masked", ("noise_density",)),
     "bart": Denoiser(bart, _PAIR, "pairs", ("noise_density", "mean_span_length")),
     "ul2": Denoiser(ul2, _PAIR, "pairs", sentinels=True),

@@ -3,6 +3,7 @@
 All are tf.data graphs without Python functions, so that iterators over them can be saved.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import seqio
@@ -15,6 +16,16 @@ each = seqio.map_over_dataset   # a function of one example as a format
 # AutoGraph only rewrites Python control flow, of which there is none here, and takes most of
 # the time that building a pipeline takes.
 _plain = tf.autograph.experimental.do_not_convert
+
+
+@dataclasses.dataclass(frozen=True)
+class ById:
+    """A vocabulary as the key of a cache, which its own equality does not allow."""
+
+    value: seqio.Vocabulary
+
+    def __hash__(self):
+        return id(self.value)
 
 
 def tokenize(dataset: tf.data.Dataset, output_features, key: str = "text") -> tf.data.Dataset:

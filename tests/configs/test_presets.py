@@ -146,7 +146,7 @@ def test_mixtures_stand_where_the_papers_say():
 
 def test_the_quickstart_has_a_sparse_twin():
     dense, sparse = Model(quickstart.run().model), Model(quickstart.run("moe").model)
-    assert sum(i.size for i in dense.table.values()) == 5_246_208
+    assert sum(i.size for i in dense.table.values()) == 1_967_872
     assert any(p.endswith("experts/wi_0/kernel") for p in sparse.table)
     with pytest.raises(UserError, match="may be moe"):
         quickstart.get_config("mo")

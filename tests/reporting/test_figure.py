@@ -21,6 +21,49 @@ def test_an_arm_is_the_mean_of_its_seeds_and_their_range(tmp_path):
     assert (low, high) == (2.0, 4.0)
 
 
+def test_titles_units_and_what_the_shade_is(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / "a" / f"seed_{seed}", seed, [3.0 + seed, 2.0])
+        write_run(tmp_path / "b" / f"seed_{seed}", seed, [3.0 + seed, 2.5])
+    picture = figure.curves([tmp_path], title="Two arms")
+    [axes] = picture.axes
+    assert picture.get_suptitle() == "Two arms\nline: mean of the seeds, shade: their range"
+    assert axes.get_ylabel() == "held-out loss (nats a token)" and axes.get_xlabel() == "step"
+    # the legend stands beside the curves, in the order in which they end
+    legend = axes.get_legend()
+    assert [t.get_text() for t in legend.get_texts()] == ["b (2 seeds)", "a (2 seeds)"]
+    assert legend.get_bbox_to_anchor().x0 > axes.bbox.x1
+
+
+@pytest.mark.parametrize(("metric", "words"), [
+    ("eval/closed_book_qa/metric/em", "exact match of closed_book_qa (%)"),
+    ("eval/*/metric/f1", "F1 (%)"), ("train/loss", "training loss (nats a token)"),
+    ("eval/squad/accuracy", "held-out accuracy of squad (share of tokens)"),
+    ("eval/t/metric/spans_exact", "spans exact of t"), ("train/grad_norm", "training grad norm")])
+def test_a_metric_in_words(metric, words):
+    assert figure.in_words(metric) == words
+
+
+def test_many_shaded_arms_have_panels(tmp_path):
+    for arm in "abcdefg":
+        for seed in (0, 1):
+            write_run(tmp_path / arm / f"seed_{seed}", seed, [3.0 + seed, 2.0])
+    panels = [axes for axes in figure.curves([tmp_path]).axes if axes.axison]
+    assert [axes.get_title() for axes in panels] == list("abcdefg")
+    for number, axes in enumerate(panels):
+        assert len(axes.lines) == 7 and len(axes.collections) == 1   # one in colour, six in grey
+        assert axes.lines[-1].get_color() == f"C{number}" and axes.lines[0].get_color() == "0.75"
+        assert axes.get_ylim() == panels[0].get_ylim()
+
+
+def test_a_first_point_far_above_does_not_flatten_the_rest(tmp_path):
+    write_run(tmp_path / "far", 0, [9.0, 2.2, 2.0])
+    write_run(tmp_path / "near", 0, [2.5, 2.2, 2.0])
+    [far], [near] = (figure.curves([tmp_path / name]).axes for name in ("far", "near"))
+    assert far.get_ylim() == pytest.approx((1.98, 2.28)) and near.get_ylim()[1] > 2.5
+    assert far.lines[0].get_ydata()[0] == 9.0   # it is there, above the frame
+
+
 def test_seeds_that_share_no_place_are_lines_of_their_own(tmp_path):
     write_run(tmp_path / "a" / "seed_0", 0, [3.0])
     write_run(tmp_path / "a" / "seed_1", 1, [2.0], seconds=7)
