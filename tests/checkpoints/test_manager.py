@@ -210,12 +210,13 @@ def test_bad_config_names_the_field():
 def test_order_of_resume_init_from_and_scratch(tmp_path, workdir):
     wanted = worker.abstract_state(worker.make_mesh())
     with Checkpointer(tmp_path / "new", CheckpointConfig()) as ckpt:
-        assert restore_or_init(ckpt, wanted, lambda: "scratch") == ("scratch", None, None)
-        assert restore_or_init(ckpt, wanted, lambda: "scratch", lambda: "other") == (
+        assert restore_or_init(ckpt, wanted, lambda: "scratch")[:3] == ("scratch", None, None)
+        assert restore_or_init(ckpt, wanted, lambda: "scratch", lambda: "other")[:3] == (
             "other", None, None)
     with Checkpointer(workdir, CheckpointConfig()) as ckpt:
-        state, iterator_states, record = restore_or_init(
+        state, iterator_states, record, branched = restore_or_init(
             ckpt, wanted, lambda: "scratch", lambda: "other")
+    assert not branched
     assert record.step == 2
     assert int(state["step"]) == 2
     assert iterator_states == worker.iterator_states(2, range(worker.NUM_SHARDS))
