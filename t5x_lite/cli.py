@@ -1,7 +1,7 @@
 """What the mains share: flags, quiet third parties, processes, and errors on one screen."""
 
+import errno
 import gc
-import json
 import logging
 import os
 import pathlib
@@ -28,12 +28,16 @@ from absl import app, flags, logging as absl_logging
 from ml_collections import config_flags
 
 from t5x_lite.checkpoints import format as checkpoint_format, manager
-from t5x_lite.config import RunConfig, from_mapping, load, override
+from t5x_lite.config import RunConfig, from_mapping, load, override, read, saved
 from t5x_lite.errors import UserError, nearest
 from t5x_lite.parallel import processes
 from t5x_lite.running import ahead, compile_cache
 
 EXIT_USER_ERROR = 2
+# What a system says of a path or a disk, wherever it is met: no bug of ours.
+_NO_BUG = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG,
+           errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO,
+           errno.ESTALE, errno.EMFILE, errno.ENFILE)
 EXIT_PEER = 76   # another process of the run has ended, or could not be reached
 
 _COORDINATOR = flags.DEFINE_string(
@@ -97,12 +101,12 @@ def saved_config(folder: files.Path) -> RunConfig:
     is torn. Raises UserError as config.load does."""
     path = folder / "config.json"
     try:
-        json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        read(path)
+    except ValueError as error:
         record = manager.read_record(folder)
         print(f"warning: {path} is damaged ({error}): using the config in the checkpoint of step "
               f"{record.step}", file=sys.stderr)
-        return from_mapping(RunConfig, record.config)
+        return saved(record.config)
     except OSError:   # what load says of it
         pass
     return load(path)
@@ -184,6 +188,10 @@ def _run_among(others: processes.Processes, main: Callable[[], None]) -> None:
             others.initialize()
             find_devices()
             main()
+        except processes.Unreachable as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            processes.said_last_words()
+            sys.exit(EXIT_PEER)
         except Exception as error:
             if isinstance(error, UserError) or not processes.is_peers_fault(error):
                 raise
@@ -199,6 +207,11 @@ def _guarded(fn: Callable[[], None]) -> None:
         gc.freeze()   # the process ends: no search for garbage among millions of objects
     except UserError as error:
         _exit(error)
+    except OSError as error:
+        if error.errno not in _NO_BUG:
+            raise
+        _exit(UserError(f"{error.strerror}: {error.filename or 'a file of this run'}. Mend that and "
+                        "start the same command again."))
     except KeyboardInterrupt:
         print("error: stopped by SIGINT", file=sys.stderr, flush=True)
         _leave(130)

@@ -267,11 +267,27 @@ def load(path: files.Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The config that a run wrote, with overrides as `override` takes them.
 
     Raises:
-        UserError: no such file, or an override that does not fit.
+        UserError: no such file, a damaged one, or an override that does not fit.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist: is that the workdir of a run?")
-    return override(saved(json.loads(path.read_text())), overrides)
+    try:
+        mapping = read(path)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}). The checkpoints of the run hold its config, "
+                        "too: checkpoints/STEP/record/record.json.") from error
+    return override(saved(mapping), overrides)
+
+
+def read(path: files.Path) -> dict[str, Any]:
+    """What a config.json holds. Raises ValueError where that is no object of JSON."""
+    try:
+        mapping = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("JSON nested too deeply") from error
+    if not isinstance(mapping, dict):
+        raise ValueError(f"no object but a {type(mapping).__name__}")
+    return mapping
 
 
 def override(run: RunConfig, overrides: Sequence[str]) -> RunConfig:

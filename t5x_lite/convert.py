@@ -31,7 +31,6 @@ if __name__ == "__main__":   # --help is answered before what is slow to import
 
 import dataclasses
 import functools
-import json
 import pathlib
 import re
 import shutil
@@ -53,7 +52,7 @@ from t5x_lite.checkpoints.manager import CheckpointConfig, Checkpointer
 from t5x_lite.config import RunConfig, saved, to_json
 from t5x_lite.data import tasks
 from t5x_lite.errors import UserError, nearest
-from t5x_lite.formats import hf, hf_card, hf_lora, hub, mesh_tf, t5x
+from t5x_lite.formats import hf, hf_card, hf_lora, hub, mesh_tf, safetensors, t5x
 from t5x_lite.formats.mapping import ForeignModel, Tensors, num_bytes
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.language_model import Model
@@ -228,8 +227,8 @@ def _write_hf(folder: pathlib.Path, source: str, model: ForeignModel, dtypes: Ma
     base, others = None, _hf_files(source)
     if others is not None:
         hf.copy_other_files(others, folder)
-        base = json.loads((others / "config.json").read_text())
-        if options.family not in (None, base["model_type"]):
+        base = safetensors.read_json(others / "config.json")
+        if options.family not in (None, base.get("model_type")):
             base = None
     done = iter(range(1, len(model.table) + 1))
     hf.write_model(folder, model.config, dtypes, model.read, model_type=options.family, base=base,
@@ -317,7 +316,7 @@ def _write_tuned_workdir(folder: pathlib.Path, source: str, options: Options) ->
 def _model_type(source: str) -> str | None:
     """The Hugging Face family that a source came from, where a config.json says it."""
     others = _hf_files(source)
-    return others and json.loads((others / "config.json").read_text())["model_type"]
+    return others and safetensors.read_json(others / "config.json").get("model_type")
 
 
 def _run_config(model: ModelConfig, source: str, given: RunConfig | None) -> RunConfig:

@@ -127,13 +127,15 @@ def multiple_of(field: str, value: int, unit: int, why: str) -> int:
 
 # --- bounds of a config's numbers -----------------------------------------------------------------
 
-# The largest integer: what counts steps, rows or ids is an int32 on the devices.
+# The largest integer and float: what counts steps, rows or ids is an int32 on the devices, and a
+# number beyond float32's is an infinity there.
 LARGEST = 2**31 - 1
+LARGEST_FLOAT = 3.4e38
 
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """An interval. Integers end at LARGEST, and NaN and infinities are in none."""
+    """An interval. Integers end at LARGEST, floats at LARGEST_FLOAT; NaN and infinities are in none."""
 
     lowest: float = 0
     highest: float = math.inf
@@ -144,6 +146,8 @@ class Bounds:
         """Raises UserError for a number outside, naming the field, the value and the interval."""
         if isinstance(value, int) and value > LARGEST:
             raise refuse(field, value, f"at most {LARGEST:,}")
+        if isinstance(value, float) and LARGEST_FLOAT < abs(value) < math.inf:
+            raise refuse(field, value, f"at most {LARGEST_FLOAT:g}, as float32 has it")
         between(field, value, self.lowest, self.highest, open_below=self.open_below,
                 open_above=self.open_above)
 

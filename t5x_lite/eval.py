@@ -27,9 +27,10 @@ from absl import flags
 from t5x_lite import cli, files, init_from, log, report
 from t5x_lite.build import build
 from t5x_lite.checkpoints import manager
-from t5x_lite.config import RunConfig
+from t5x_lite.config import RunConfig, to_json
 from t5x_lite.errors import UserError
 from t5x_lite.evaluation.evaluator import Evaluator
+from t5x_lite.parallel import processes
 
 
 def steps_to_evaluate(workdir: files.Path, step: str) -> list[int | str]:
@@ -49,7 +50,13 @@ def steps_to_evaluate(workdir: files.Path, step: str) -> list[int | str]:
 
 def run(config: RunConfig, workdir: files.Path | None, steps: Sequence[int | str]
         ) -> dict[int, dict[str, dict[str, float]]]:
-    """{step: {task: metrics}} of checkpoints of a workdir; None: of init_from, as each step."""
+    """{step: {task: metrics}} of checkpoints of a workdir; None: of init_from, as each step.
+
+    Raises:
+        UserError: nothing to evaluate, or processes that were started differently.
+    """
+    processes.check_agree({"--workdir": str(workdir), "--step": list(steps),
+                           "config": json.loads(to_json(config))})
     program = build(config)
     results = {}
     with program.activate():

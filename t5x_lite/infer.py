@@ -14,7 +14,7 @@
     --on_error=refuse   or skip: what to do with a malformed line, which is reported either way
 
 Writes one JSON object a line, in the order of the input: {"line", "inputs", "predictions",
-"scores", "targets"}, and of a choice of a rank classification task "question" and "is_correct".
+"scores" (null where one is not a number), "targets"}, and of a choice of a rank classification task "question" and "is_correct".
 Started again with the same command it goes on behind the last complete line of the output;
 OUT.jsonl.run says what the output belongs to. With several processes the mesh splits each batch,
 all processes read the same input, process 0 writes and tells the others where the output ends.
@@ -30,6 +30,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import os
 import pathlib
 import sys
@@ -55,6 +56,7 @@ from t5x_lite.data import readers, tasks as data_tasks, vocabulary as data_vocab
 from t5x_lite.decoding.decode import DecodeConfig
 from t5x_lite.errors import UserError, nearest
 from t5x_lite.evaluation.predictor import Predictor, Text
+from t5x_lite.parallel import processes
 from t5x_lite.training import state
 
 FORMATS = ("jsonl", "json", "tsv", "text")
@@ -90,7 +92,7 @@ def format_of(path: str, given: str) -> str:
 
 
 def _is_pipe(path: str) -> bool:
-    return not files.is_url(path) and pathlib.Path(path).is_fifo()
+    return not files.is_url(path) and os.path.exists(path) and pathlib.Path(path).is_fifo()
 
 
 def open_input(path: str) -> tuple[BinaryIO, str]:
@@ -252,8 +254,8 @@ class Output:
         file = self._folder.bring(path.name)
         if file.exists():
             if file.stat().st_size:   # else a run that was refused before its first line
-                _check_same(path, json.loads(run.read_text()), belongs_to)
-            last = _cut_off_partial_line(file)
+                _check_same(path, _object_of(run.read_bytes()), belongs_to)
+            last = _cut_off_damaged_lines(file)
         files.write_whole(run, json.dumps(belongs_to, indent=1, sort_keys=True) + "\n")
         self._file = open(file, "a")
         return last
@@ -276,14 +278,30 @@ class Output:
             self._folder.close()
 
 
-def _cut_off_partial_line(file: pathlib.Path) -> int:
-    """The input line of the last complete line; a killed run may have left half of one."""
+def _cut_off_damaged_lines(file: pathlib.Path) -> int:
+    """The input line of the last whole line. A kill may have left a part of one behind it, a power
+    loss NULs: these are made anew."""
     content = file.read_bytes()
-    whole = content[:content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(file, len(whole))
-    lines = whole.splitlines()
-    return json.loads(lines[-1])["line"] if lines else 0
+    end, last = content.rfind(b"\n") + 1, 0
+    while end:
+        start = content.rfind(b"\n", 0, end - 1) + 1
+        last = _object_of(content[start:end]).get("line")
+        if type(last) is int:
+            break
+        log.say(f"warning: the end of {file} is damaged and is made anew")
+        end, last = start, 0
+    if end < len(content):
+        os.truncate(file, end)
+    return last
+
+
+def _object_of(content: bytes) -> dict[str, Any]:
+    """The object of JSON that the bytes are; {} where they are none."""
+    try:
+        value = json.loads(content.decode())
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _check_same(path: files.Path, before: dict, now: dict) -> None:
@@ -327,7 +345,7 @@ def _predicted(predictor: Predictor, params, batch: Sequence[Item]) -> list[dict
     """{"predictions", "scores"} of each item."""
     predictions = predictor.predict(params, [item.inputs for item in batch],
                                     [item.line for item in batch])
-    return [{"predictions": list(p.texts), "scores": list(p.scores)} for p in predictions]
+    return [{"predictions": list(p.texts), "scores": _written(p.scores)} for p in predictions]
 
 
 def _scored(predictor: Predictor, params, batch: Sequence[Item]) -> list[dict[str, Any]]:
@@ -338,7 +356,12 @@ def _scored(predictor: Predictor, params, batch: Sequence[Item]) -> list[dict[st
         targets += item.targets
         lines += [item.line] * len(item.targets)
     scores = iter(predictor.score(params, inputs, targets, row_ids=lines))
-    return [{"scores": list(itertools.islice(scores, len(item.targets)))} for item in batch]
+    return [{"scores": _written(itertools.islice(scores, len(item.targets)))} for item in batch]
+
+
+def _written(scores: Iterable[float]) -> list[float | None]:
+    """Scores as JSON has them: null for what is no finite number (say_rows tells of it)."""
+    return [score if math.isfinite(score) else None for score in scores]
 
 
 def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -371,7 +394,15 @@ def infer(config: RunConfig, workdir: files.Path | None, step: str, decode: Deco
     """Restores the parameters (without a workdir: of init_from) and runs.
 
     source: what the items are read from, for the record.
+
+    Raises:
+        UserError: what the items raise, an output of something else, or processes that were
+            started differently.
     """
+    processes.check_agree({
+        "--workdir": str(workdir), "--step": step, "--mode": mode, "--output": str(output),
+        "--input": source, "config": json.loads(configs.to_json(config)),
+        "--decode": json.loads(configs.to_json(decode))})
     program = build(config)
     vocabulary = data_tasks.vocabulary_of(config.data)
     data_vocabulary.check_vocabulary(vocabulary, config.model.vocab_size, sentinels=False)

@@ -140,7 +140,7 @@ def load(workdir: str | os.PathLike, step: int | str = "last", overrides: Sequen
     """
     cli.show_own_lines()
     workdir = files.path(workdir)
-    program = build(configs.load(workdir / "config.json", overrides))
+    program = build(configs.override(cli.saved_config(workdir), overrides))
     return Session(program, init_from.restore_state(program, workdir, step)[0])
 
 

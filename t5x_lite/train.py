@@ -41,10 +41,11 @@ from t5x_lite import files, init_from, log, report
 from t5x_lite.build import Program, build, param_report
 from t5x_lite.checkpoints.format import Record
 from t5x_lite.checkpoints.manager import Checkpointer, Start, read_record, restore_or_init
-from t5x_lite.config import RunConfig, from_mapping, to_json
+from t5x_lite.config import RunConfig, from_mapping, saved as saved_config, to_json
 from t5x_lite.cost import hardware, usage
 from t5x_lite.data import (
     batches as data_batches,
+    paths as data_paths,
     tasks as data_tasks,
     vocabulary as data_vocabulary,
 )
@@ -104,7 +105,11 @@ def run(config: RunConfig, workdir: str | os.PathLike, clock: Clock | None = Non
     """
     workdir, clock, where = files.path(workdir), clock or Clock(), _Where()
     stopped_status(os.environ)   # refused at the start, not at the end
-    processes.check_agree({"--workdir": str(workdir), "config": json.loads(to_json(config))})
+    data = config.data
+    processes.check_agree({
+        "--workdir": str(workdir), "config": json.loads(to_json(config)),
+        "bytes of": data_paths.sizes(data.train, data.train_files, data.validation,
+                                     data.validation_files, data.vocabulary)})
     with (Stop() as stop,
           Watchdog(config.train.watchdog, clock, workdir, where=where,
                    process=jax.process_index()) as watchdog):
@@ -200,7 +205,7 @@ def _changed(record: Record, config: RunConfig) -> list[str]:
     """"field: old -> new" lines of what the config says otherwise than the checkpoint's."""
     old = record.config
     try:   # fields that the config did not have yet have their defaults
-        old = json.loads(to_json(from_mapping(RunConfig, old)))
+        old = json.loads(to_json(saved_config(old)))
     except UserError as error:   # of another version of this program
         log.say(f"the checkpoint's config is of another version: {error}")
     return changes.describe(old, json.loads(to_json(config)))

@@ -113,7 +113,7 @@ def with_value(path, value) -> dict:
 def test_no_number_out_of_range_comes_through_the_door(path):
     """Refused by its name and value, or a number that such a field may hold."""
     dotted = re.sub(r"\.(\d+)", r"[\1]", ".".join(map(str, path)))
-    for value in (math.nan, math.inf, -math.inf, -1, -1.5, -32, 2**70, -2**70, 10**400):
+    for value in (math.nan, math.inf, -math.inf, -1, -1.5, -32, 2**70, -2**70, 1e300, 10**400):
         try:
             run = from_mapping(RunConfig, with_value(path, value))
         except UserError as error:
@@ -124,7 +124,7 @@ def test_no_number_out_of_range_comes_through_the_door(path):
         held = dict(numbers(json.loads(to_json(run))))[path]
         assert math.isfinite(held)
         assert held >= 0 or MAY_BE_NEGATIVE & set(path), held
-        assert isinstance(held, float) or held < 2**31
+        assert abs(held) < (2.0**128 if isinstance(held, float) else 2**31)
 
 
 @pytest.mark.parametrize(("path", "value", "message"), [
@@ -141,6 +141,13 @@ def test_no_number_out_of_range_comes_through_the_door(path):
 def test_bounds_hold_for_configs_made_in_python_too(path, value, message):
     with pytest.raises(UserError, match=message):
         build(configs.replace(everything(), path, value), jax.devices()[:1])
+
+
+@pytest.mark.parametrize("content", [b"null", b"[]", b"{", b"", b"\xff", b"[" * 100_000, b"9" * 6000])
+def test_a_damaged_config_file_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match="config.json is damaged .*checkpoints/STEP/record"):
+        configs.load(tmp_path / "config.json")
 
 
 def test_what_an_earlier_version_wrote_is_read(tmp_path):

@@ -124,8 +124,54 @@ def test_a_session_tells_of_cut_and_empty_texts(session, capsys):
         "1 of 2 targets are longer than data.targets_length=12 and are cut\n"
         "1 of 2 targets are empty\n")
     session.score(["a"], ["z"])
-    session.predict(["a"])
     assert capsys.readouterr().out == ""
+
+
+def damaged(session, text: str):
+    """Its parameters with NaN for the first byte of a text, and a decoder that says nothing."""
+    flat = dict(tree.flatten(session.params))
+    for path, rows, value in (("token_embedding/embedding", 3 + ord(text), np.nan),   # ByT5's ids
+                              ("decoder/final_norm/scale", slice(None), 0.0)):
+        array = np.array(flat[path])
+        array[rows] = value
+        flat[path] = jax.device_put(array, flat[path].sharding)
+    return tree.unflatten(flat)
+
+
+NO_NUMBER = ("a score that is not a number: the model overflows its number format, so use "
+             "precision=bf16 or float32, or its parameters hold NaN")
+
+
+def test_scores_that_are_no_numbers_and_empty_texts_are_named(run, session, tmp_path, capsys):
+    """By infer, evaluation and a session: the rows and the remedy. (Of "3+…" inputs hold NaN.)"""
+    config, params = run[0], damaged(session, "3")
+    program = session.program
+    predictor = Predictor(program, data_tasks.vocabulary_of(config.data), config.eval.decode)
+    capsys.readouterr()
+    inputs = [infer.Item(n, i, i, (t,)) for n, (i, t) in enumerate(EXAMPLES, 1)]
+    empty = "an empty text: the model ends at once, or its tokens spell none"
+    with program.activate():
+        for mode in ("predict", "score"):
+            output = infer.Output(tmp_path / f"{mode}.jsonl", {})
+            infer.run(predictor, params, inputs, output, mode)
+            output.close()
+            said = capsys.readouterr().out
+            rows = {"predict": "3 rows have {} (rows 10, 11, 12)",   # those of 1+2 and 2+1 hold 3
+                    "score": "5 rows have {} (rows 6, 8, 10, 11, 12)"}[mode]   # in their targets
+            assert f"warning: {rows.format(NO_NUMBER)}" in said
+            assert (empty in said) == (mode == "predict")
+        found = Evaluator(program).evaluate(params)
+    said = capsys.readouterr().out
+    assert NO_NUMBER in said and empty in said
+    assert all(np.isnan(values["loss"]) for values in found.values())
+    lines = written(tmp_path / "score.jsonl")
+    assert lines[9]["scores"] == [None] and lines[0]["scores"][0] < 0
+    assert "NaN" not in (tmp_path / "predict.jsonl").read_text()
+    whole = interactive.Session(program, {**session.state, "params": params})
+    whole.score(["3", "4"], ["1", "1"])
+    assert capsys.readouterr().out == f"warning: 1 row has {NO_NUMBER} (row 0)\n"
+    whole.predict(["4", "5"])
+    assert "warning: 2 rows have an empty text" in capsys.readouterr().out
 
 
 def test_evaluation_without_metrics(run):
@@ -198,6 +244,26 @@ def test_a_killed_run_goes_on_and_writes_the_same_bytes(run, files, tmp_path):
     assert go(run, items(files / "a.jsonl"), cut, decode=decode) == 0
     with pytest.raises(UserError, match="belongs to another run:\n  decode: "):
         go(run, items(files / "a.jsonl"), cut)
+
+
+def test_damaged_ends_of_an_output_are_made_anew(tmp_path, capsys):
+    """As a power loss leaves them; the record beside it is written whole."""
+    path = tmp_path / "out.jsonl"
+    lines = b"".join(json.dumps({"line": n}).encode() + b"\n" for n in (1, 2, 3))
+    for damage, last in ((b"", 3), (b'{"line": 4', 3), (b"\0" * 9 + b"\n", 3), (b"\xff\n\n", 3),
+                         (b'{"line": null}\n[1]\n{"lin', 3), (b"9" * 6000 + b"\n", 3)):
+        path.write_bytes(lines + damage)
+        (tmp_path / "out.jsonl.run").write_text('{"of": "x"}')
+        output = infer.Output(path, {"of": "x"})
+        output.close()
+        assert output.last_line == last and path.read_bytes() == lines
+    path.write_bytes(b"\0\0\n")
+    assert infer.Output(path, {"of": "x"}).last_line == 0 and path.read_bytes() == b""
+    path.write_bytes(lines)
+    (tmp_path / "out.jsonl.run").write_bytes(b"\0\0")
+    with pytest.raises(UserError, match="belongs to another run:\n  of: None before, 'x' now"):
+        infer.Output(path, {"of": "x"})
+    assert "is damaged and is made anew" in capsys.readouterr().out
 
 
 def test_an_output_of_something_else_is_left_alone(run, files, tmp_path):

@@ -285,8 +285,13 @@ def read_record(folder: epath.Path) -> Record:
 
     Raises Unreadable, or UserError where its format is from the future.
     """
-    fields, problem = _attempt(
-        folder, lambda: _parse_record((folder / "record/record.json").read_text()))
+    def read():
+        found = _parse_record((folder / "record/record.json").read_text())
+        if isinstance(found, Record) and folder.name.isdigit() and int(folder.name) != found.step:
+            raise ValueError(f"it is a copy of the checkpoint of step {found.step}")
+        return found
+
+    fields, problem = _attempt(folder, read)
     _agree(problem)
     if isinstance(fields, int):
         raise UserError(

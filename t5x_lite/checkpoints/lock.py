@@ -4,7 +4,7 @@ A lock of the file system (flock) goes with the process that holds it, however t
 file system has none, or has locks that another host does not see (Lustre's localflock), the file
 itself serves: its holder writes the time into it every HEARTBEAT seconds, and a holder on another
 host that has not been heard of for STALE seconds counts as gone. Hosts' clocks may differ by less
-than that.
+than that; a time further ahead is no time to reckon with, and what tells life is that it changes.
 
 A bucket has no locks. There an object serves in the same way, which is written only as long as
 nobody else has written it: of two that take it at once one gets it, and a holder that was taken for
@@ -61,6 +61,7 @@ class _Lock:
         self.lost: dict[str, Any] | None = None
         self._closed = threading.Event()
         self._turn = threading.Lock()   # of the two threads that write
+        self._seen: tuple[Any, float] = (None, 0.0)   # a time ahead of ours, and since when it stands
         self._start = time.time()
         try:
             self._open()
@@ -111,6 +112,15 @@ class _Lock:
         return json.dumps({"host": socket.gethostname(), "pid": os.getpid(),
                            "start": self._start, "alive": time.time()})
 
+    def _lives(self, holder: dict[str, Any]) -> bool:
+        """Whether a holder's signs of life, and on this very host its process, say so."""
+        age = _age(holder)
+        if age < -STALE:
+            if holder["alive"] != self._seen[0]:
+                self._seen = holder["alive"], time.monotonic()
+            return time.monotonic() - self._seen[1] < 3 * HEARTBEAT
+        return age < STALE and not _is_gone(holder)
+
     def _beat(self) -> None:
         while not self._closed.wait(HEARTBEAT) and self.lost is None:
             try:
@@ -153,7 +163,7 @@ class WorkdirLock(_Lock):
             locks = False
         holder = self._found()
         elsewhere = holder.get("host") != socket.gethostname()
-        if holder and (elsewhere or not locks) and _is_alive(holder):
+        if holder and (elsewhere or not locks) and self._lives(holder):
             if locks:
                 fcntl.flock(self._file, fcntl.LOCK_UN)
             return holder
@@ -190,7 +200,7 @@ class ObjectLock(_Lock):
         try:
             content, generation = buckets.read(self._object)
             holder = _parsed(content)
-            if holder and _is_alive(holder):
+            if holder and self._lives(holder):
                 return holder
             taken = buckets.replace(self._object, self._signed(), generation)
         except files.failures() as error:
@@ -229,20 +239,20 @@ def _parsed(content: bytes) -> dict[str, Any]:
     return holder if isinstance(holder, dict) else {}
 
 
-def _is_alive(holder: dict[str, Any]) -> bool:
-    """Whether a holder was heard of lately, and has not ended on this very host."""
+def _age(holder: dict[str, Any]) -> float:
     alive = holder.get("alive")
-    age = time.time() - alive if isinstance(alive, (int, float)) else float("inf")
-    return age < STALE and not _is_gone(holder)
+    is_time = isinstance(alive, (int, float)) and abs(alive) < 1e12
+    return time.time() - alive if is_time else float("inf")
 
 
 def _is_gone(holder: dict[str, Any]) -> bool:
     """Whether a holder on this very host has no process any more."""
-    if holder.get("host") != socket.gethostname():
+    pid = holder.get("pid")
+    if holder.get("host") != socket.gethostname() or not isinstance(pid, int) or pid <= 0:
         return False
     try:
-        os.kill(int(holder.get("pid", 0)) or os.getpid(), 0)
-    except ProcessLookupError:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
         return True
     except OSError:
         return False
@@ -251,8 +261,9 @@ def _is_gone(holder: dict[str, Any]) -> bool:
 
 def describe(holder: dict[str, Any]) -> str:
     """"process 12 on host a, started 2026-11-29 06:40:01"."""
-    started = holder.get("start")
-    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(started)) \
-        if isinstance(started, (int, float)) else "at a time unknown"
+    try:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.get("start", "")))
+    except (TypeError, ValueError, OverflowError, OSError):   # not a time, or none of a calendar
+        when = "at a time unknown"
     return (f"process {holder.get('pid', 'unknown')} on host {holder.get('host', 'unknown')}, "
             f"started {when}")

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable
 import seqio
 import tensorflow as tf
 
-from t5x_lite import files
+from t5x_lite import files, log
 from t5x_lite.errors import UserError
 
 NUM_FILES = 64   # a split; data.num_shards up to this many read only their own files
@@ -72,19 +72,50 @@ class DocumentSource(seqio.DataSource):
         return sorted(str(p) for p in self.folder().glob(f"{split}-*.tfrecord"))
 
     def num_input_examples(self, split: str) -> int:
-        return json.loads((self.folder() / "manifest.json").read_text())[split]["documents"]
+        return _manifest(self.folder())[split]["documents"]
 
     def digest(self, split: str) -> str:
         """What the split's documents are: the same for splits of the same ones."""
-        return json.loads((self.folder() / "manifest.json").read_text())[split]["digest"]
+        return _manifest(self.folder())[split]["digest"]
 
     def folder(self) -> pathlib.Path:
         """The cache folder, written first if need be."""
         key = self._key()
         path = root() / key
+        if path.exists() and not _is_whole(path, self.splits):
+            _put_aside(path)
         if not (path / "manifest.json").exists():
             _write(path, self.splits, self._documents())
         return path
+
+
+def _manifest(path: pathlib.Path) -> dict[str, dict]:
+    """{split: what its documents are} of a cache folder that is whole."""
+    return json.loads((path / "manifest.json").read_text())
+
+
+def _is_whole(path: pathlib.Path, splits: Iterable[str]) -> bool:
+    """Whether a cache folder says what it holds, and holds as many files. (A full disk, a power loss
+    or a hand may have damaged it.)"""
+    try:
+        manifest = _manifest(path)
+        return all(len(list(path.glob(f"{split}-{manifest[split]['digest'][:12]}-*.tfrecord")))
+                   == min(manifest[split]["documents"], NUM_FILES) for split in splits)
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return False
+
+
+def _put_aside(path: pathlib.Path) -> None:
+    """Renames a damaged cache folder: it is made anew, and whoever reads the rest of it may."""
+    aside = path.with_name(f"{path.name}.damaged.{secrets.token_hex(4)}")
+    log.say(f"warning: the text cache {path} is damaged: it is made anew (the old one is now {aside})")
+    try:
+        os.rename(path, aside)
+    except FileNotFoundError:   # another process was first
+        return
+    except OSError as error:
+        raise UserError(f"the text cache {path} is damaged and cannot be renamed "
+                        f"({error.strerror}); remove it") from error
 
 
 def _write(path: pathlib.Path, splits: Iterable[str],

@@ -57,10 +57,24 @@ def share(entry: str) -> tuple[str, str, str]:
 
 def matches(name: str) -> list[str]:
     """The files of a path or a glob, sorted; [] where there are none."""
-    path = os.path.expanduser(name.strip())
-    if "\0" in path:
+    path = _expanded(name)
+    if not _possible(path):
         return []
     return [path] if files.is_file(path) else files.glob(_escaped(path))
+
+
+def _expanded(name: str) -> str:
+    """The name with its "~" written out."""
+    name = name.strip()
+    return os.path.expanduser(name) if _possible(name) else name
+
+
+def _possible(name: str) -> bool:
+    """Whether a file can have this name: no NUL, and no half of a surrogate pair."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
 
 
 def _escaped(path: str) -> str:
@@ -73,12 +87,24 @@ def _escaped(path: str) -> str:
     return path
 
 
+def sizes(*lists: str) -> dict[str, int]:
+    """{path: bytes} of the files among the entries of comma-separated lists, shares and slices
+    aside: what tells copies of other data apart on the hosts of a run."""
+    found = {}
+    for entry in (entry for text in lists for entry in split(text)):
+        name = share(entry)[0]
+        sliced = EXAMPLES.fullmatch(name)
+        for path in matches(sliced[1] if sliced else name):
+            found[path] = files.state_of(path)[1]
+    return found
+
+
 def hint(name: str) -> str:
     """What to say of a path that has no file: where it was looked for, what is near, and which
     character of the name is read as something else."""
-    path = os.path.expanduser(name.strip())
+    path = _expanded(name)
     folder = os.path.dirname(path) or "."
-    beside = files.names(folder) if files.is_dir(folder) else ()
+    beside = files.names(folder) if _possible(folder) and files.is_dir(folder) else ()
     special = ""
     if "[" in path:
         special = " In a glob [ opens a set of characters: write [[] for the character itself."

@@ -8,6 +8,7 @@ batches.py imports this module lazily, because it imports TensorFlow.
 Shape legend: L positions of one side (encoder or decoder) of a row.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -196,9 +197,9 @@ def examples(task: seqio.Task, split: str, lengths: dict[str, int]) -> Iterator[
     dataset = _preprocessed(task, split, lengths, EVAL_SEED, 0, 1, False)
     if "targets_pretokenized" in dataset.element_spec:
         whole = dict.fromkeys(lengths, UNCUT)
-        yield from _preprocessed(task, split, whole, EVAL_SEED, 0, 1, False).as_numpy_iterator()
+        yield from _read(_preprocessed(task, split, whole, EVAL_SEED, 0, 1, False))
         return
-    for example in dataset.as_numpy_iterator():
+    for example in _read(dataset):
         yield {**example, **trimmed(example, lengths)}
 
 
@@ -263,7 +264,9 @@ def check_not_empty(once: tf.data.Dataset, name: str) -> None:
 
     A task that filters everything away would search its endless source for ever.
     """
-    if next(iter(once.take(1)), None) is None:
+    with _reading():
+        first = next(iter(once.take(1)), None)
+    if first is None:
         raise UserError(f"the training split of {name} holds no examples once preprocessed")
 
 
@@ -290,6 +293,28 @@ def _ops(dataset: tf.data.Dataset) -> set[str]:
 
 # --- iterators ------------------------------------------------------------------------------
 
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    """UserError where the files of a cache or a data set turn out to be damaged or gone."""
+    try:
+        yield
+    except (tf.errors.DataLossError, tf.errors.NotFoundError) as error:
+        raise UserError(f"the data are damaged: {error.message[:300]}. Where that is a file of the "
+                        "text cache (data.cache_dir, T5X_LITE_CACHE), remove its folder: it is made "
+                        "anew.") from error
+
+
+def _read(dataset: tf.data.Dataset) -> Iterator[dict[str, np.ndarray]]:
+    """The elements as numpy."""
+    elements = dataset.as_numpy_iterator()
+    while True:
+        with _reading():
+            element = next(elements, None)
+        if element is None:
+            return
+        yield element
+
+
 class ShardReader:
     """Rows of one virtual shard, with a place that can be saved.
 
@@ -309,7 +334,8 @@ class ShardReader:
             blocks, have = [self._pending], _num_rows(self._pending)
         while have < num_rows:
             try:
-                block = next(self._iterator)
+                with _reading():
+                    block = next(self._iterator)
             except StopIteration:
                 raise UserError(
                     f"shard {self._identity['shard']} of {self._identity['tasks']} holds no "
@@ -344,9 +370,15 @@ class ShardReader:
                             "data are others:\n  " + "\n  ".join(changed) + "\nGo back to the "
                             "run's own data settings, or start a new workdir with init_from.")
         iterator = arrays.pop("iterator").tobytes()
-        tf.raw_ops.DeserializeIterator(
-            resource_handle=self._iterator._iterator_resource,
-            serialized=tf.io.parse_tensor(iterator, tf.variant))
+        try:
+            tf.raw_ops.DeserializeIterator(
+                resource_handle=self._iterator._iterator_resource,
+                serialized=tf.io.parse_tensor(iterator, tf.variant))
+        except tf.errors.OpError as error:
+            raise UserError(
+                f"TensorFlow {tf.__version__} cannot restore the checkpoint's place in the data "
+                f"({error.message[:200]}). Use the version that the run was started with, or start a "
+                "new workdir with init_from.") from error
         self._pending = arrays
 
 
@@ -355,7 +387,7 @@ def finite_batches(dataset: tf.data.Dataset, batch_size: int, max_rows: int | No
     """Batches of exactly batch_size rows, of the first max_rows; the last one filled up with rows
     of zeros."""
     pending: dict[str, np.ndarray] = {}
-    for block in _first_rows(dataset.as_numpy_iterator(), max_rows):
+    for block in _first_rows(_read(dataset), max_rows):
         if pending:
             block = {name: np.concatenate([pending[name], block[name]]) for name in block}
         pending = block

@@ -134,7 +134,10 @@ def mixing_rates(sizes: Sequence[float], temperature: float, cap: float) -> list
 
     Temperature 1 mixes in proportion to size, infinity equally (Raffel et al. 2020, §3.5.2).
     """
-    scaled = [(min(n, cap) if cap else n) ** (1 / temperature) for n in sizes]
+    capped = [min(n, cap) if cap else n for n in sizes]
+    if max(map(math.log2, filter(None, capped)), default=0.0) > 1000 * temperature:
+        capped = [n / max(capped) for n in capped]   # no float holds the powers as they are
+    scaled = [n ** (1 / temperature) for n in capped]
     return [s / sum(scaled) for s in scaled]
 
 

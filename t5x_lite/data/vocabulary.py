@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from t5x_lite import files
+from t5x_lite.data import readers
 from t5x_lite.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -83,13 +84,24 @@ def pieces_of_folder(folder: files.Path) -> list[str]:
     for name in ("spiece.model", "sentencepiece.model", "tokenizer.model"):
         if (folder / name).is_file():
             import sentencepiece
-            return _sentence_pieces(sentencepiece.SentencePieceProcessor(
-                model_proto=(folder / name).read_bytes()))
-    if (folder / "tokenizer.json").is_file():
-        return _json_pieces((folder / "tokenizer.json").read_bytes())
+            try:
+                return _sentence_pieces(sentencepiece.SentencePieceProcessor(
+                    model_proto=(folder / name).read_bytes()))
+            except RuntimeError as error:
+                raise UserError(f"{folder / name} is no whole SentencePiece model; fetch it "
+                                "again.") from error
+    whole = folder / "tokenizer.json"
+    if whole.is_file():
+        try:
+            return _json_pieces(whole.read_bytes())
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{whole} is no whole tokenizer.json ({str(error)[:200]}); fetch it "
+                            "again.") from error
     settings = folder / "tokenizer_config.json"
-    if settings.is_file() and "ByT5" in json.loads(settings.read_text()).get("tokenizer_class", ""):
-        return _BYTE_PIECES
+    if settings.is_file():
+        said = readers.json_object(readers.whole(str(settings)), str(settings))
+        if "ByT5" in str(said.get("tokenizer_class")):
+            return _BYTE_PIECES
     return []
 
 

@@ -19,6 +19,7 @@ from t5x_lite.data import (
 )
 from t5x_lite.decoding.decode import DecodeConfig
 from t5x_lite.evaluation import predictor
+from t5x_lite.models.blocks import mixture_metrics
 from t5x_lite.training import metrics
 
 ALL = "all"   # the key of the metrics over every task together
@@ -97,9 +98,14 @@ class Evaluator:
         functions give under "metric/NAME"."""
         totals = {task: {} for task in self._batches}
         for task, batches in self._batches.items():
-            for batch in batches:
-                totals[task] = metrics.add(totals[task], jax.device_get(
-                    self._eval_step(params, batch, self._token_bytes)))
+            without_number: list[int] = []
+            for number, batch in enumerate(batches):
+                sums = jax.device_get(self._eval_step(params, batch, self._token_bytes))
+                totals[task] = metrics.add(totals[task], sums)
+                if not math.isfinite(float(sums["loss"][0])):
+                    without_number += self._rows_without_number(params, batch, number)
+            if without_number:
+                predictor.say_rows(task, predictor.NO_NUMBER, without_number)
         if len(totals) > 1:
             together: dict = {}
             for total in totals.values():
@@ -112,10 +118,19 @@ class Evaluator:
             results[name].update({report.METRIC + n: v for n, v in own.items()})
         return results
 
+    def _rows_without_number(self, params: Mapping, batch: Mapping, number: int) -> list[int]:
+        """Which rows of a task, counted from 0, have a loss that is no number: of its
+        number-th batch."""
+        score_step = jax.jit(predictor.make_score_step(self._program.model))
+        scores = data_batches.whole(score_step(params, batch))
+        wrong = np.flatnonzero(~np.isfinite(scores)) if not np.isfinite(scores).all() \
+            else np.arange(len(scores))
+        return [number * len(scores) + int(row) for row in wrong]
+
     def _finish(self, task: str, total: Mapping) -> dict[str, float]:
         nats, tokens = map(float, total["loss"])
         num_bytes = float(total["bytes"][0])
-        result = metrics.divide({n: v for n, v in total.items() if n != "bytes"})
+        result = metrics.divide(mixture_metrics({n: v for n, v in total.items() if n != "bytes"}))
         return {**result, "perplexity": metrics.perplexity(nats, tokens),
                 "bits_per_byte": metrics.bits_per_byte(nats, num_bytes) if num_bytes else math.nan,
                 "unigram_entropy": self._unigram_entropy[task]}

@@ -37,8 +37,8 @@ from t5x_lite.parallel import sharding
 from t5x_lite.training import losses, steps
 
 # What may be wrong with a row, and what to do.
-_NO_NUMBER = ("a score that is not a number: the model overflows its number format, so use "
-              "precision=bf16 or float32, or its parameters hold NaN")
+NO_NUMBER = ("a score that is not a number: the model overflows its number format, so use "
+             "precision=bf16 or float32, or its parameters hold NaN")
 _EMPTY = ("an empty text: the model ends at once, or its tokens spell none; check the vocabulary, "
           "the task's prefix and how long it was trained")
 
@@ -145,9 +145,13 @@ class Predictor:
     def _look_at(self, row: int, score: float, text: str | None = None) -> None:
         """Remembers a row whose score is no number, or whose text is empty."""
         if not math.isfinite(score):
-            self._rows.setdefault(_NO_NUMBER, []).append(row)
+            rows = self._rows.setdefault(NO_NUMBER, [])
         elif text is not None and not text.strip():
-            self._rows.setdefault(_EMPTY, []).append(row)
+            rows = self._rows.setdefault(_EMPTY, [])
+        else:
+            return
+        if row not in rows[-1:]:   # several targets of one row
+            rows.append(row)
 
     def training_rows(self, inputs: Sequence[Text], targets: Sequence[Text],
                       loss_on_inputs: bool = False) -> dict[str, np.ndarray]:
@@ -265,9 +269,7 @@ class Predictor:
         """Says which rows have a score that is no number, or an empty text, since the last time."""
         rows, self._rows = self._rows, {}
         for what, which in rows.items():
-            shown = ", ".join(map(str, which[:10])) + (", …" if len(which) > 10 else "")
-            of = f"{name}: " if name else ""
-            log.say(f"warning: {of}{len(which):,} rows have {what} (rows {shown})")
+            say_rows(name, what, which)
 
     def _ids(self, text: Text) -> list[int]:
         ids = self._vocabulary.encode(text) if isinstance(text, str) else list(map(int, text))
@@ -304,6 +306,14 @@ def place(program: Program, array: np.ndarray) -> jax.Array:
     where = sharding.named_sharding(program.mesh, program.rules,
                                     ("act_batch", "act_length")[:array.ndim])
     return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+
+
+def say_rows(name: str, what: str, rows: Sequence[int]) -> None:
+    """A warning that these rows, of something with this name, have `what`."""
+    shown = ", ".join(map(str, rows[:10])) + (", …" if len(rows) > 10 else "")
+    rows_have = f"{len(rows):,} rows have" if len(rows) > 1 else "1 row has"
+    log.say(f"warning: {f'{name}: ' if name else ''}{rows_have} {what} (row"
+            f"{'s' * (len(rows) > 1)} {shown})")
 
 
 def task_metrics(predictor: Predictor, params, task, examples: Sequence[Mapping]

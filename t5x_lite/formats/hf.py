@@ -124,8 +124,8 @@ def read_model(folder: str, like: ModelConfig | None = None, partial: bool = Fal
         raise UserError(f"{where}: {path / 'config.json'} does not exist. `hf download NAME "
                         f"--local-dir {folder}` fetches a published model.")
     given = safetensors.read_json(path / "config.json")
-    _check_start(path, where)
     kind = family(given.get("model_type", "none"), where)
+    given |= _start_of_generation(path, given, kind, where)
     fields = hf_fields.checked(kind, given)
     tensors = _renamed(safetensors.read_folder(path), kind.renames, where)
     hf_fields.check_against_files(kind, fields, tensors, where)
@@ -137,13 +137,22 @@ def read_model(folder: str, like: ModelConfig | None = None, partial: bool = Fal
                          unused=kind.unused, partial=partial)
 
 
-def _check_start(path: pathlib.Path, where: str) -> None:
-    """Raises UserError where generation_config.json has decoders begin with another token."""
-    file = path / "generation_config.json"
-    start = safetensors.read_json(file).get("decoder_start_token_id") if file.is_file() else None
-    if start is not None and (start != 0 or isinstance(start, bool)):
-        raise UserError(f"{where}: generation_config.json says decoder_start_token_id={start}; "
-                        "decoders begin with token 0 here and would compute something else.")
+def _start_of_generation(path: pathlib.Path, given: Mapping[str, Any], kind: Family, where: str
+                         ) -> dict[str, Any]:
+    """What generation_config.json says of the token that decoders begin with, where config.json
+    does not. Raises UserError where they disagree: transformers trains with the one and generates
+    with the other."""
+    name, file = "decoder_start_token_id", path / "generation_config.json"
+    start = safetensors.read_json(file).get(name) if file.is_file() else None
+    if start is None or name not in kind.honoured:
+        return {}
+    said = given.get(name)
+    if said is None:
+        return {name: start}
+    if said != start or isinstance(start, bool):
+        raise UserError(f"{where}: config.json says {name}={said} and generation_config.json says "
+                        f"{start}. Correct the one that is wrong.")
+    return {}
 
 
 def _is_tied(kind: Family, fields: Mapping[str, Any], tensors: Tensors) -> bool:

@@ -40,7 +40,7 @@ _SWITCH = {**_SHARED, "vocab_size": 32128, "d_model": 768, "d_ff": 2048, "num_la
            "expert_capacity": 64, "router_bias": False, "router_jitter_noise": 0.01,
            "router_ignore_padding_tokens": False, "router_z_loss_coef": 0.001,
            "router_aux_loss_coef": 0.001}
-_SPECIALS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+_SPECIALS = {"pad_token_id": 0, "eos_token_id": 1}
 
 
 # --- configs --------------------------------------------------------------------------------------
@@ -66,7 +66,16 @@ def _stacks(hf: Mapping, mlp: MLPConfig, segments, *, per_layer: bool, logits_sc
     return ModelConfig(
         vocab_size=hf["vocab_size"], embed_dim=hf["d_model"], encoder=stack("encoder", depth),
         decoder=stack("decoder", hf.get("num_decoder_layers", depth)), tie_logits=tied,
-        logits_scale=logits_scale)
+        logits_scale=logits_scale, decoder_start_id=_start(hf))
+
+
+def _start(hf: Mapping) -> int:
+    """The token that a decoder begins with."""
+    start = hf.get("decoder_start_token_id", 0)
+    if start >= hf["vocab_size"]:
+        raise UserError(f"decoder_start_token_id={start} of config.json: must be below vocab_size="
+                        f"{hf['vocab_size']}.")
+    return start
 
 
 def _from_t5(hf: Mapping, tied: bool) -> ModelConfig:
@@ -124,7 +133,7 @@ def _sizes(config: ModelConfig) -> dict[str, Any]:
         "relative_attention_num_buckets": encoder.position.num_buckets,
         "relative_attention_max_distance": encoder.position.max_distance,
         "layer_norm_epsilon": encoder.norm.epsilon, "dropout_rate": encoder.dropout_rate,
-        "is_encoder_decoder": True,
+        "is_encoder_decoder": True, "decoder_start_token_id": config.decoder_start_id,
     }
 
 
@@ -204,10 +213,11 @@ def _switch_rules(config: ModelConfig) -> Iterable[Rule]:
     return _rules("mlp")
 
 
-_OPTIONAL = {"num_decoder_layers": int, "scale_decoder_outputs": bool}
+_OPTIONAL = {"num_decoder_layers": int, "scale_decoder_outputs": bool,
+             "decoder_start_token_id": int}
 _SPARSE = ("num_sparse_encoder_layers", "num_sparse_decoder_layers", "encoder_sparse_step",
            "decoder_sparse_step")
-_FIXED = {"decoder_start_token_id": (0,), "is_decoder": (False,), "router_type": ("tokens_masked",),
+_FIXED = {"is_decoder": (False,), "router_type": ("tokens_masked",),
           "num_selected_experts": (1,), "scalable_attention": (True,)}
 # Derived from feed_forward_proj (T5) or said again by it (Switch), or settings of training.
 _HARMLESS = ("is_gated_act", "dense_act_fn", "feed_forward_proj", "n_positions", "router_dtype",
@@ -223,7 +233,7 @@ def _family(model_type: str, model_class: str, defaults: Mapping, from_hf, to_hf
         optional={**_OPTIONAL, **(dict.fromkeys(_SPARSE[2:], int) if sparse else {})},
         layer_counts=("num_layers", "num_decoder_layers", *_SPARSE[:2]),
         sizes=("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_experts"),
-        may_be_zero=_SPARSE, tied_by="scale_decoder_outputs" if model_type == "t5" else "",
+        may_be_zero=(*_SPARSE, "decoder_start_token_id"), tied_by="scale_decoder_outputs" if model_type == "t5" else "",
         renames=((r"(encoder|decoder)\.embed_tokens\.weight", "shared.weight"),),
         # A table that the first releases held and never used.
         unused=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",))

@@ -253,35 +253,55 @@ def mixture(arrays: Mapping[str, jax.Array], run: Run) -> tuple[jax.Array, dict]
         skipped_N1 = ~choice.kept.any(axis=-1).reshape(-1, 1)
         best_N1 = jnp.max(routing.probabilities(logits_GTE), axis=-1).reshape(-1, 1)
         y_ND = y_ND + jnp.where(skipped_N1, best_N1.astype(x_ND.dtype) * x_ND, 0)
-    return y_ND.reshape(x_BLD.shape), _aux(choice, logits_GTE, mask_GT, run)
+    counted_GT = _counted(arrays["mask"], run).reshape(-1, run.tokens)
+    return y_ND.reshape(x_BLD.shape), _aux(choice, logits_GTE, counted_GT, run)
 
 
-def _aux(choice, logits_GTE, mask_GT, run: Run) -> dict:
-    """Losses and metrics over all devices, as (sum, count)."""
+def _counted(mask_BL: jax.Array, run: Run) -> jax.Array:
+    """bool [B, L]: the tokens that losses and metrics are about. The real ones, or where padding
+    is routed as well all of them, but for rows that only fill evaluation's last batch."""
+    if run.config.mask_padding:
+        return mask_BL
+    if run.train:
+        return jnp.ones_like(mask_BL)
+    return jnp.broadcast_to(jnp.any(mask_BL, axis=1, keepdims=True), mask_BL.shape)
+
+
+def _aux(choice, logits_GTE, counted_GT, run: Run) -> dict:
+    """Losses and metrics over all devices, as (sum, count).
+
+    In evaluation all of them are sums that batches add up to, whatever the size of a batch:
+    models/blocks.mixture_metrics makes of them what training shows.
+    """
     config = run.config
-    counted = mask_GT if config.mask_padding else jnp.ones_like(mask_GT)
     total = {}
     p_GTE = None
     over_all = config.loss_mean == "all"
     if logits_GTE is not None:
         p_GTE = routing.probabilities(logits_GTE)
-        total["router_z_loss"] = routing.router_z_loss(logits_GTE, counted, over_all)
+        total["router_z_loss"] = routing.router_z_loss(logits_GTE, counted_GT, over_all)
         if isinstance(choice, routing.Routing):
             picked = choice.expert_index[..., :1 if config.balance_choices == "first" else None]
             total["load_balancing_loss"] = routing.load_balancing_loss(
-                p_GTE, picked, counted, over_all)
-    if not run.train:   # rows that only fill evaluation's last batch count in no mean
-        used = jnp.sum(jnp.any(counted, axis=1), dtype=jnp.float32)
+                p_GTE, picked, counted_GT, over_all)
+    if not run.train:   # groups that only fill evaluation's last batch count in no mean
+        used = jnp.sum(jnp.any(counted_GT, axis=1), dtype=jnp.float32)
         total = {name: (value, used) for name, (value, _) in total.items()}
-    total |= routing.router_metrics(choice, p_GTE, counted)
+    total |= routing.router_metrics(choice, p_GTE, counted_GT)
     total = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), total)
     total, load_E = jax.tree.map(
         lambda a: jax.lax.psum(dispatch.vary(a, run.place.group), run.place.group)
-        if run.place.group else a, (total, routing.expert_load(choice, config.num_experts)))
-    aux_loss = sum((weight * total[name][0] / total[name][1] for name, weight in
-                    (("load_balancing_loss", config.balance_weight),
-                     ("router_z_loss", config.z_weight)) if name in total and weight),
-                   jnp.zeros((), jnp.float32))
-    total |= routing.load_metrics(load_E)
-    return {"aux_loss": (aux_loss, jnp.ones((), jnp.float32)),
-            **{f"moe/{name}": pair for name, pair in sorted(total.items())}}
+        if run.place.group else a,
+        (total, routing.expert_load(choice, config.num_experts, counted_GT)))
+    zero, one = jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32)
+    weighted = [(weight, *total[name]) for name, weight in
+                (("load_balancing_loss", config.balance_weight), ("router_z_loss", config.z_weight))
+                if name in total and weight]
+    moe = {f"moe/{name}": pair for name, pair in sorted(total.items())}
+    if not run.train:
+        groups = total["router_z_loss"][1] if logits_GTE is not None else one
+        return {"aux_loss": (sum((w * value for w, value, _ in weighted), zero), groups),
+                **moe, routing.EXPERT_LOAD: (load_E, one)}
+    aux_loss = sum((w * value / count for w, value, count in weighted), zero)
+    moe |= {f"moe/{name}": pair for name, pair in routing.load_metrics(load_E).items()}
+    return {"aux_loss": (aux_loss, one), **dict(sorted(moe.items()))}

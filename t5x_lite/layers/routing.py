@@ -25,6 +25,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from t5x_lite.errors import UserError, one_of
 from t5x_lite.layers.config import MoEConfig
@@ -373,6 +374,11 @@ def router_z_loss(logits_GTE: jax.Array, mask_GT: jax.Array | None = None, over_
     return jnp.sum(mean_G), logits_GTE.shape[0]
 
 
+# The metric that evaluation adds up in the place of load_metrics, which are no sums: what each
+# expert computed.
+EXPERT_LOAD = "moe/expert_load"
+
+
 def router_metrics(routing: Routing | ExpertChoice, p_GTE: jax.Array | None,
                    mask_GT: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
     """{name: (sum, count)} of what happened to the tokens of these groups.
@@ -384,8 +390,8 @@ def router_metrics(routing: Routing | ExpertChoice, p_GTE: jax.Array | None,
     """
     real = jnp.sum(mask_GT, dtype=jnp.float32)
     if isinstance(routing, Routing):
-        asked = jnp.sum(routing.wanted, dtype=jnp.float32)
-        dropped = (asked - jnp.sum(routing.kept, dtype=jnp.float32), asked)
+        asked = jnp.sum(routing.wanted & mask_GT[..., None], dtype=jnp.float32)
+        dropped = (asked - jnp.sum(routing.kept & mask_GT[..., None], dtype=jnp.float32), asked)
     else:
         group = jnp.arange(mask_GT.shape[0])[:, None, None]
         token = jnp.where(routing.kept, routing.token_index, mask_GT.shape[1])
@@ -398,29 +404,32 @@ def router_metrics(routing: Routing | ExpertChoice, p_GTE: jax.Array | None,
     return metrics
 
 
-def expert_load(routing: Routing | ExpertChoice, num_experts: int) -> jax.Array:
-    """float32 [E]: how many tokens each expert computes, over all groups given."""
+def expert_load(routing: Routing | ExpertChoice, num_experts: int, mask_GT: jax.Array) -> jax.Array:
+    """float32 [E]: how many tokens of mask_GT each expert computes, over all groups given."""
     if isinstance(routing, ExpertChoice):
-        return jnp.sum(routing.kept, axis=(0, 2), dtype=jnp.float32)
-    hits = (routing.expert_index[..., None] == jnp.arange(num_experts)) & routing.kept[..., None]
+        group = jnp.arange(mask_GT.shape[0])[:, None, None]
+        return jnp.sum(routing.kept & mask_GT[group, routing.token_index], axis=(0, 2),
+                       dtype=jnp.float32)
+    kept_GTK = routing.kept & mask_GT[..., None]
+    hits = (routing.expert_index[..., None] == jnp.arange(num_experts)) & kept_GTK[..., None]
     return jnp.sum(hits, axis=(0, 1, 2), dtype=jnp.float32)
 
 
-def load_metrics(load_E: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """{name: (value, 1)} of the load over the whole batch.
+def load_metrics(load_E: jax.Array | np.ndarray) -> dict[str, tuple]:
+    """{name: (value, 1)} of the load over the whole batch, or on the host over many.
 
     load_max_over_mean: 1 when balanced, E when one expert has everything.
     load_entropy: of the load's distribution over log E: 1 when balanced, 0 when collapsed.
     dead_experts: fraction of the experts that compute nothing.
     """
-    num_experts = load_E.shape[0]
-    one = jnp.ones((), jnp.float32)
-    share_E = load_E / jnp.maximum(jnp.sum(load_E), 1.0)
-    entropy = -jnp.sum(share_E * jnp.log(jnp.where(share_E > 0, share_E, 1.0)))
+    xp = load_E.__array_namespace__()   # jax.numpy or numpy
+    num_experts, one = load_E.shape[0], xp.ones((), xp.float32)
+    share_E = load_E / xp.maximum(xp.sum(load_E), 1.0)
+    entropy = -xp.sum(share_E * xp.log(xp.where(share_E > 0, share_E, 1.0)))
     return {
-        "load_max_over_mean": (jnp.max(share_E) * num_experts, one),
-        "load_entropy": (entropy / jnp.log(num_experts) if num_experts > 1 else one, one),
-        "dead_experts": (jnp.mean(load_E == 0.0, dtype=jnp.float32), one),
+        "load_max_over_mean": (xp.max(share_E) * num_experts, one),
+        "load_entropy": (entropy / xp.log(num_experts) if num_experts > 1 else one, one),
+        "dead_experts": (xp.mean(load_E == 0.0, dtype=xp.float32), one),
     }
 
 

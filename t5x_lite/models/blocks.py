@@ -25,15 +25,15 @@ from t5x_lite.layers.mlp import MLP, Adapter
 from t5x_lite.layers.moe import MoE
 from t5x_lite.layers.norm import Norm
 from t5x_lite.layers.position import POSITIONS, PositionBias, make_bias
+from t5x_lite.layers.routing import EXPERT_LOAD, load_metrics
 from t5x_lite.models.config import BlockConfig, SegmentConfig, StackConfig
 from t5x_lite.parallel import products, sharding
 from t5x_lite.parallel.pipeline import run_layers
 from t5x_lite.parallel.remat import tag
 
-# The metric of a mixture's load (routing.load_metrics), and where its values by layer are kept
-# while layers are added up.
-LOAD_ENTROPY = "moe/load_entropy"
-_LAYERS = "moe/load_entropy by layer"
+LOAD_ENTROPY = "moe/load_entropy"   # of a mixture's load, see routing.load_metrics
+_AUX_LOSS = "aux_loss"
+_LAYERS = " by layer"   # ends the names of metrics that are kept apart while layers are added up
 RESIDUAL_AXES = ("act_batch", "act_norm_length", "act_embed")   # of x_BLD between sub-layers
 
 
@@ -248,23 +248,56 @@ def add_aux(a: Mapping, b: Mapping) -> dict:
 
 
 def _at_layer(aux: Mapping, layer: jax.Array, num_layers: int) -> dict:
-    """aux and the load's entropy of this layer, as vectors [num_layers] that are 0 elsewhere:
-    however layers are run (scanned, in a pipeline), their auxiliary values are added."""
-    if LOAD_ENTROPY not in aux:
-        return aux
-    here = jnp.arange(num_layers) == layer
-    return {**aux, _LAYERS: jax.tree.map(lambda a: jnp.where(here, a, 0.0), aux[LOAD_ENTROPY])}
+    """aux and what is wanted of each layer, as arrays [num_layers, …] that are 0 elsewhere:
+    however layers are run (scanned, in a pipeline), their auxiliary values are added.
+
+    In training that is the load's entropy; in evaluation the loads themselves and the losses,
+    which are divided only once they are whole.
+    """
+    aux = dict(aux)
+    apart = {LOAD_ENTROPY: aux[LOAD_ENTROPY]} if LOAD_ENTROPY in aux else {}
+    if EXPERT_LOAD in aux:
+        load = aux.pop(EXPERT_LOAD)   # layers may differ in their number of experts
+        apart = {f"{EXPERT_LOAD} of {load[0].size}": load, _AUX_LOSS: aux.pop(_AUX_LOSS)}
+
+    def spread(a):
+        here = jnp.arange(num_layers).reshape(-1, *[1] * a.ndim) == layer
+        return jnp.where(here, a, 0.0)
+    return {**aux, **{name + _LAYERS: jax.tree.map(spread, pair) for name, pair in apart.items()}}
 
 
 def _by_layer(aux: Mapping, config: StackConfig, side: str) -> dict:
-    """aux with those vectors as a metric for each mixture, "moe/load_entropy/encoder_3"."""
-    aux = dict(aux)
-    if _LAYERS in aux:
-        sums, counts = aux.pop(_LAYERS)
-        blocks = [b for s in config.segments for _ in range(s.repeats) for b in s.blocks]
-        aux |= {f"{LOAD_ENTROPY}/{side}_{i}": (sums[i], counts[i])
-                for i, block in enumerate(blocks) if block.moe is not None}
-    return aux
+    """aux with those arrays as a metric for each mixture, "moe/load_entropy/encoder_3"."""
+    blocks = [b for s in config.segments for _ in range(s.repeats) for b in s.blocks]
+    found = {}
+    for name, pair in aux.items():
+        if not name.endswith(_LAYERS):
+            found[name] = pair
+            continue
+        sums, counts = pair
+        name, _, experts = name.removesuffix(_LAYERS).partition(" of ")
+        found |= {f"{name}/{side}_{i}": (sums[i], counts[i]) for i, block in enumerate(blocks)
+                  if block.moe is not None and experts in ("", str(block.moe.num_experts))}
+    return found
+
+
+def mixture_metrics(sums: Mapping) -> dict:
+    """What evaluation's batches have added up to, with the metrics of mixtures as training has
+    them: the load's of every layer and their mean, and the auxiliary loss of all layers.
+
+    sums: {metric: (sum, count)} of numbers and numpy arrays; others pass through.
+    """
+    split = {name: name.rpartition("/") for name in sums}
+    found = {name: pair for name, pair in sums.items()
+             if split[name][0] not in (EXPERT_LOAD, _AUX_LOSS)}
+    losses = [sums[name] for name, (what, *_) in split.items() if what == _AUX_LOSS]
+    if losses:
+        found[_AUX_LOSS] = (sum(s / max(count, 1.0) for s, count in losses), 1.0)
+    for name, (what, _, layer) in split.items():
+        if what == EXPERT_LOAD:
+            load = {f"moe/{n}": pair for n, pair in load_metrics(sums[name][0]).items()}
+            found = {**add_aux(found, load), f"{LOAD_ENTROPY}/{layer}": load[LOAD_ENTROPY]}
+    return found
 
 
 class Stack(nnx.Module):

@@ -73,6 +73,7 @@ class ModelConfig:
     head_transform: str = ""                # BERT: dense, this activation, norm, before the logits
     embedding_scale: float = 1.0            # on the embedded tokens
     token_types: int = 0                    # BERT: 2; ids in the batch's encoder_token_types
+    decoder_start_id: int = 0               # the token that the decoder behind an encoder begins with
     prompt_length: int = 0                  # learned vectors before the encoder's row, or before
     #                                         that of a decoder without encoder; not for packing
     init: InitConfig = InitConfig()

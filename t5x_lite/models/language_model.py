@@ -215,6 +215,16 @@ def _row_key(key: RowKey | jax.Array | None, batch: Batch) -> RowKey | None:
     return RowKey.of(key, next(iter(batch.values())).shape[0])
 
 
+def _with_start(batch: Batch, start_id: int) -> jax.Array:
+    """The decoder's input tokens, which rows hold with 0 at the start of each target, with the
+    model's own start token there."""
+    tokens = batch["decoder_input_tokens"]
+    if not start_id:
+        return tokens
+    positions = batch.get("decoder_positions", jnp.arange(tokens.shape[1])[None])
+    return jnp.where(positions == 0, start_id, tokens)
+
+
 class EncoderDecoder(LanguageModel):
     """T5, BART: an encoder reads, a decoder writes."""
 
@@ -239,7 +249,7 @@ class EncoderDecoder(LanguageModel):
         elif "encoder_segment_ids" not in batch:   # several targets of the same inputs
             queries = jnp.minimum(queries, 1)
         cross = Masking(masking.q_positions, source.k_positions, queries, source.k_segments)
-        tokens = batch["decoder_input_tokens"]
+        tokens = _with_start(batch, self.config.decoder_start_id)
         x, _, aux = self.decoder(self.embed(tokens), masking, positions, tokens=tokens,
                                  real=_real(batch, "decoder", training=key is not None),
                                  encoded=encoded, cross_masking=cross,
@@ -389,6 +399,7 @@ def validate(config: ModelConfig) -> None:
         one_of("model.head_transform", config.head_transform, mlp.ACTIVATIONS)
     at_least("model.prompt_length", config.prompt_length, 0)
     parametrization.validate(config)
+    _validate_start(config)
     needed = ARCHITECTURES[config.architecture][1]
     for name in ("encoder", "decoder"):
         stack = getattr(config, name)
@@ -398,6 +409,16 @@ def validate(config: ModelConfig) -> None:
         if stack is not None:
             crosses = name == "decoder" and config.encoder is not None
             _validate_stack(f"model.{name}", stack, crosses)
+
+
+def _validate_start(config: ModelConfig) -> None:
+    start, fits = config.decoder_start_id, config.architecture == "encoder_decoder"
+    if start and not fits:
+        raise UserError(f"model.decoder_start_id={start}: of an encoder_decoder alone; a "
+                        f"{config.architecture} model begins as data.vocabulary says. Use 0.")
+    if not 0 <= start < config.vocab_size:
+        raise UserError(f"model.decoder_start_id={start}: must be a token id, from 0 to "
+                        f"{config.vocab_size - 1} (model.vocab_size - 1).")
 
 
 def _validate_stack(where: str, stack: StackConfig, crosses: bool) -> None:

@@ -18,8 +18,10 @@ import importlib.util
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -39,6 +41,8 @@ _KILLED = ("error: this process was ended without a word of its own: JAX ends a 
            "of the run has ended or cannot be reached, and a system one that takes too much memory. "
            f"{_AGAIN}\n")
 
+SECONDS_TO_JOIN = 300   # that a process waits for the others of its run to start
+
 _GENERIC = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -55,19 +59,79 @@ class Processes:
     def initialize(self) -> None:
         """Joins the other processes; must come before anything that uses a device.
 
+        Waits SECONDS_TO_JOIN for process 0, and as long for all others.
+
         Raises:
-            UserError: where JAX was to find the coordinator and could not.
+            UserError: an address or a number that cannot be, or where JAX was to find the
+                coordinator and could not.
+            Unreachable: nobody answers at the coordinator's address.
         """
         known = None not in (self.coordinator_address, self.num_processes, self.process_id)
+        if self.coordinator_address is not None:
+            host, port = _host_and_port(self.coordinator_address, self.source)
+        if known:
+            _check_number(self.num_processes, self.process_id, self.source)
+            if self.process_id:
+                _wait_for(host, port)
+            change_last_words(
+                f"error: not all of the {self.num_processes} processes of this run met at "
+                f"{self.coordinator_address} within {SECONDS_TO_JOIN} s. Look whether all of them "
+                "were started, with that address and number of processes and each with a process "
+                f"id of its own, and whether their hosts reach that port. {_AGAIN}\n")
         # JAX gives each Slurm task one GPU unless it is kept from looking.
         detection = "deactivate" if known else None
         try:
             jax.distributed.initialize(
                 self.coordinator_address, self.num_processes, self.process_id,
-                self.local_device_ids, cluster_detection_method=detection)
+                self.local_device_ids, cluster_detection_method=detection,
+                initialization_timeout=SECONDS_TO_JOIN)
         except ValueError as error:   # JAX found no coordinator
             raise UserError(f"{self.source}: this is one of several processes, but {error} Set "
                             f"{', '.join(_GENERIC)}.") from error
+        change_last_words(_KILLED)
+
+
+class Unreachable(Exception):
+    """Process 0 of the run does not answer."""
+
+
+def _host_and_port(address: str, source: str) -> tuple[str, int]:
+    """Of "host:port". Raises UserError for what is none."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UserError(f"coordinator address {address!r} ({source}): must be host:port of process "
+                        "0, with a port from 1 to 65,535.")
+    return host.strip("[]"), int(port)
+
+
+def _check_number(count: int, index: int, source: str) -> None:
+    if not 0 <= index < count:
+        raise UserError(f"process id {index} of {count} processes ({source}): ids go from 0 to one "
+                        "less than the number of processes.")
+
+
+def _wait_for(host: str, port: int) -> None:
+    """Returns once somebody listens there, so that JAX need not give up with a dump of its own.
+
+    Raises Unreachable after SECONDS_TO_JOIN, with what was the matter.
+    """
+    deadline, said = time.monotonic() + SECONDS_TO_JOIN, False
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return
+        except OSError as error:   # gaierror: the name does not resolve
+            reason = f"{getattr(error, 'strerror', None) or error}"
+        if time.monotonic() > deadline:
+            raise Unreachable(
+                f"process 0 of this run does not answer at {host}:{port} within {SECONDS_TO_JOIN} s "
+                f"({reason}). Look whether it runs there and whether this host reaches it, correct "
+                f"the coordinator's address, and start all processes again.")
+        if not said:
+            print(f"waiting up to {SECONDS_TO_JOIN} s for process 0 at {host}:{port} ({reason})",
+                  file=sys.stderr, flush=True)
+            said = True
+        time.sleep(min(1.0, SECONDS_TO_JOIN / 10))
 
 
 def find(environ: Mapping[str, str], has_tpu: bool) -> Processes | None:
@@ -174,11 +238,13 @@ def check_agree(facts: Mapping[str, Any]) -> None:
     would wait for each other for ever.
 
     Args:
-        facts: {name: JSON value}; the versions of this program and of JAX are added.
+        facts: {name: JSON value}; added are the versions of this program and of JAX, and the
+            settings of JAX and XLA that decide what is computed.
     """
     if jax.process_count() == 1:
         return
-    facts = {**facts, "version of t5x_lite": _code_digest(), "version of jax": jax.__version__}
+    facts = {**facts, "version of t5x_lite": _code_digest(), "version of jax": jax.__version__,
+             **_settings()}
     text = json.dumps(facts, sort_keys=True).encode()
     digests = multihost_utils.process_allgather(np.uint32(zlib.crc32(text))).ravel()
     if len(set(digests.tolist())) == 1:
@@ -186,6 +252,23 @@ def check_agree(facts: Mapping[str, Any]) -> None:
     lines = disagreements([json.loads(other) for other in _gather_texts(text)])
     raise UserError("the processes of this run were started differently:\n  "
                     + "\n  ".join(lines) + "\nStart all of them with the same command.")
+
+
+# Settings of JAX that change numbers, or what is compiled.
+_DECIDING = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl",
+             "jax_threefry_partitionable", "jax_random_seed_offset", "jax_numpy_dtype_promotion",
+             "jax_disable_jit", "jax_debug_nans", "jax_debug_infs", "jax_softmax_custom_jvp",
+             "jax_allow_f16_reductions", "jax_use_shardy_partitioner", "jax_optimization_level",
+             "jax_cpu_collectives_implementation", "jax_disable_most_optimizations")
+# Flags of XLA that a process may have for itself.
+_OWN = ("--xla_dump", "--xla_force_host_platform_device_count")
+
+
+def _settings() -> dict[str, Any]:
+    """{name: value} of JAX's settings and XLA's flags that must be equal in all processes."""
+    settings = {name: str(jax.config.values.get(name)) for name in _DECIDING}
+    flags = sorted(f for f in os.environ.get("XLA_FLAGS", "").split() if not f.startswith(_OWN))
+    return {**settings, "XLA_FLAGS": " ".join(flags)}
 
 
 def disagreements(facts: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -222,11 +305,15 @@ def _code_digest() -> str:
 
 # JAX's coordination service ends a process from C++ (abort) when another one is gone. The watcher is
 # a process of its own, which outlives that and has the last word.
+# It is told what that is, a line for each change; an empty line is silence.
 _WATCHER = """
-import os, sys
-told = os.read(0, 1)
-if not told:
-    os.write(2, sys.argv[1].encode())
+import os
+told = b""
+while block := os.read(0, 65536):
+    told += block
+words = told.split(b"\\n")[-2]
+if words:
+    os.write(2, words + b"\\n")
 """
 _pipe: int | None = None   # to the watcher, while there is one
 
@@ -238,9 +325,10 @@ def last_words() -> Iterator[None]:
     global _pipe
     reading, _pipe = os.pipe()
     # A session of its own: the terminal's Ctrl-C is not meant for it.
-    watcher = subprocess.Popen([sys.executable, "-S", "-c", _WATCHER, _KILLED],
-                               stdin=reading, stdout=subprocess.DEVNULL, start_new_session=True)
+    watcher = subprocess.Popen([sys.executable, "-S", "-c", _WATCHER], stdin=reading,
+                               stdout=subprocess.DEVNULL, start_new_session=True)
     os.close(reading)
+    change_last_words(_KILLED)
     try:
         yield
     finally:
@@ -248,11 +336,17 @@ def last_words() -> Iterator[None]:
         watcher.wait()
 
 
+def change_last_words(line: str) -> None:
+    """What is to be said from here on, with its line end, where `last_words` is at work."""
+    if _pipe is not None:
+        os.write(_pipe, line.encode())
+
+
 def said_last_words() -> None:
     """Keeps the watcher of `last_words` silent: this process says itself why it ends."""
     global _pipe
+    change_last_words("\n")
     if _pipe is not None:
-        os.write(_pipe, b".")
         os.close(_pipe)
         _pipe = None
 

@@ -111,7 +111,7 @@ def _arm(folder: files.Path, path: files.Path) -> str:
 def _json(file: files.Path) -> dict:
     try:
         content = json.loads(files.read_text(file))
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError, RecursionError):
         return {}   # a page can do without: the table of settings then has a gap
     return content if isinstance(content, dict) else {}
 
@@ -122,7 +122,7 @@ def _lines(file: files.Path) -> tuple[list[dict], int]:
     for text in files.read_text(file).splitlines():
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             line = None
         if isinstance(line, dict) and is_number(line.get("step")):
             lines.append(line)

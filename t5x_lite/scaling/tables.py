@@ -160,8 +160,8 @@ def _json_rows(path: files.Path, text: str) -> list[dict]:
     try:
         found = [json.loads(line) for line in text.splitlines() if line.strip()] \
             if ".jsonl" in path.name else json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"--table={path} is not JSON: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--table={path} is not JSON: {str(error)[:200]}.") from error
     if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
         raise UserError(f"--table={path}: JSON must be a list of objects, one a run.")
     return found
@@ -188,9 +188,9 @@ def _evaluations(path: files.Path) -> list[dict]:
     for text in files.read_text(path).splitlines():
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue   # of a log: training itself goes on over such lines
-        if isinstance(line, dict) and any(name.startswith("eval/") for name in line):
+        if isinstance(line, dict) and "step" in line and any(name.startswith("eval/") for name in line):
             found[line["step"]] = {**found.get(line["step"], {}), **line}
     return list(found.values())
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from t5x_lite import files, log, packages
 from t5x_lite.errors import UserError
@@ -19,13 +20,18 @@ from t5x_lite.training.trackers import Trackers
 Sums = Mapping[str, tuple[Any, Any]]
 
 
-def add(a: Sums, b: Sums) -> dict[str, tuple[float, float]]:
-    """Sums of both by name; a name in one of them only keeps its value."""
-    total = {name: (float(s), float(c)) for name, (s, c) in a.items()}
+def add(a: Sums, b: Sums) -> dict[str, tuple[Any, float]]:
+    """Sums of both by name; a name in one of them only keeps its value. A sum may be an array."""
+    total = {name: (_double(s), float(c)) for name, (s, c) in a.items()}
     for name, (s, c) in b.items():
         old_sum, old_count = total.get(name, (0.0, 0.0))
-        total[name] = (old_sum + float(s), old_count + float(c))
+        total[name] = (old_sum + _double(s), old_count + float(c))
     return total
+
+
+def _double(x: Any) -> Any:
+    """A number or an array in float64, so that many small parts add up."""
+    return np.asarray(x, np.float64) if np.ndim(x) else float(x)
 
 
 def divide(sums: Sums) -> dict[str, float]:

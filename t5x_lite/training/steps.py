@@ -293,7 +293,7 @@ def make_decode_step(model: ModelDefinition, config: DecodeConfig,
 
     Optional in the batch: decoder_prompt_tokens int32 [B, P], left-aligned, and
     decoder_prompt_lengths int32 [B], which the output continues. A decoder-only model needs
-    them; an encoder-decoder's default is the start token, the padding id. decoder_prefix
+    them; an encoder-decoder's default is its start token, model.decoder_start_id. decoder_prefix
     [B, P] marks a prefix LM's prompt, row_ids int32 [B] names the rows for sampling.
 
     A decoder with scan=False is unrolled here as well: see
@@ -322,7 +322,7 @@ def make_decode_step(model: ModelDefinition, config: DecodeConfig,
         if "decoder_prompt_tokens" in batch:
             prompt, lengths = batch["decoder_prompt_tokens"], batch["decoder_prompt_lengths"]
         else:
-            prompt = jnp.full_like(inputs[:, :1], config.pad_id)
+            prompt = jnp.full_like(inputs[:, :1], model.config.decoder_start_id)
             lengths = jnp.ones_like(inputs[:, 0])
         slots = prompt.shape[1] + config.max_length
         read = {"encoder_input_tokens": inputs, "decoder_input_tokens": prompt}

@@ -65,13 +65,41 @@ def test_another_hosts_signs_of_life_count_for_a_while(tmp_path, monkeypatch, lo
     found.release()
 
 
-@pytest.mark.parametrize("content", ["", "null", "[]", "{", '{"host": 3, "pid": "x", "alive": "y"}'])
+@pytest.mark.parametrize("content", ["", "null", "[]", "{", '{"host": 3, "pid": "x", "alive": "y"}',
+                                     '{"alive": NaN}', '{"alive": 1e300}', '{"alive": 1%s}' % ("0" * 400),
+                                     "[" * 100_000, "\0"])
 def test_what_the_file_holds_never_stops_a_start(tmp_path, content):
     (tmp_path / "run.lock").write_text(content)
     lock = WorkdirLock(tmp_path, 0.0)
     assert holder(tmp_path)["pid"] == os.getpid()
     lock.release()
     assert (tmp_path / "run.lock").read_text() == ""
+
+
+def test_a_clock_that_is_far_ahead_tells_life_by_its_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.2)
+    ahead = {"host": "elsewhere", "pid": "x", "start": float("nan"), "alive": time.time() + 9999}
+    (tmp_path / "run.lock").write_text(json.dumps(ahead))
+    with pytest.raises(UserError, match="process x on host elsewhere, started at a time unknown"):
+        WorkdirLock(tmp_path, 0.1)
+    found = WorkdirLock(tmp_path, 30.0)   # silent for three heartbeats
+    assert found.before["host"] == "elsewhere" and holder(tmp_path)["pid"] == os.getpid()
+    found.release()
+
+
+@pytest.mark.parametrize("pid", ["x", -1, 0, 10**30, None])
+def test_a_process_that_cannot_be(tmp_path, monkeypatch, pid):
+    """On this host, where there are no locks of the system."""
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(lock.fcntl, "flock", none)
+    (tmp_path / "run.lock").write_text(json.dumps(
+        {"host": socket.gethostname(), "pid": pid, "start": 1e300, "alive": time.time()}))
+    if pid == 10**30:
+        WorkdirLock(tmp_path, 0.0).release()
+        return
+    with pytest.raises(UserError, match=f"process {pid} on host"):
+        WorkdirLock(tmp_path, 0.0)
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
@@ -84,7 +112,7 @@ def test_waits_for_the_one_that_ends(tmp_path):
     first = open(tmp_path / "run.lock", "a+")
     fcntl.flock(first, fcntl.LOCK_EX)
     import threading
-    threading.Timer(0.3, first.close).start()
+    threading.Timer(3.0, first.close).start()
     said = []
     lock = WorkdirLock(tmp_path, 30.0, said.append)
     assert first.closed and len(said) == 1 and "waiting up to 30 s" in said[0]

@@ -335,6 +335,53 @@ def test_a_damaged_step_is_named_set_aside_and_saved_anew(workdir, caplog):
         worker.check(ckpt.restore_latest(wanted), 3)
 
 
+def falls_back(workdir, caplog, *fragments):
+    """Training and evaluation read step 1, and it is said why."""
+    wanted = worker.abstract_state(worker.make_mesh())
+    for read in (lambda: restore_params(workdir, wanted["params"])[1],
+                 lambda: ckpt.restore_latest(wanted).record):
+        caplog.clear()
+        with Checkpointer(workdir, CheckpointConfig()) as ckpt:
+            assert read().step == 1
+        assert "is unreadable (" in caplog.text and "Traceback" not in caplog.text
+        assert all(fragment in caplog.text for fragment in fragments), caplog.text
+
+
+def test_files_of_another_checkpoint_are_noticed(saved, tmp_path, caplog):
+    """Iterator states of another step, its record, a whole folder under another number."""
+    for number, part in enumerate(("record/iterators-0-of-1.npz", "record", "state")):
+        workdir = tmp_path / str(number)
+        shutil.copytree(saved, workdir)
+        target = workdir / "checkpoints/2" / part
+        if target.is_dir():
+            shutil.rmtree(target)
+            shutil.copytree(workdir / "checkpoints/1" / part, target)
+        else:
+            shutil.copyfile(workdir / "checkpoints/1" / part, target)
+        wanted = worker.abstract_state(worker.make_mesh())
+        with Checkpointer(workdir, CheckpointConfig()) as ckpt:
+            worker.check(ckpt.restore_latest(wanted), 1)
+        assert "belongs to another checkpoint" in caplog.text or number
+    shutil.copytree(saved / "checkpoints/1", tmp_path / "copied/checkpoints/1")
+    shutil.copytree(saved / "checkpoints/1", tmp_path / "copied/checkpoints/3")
+    falls_back(tmp_path / "copied", caplog, "it is a copy of the checkpoint of step 1")
+
+
+JSON_OF_OTHERS = ("null", "[]", "{}", "0", '"x"', '{"tree_metadata": null}', '{"arrays": null}',
+                  '{"tree_metadata": {"(\'params\',)": {"key_metadata": null}}}',
+                  '{"format_version": null}', '{"format_version": "1", "arrays": []}', "[" * 100_000,
+                  "9" * 6000, "\x00", "\ufeff{}")
+
+
+@pytest.mark.parametrize("name", ["record/record.json", "state/_METADATA"])
+def test_json_that_is_whole_and_not_ours_gives_the_step_before(saved, tmp_path, name, caplog):
+    for number, text in enumerate(JSON_OF_OTHERS):
+        workdir = tmp_path / str(number)
+        shutil.copytree(saved, workdir)
+        (workdir / "checkpoints/2" / name).write_text(text)
+        falls_back(workdir, caplog)
+
+
 def test_a_half_written_checkpoint_is_skipped_named_and_removed(workdir, caplog):
     half_written = workdir / "checkpoints" / "3.orbax-checkpoint-tmp-9"
     shutil.copytree(workdir / "checkpoints" / "2", half_written)

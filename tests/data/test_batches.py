@@ -366,6 +366,8 @@ def test_mixing_rates_by_hand():
     np.testing.assert_allclose(data_tasks.mixing_rates([100, 400], 2, 0), [1 / 3, 2 / 3])
     np.testing.assert_allclose(data_tasks.mixing_rates([100, 400, 10 ** 9], 1, 400), [1/9, 4/9, 4/9])
     np.testing.assert_allclose(data_tasks.mixing_rates([100, 400], 1e9, 0), [0.5, 0.5], atol=1e-6)
+    for cold in (1e-3, 1e-300):
+        np.testing.assert_allclose(data_tasks.mixing_rates([100, 400, 0], cold, 0), [0, 1, 0])
 
 
 @pytest.mark.parametrize("changes,expected", [

@@ -1,6 +1,7 @@
 """Runs with mixtures of experts: what is refused before compiling, shown, and fine-tuned."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 from configs import switch
 from t5x_lite import build as build_lib, train, tree
 from t5x_lite.errors import UserError
+from t5x_lite.evaluation import evaluator
 from t5x_lite.layers.config import MoEConfig
+from t5x_lite.models.blocks import mixture_metrics
 from t5x_lite.models.config import SegmentConfig
 from t5x_lite.models.language_model import Model
 from t5x_lite.parallel.sharding import MeshConfig
@@ -90,11 +93,41 @@ def test_the_load_of_each_layer_is_told_apart(scan):
     (router,) = (path for path in params if "/router/" in path)
     params[router] = params[router] * np.asarray([50.0, 50.0, 0.0, 50.0])[:, None, None]
     _, aux = jax.jit(lambda params: model.bind(params)(tiny.batch()))(tree.unflatten(params))
+    aux = mixture_metrics(jax.device_get(aux))
     loads = [float(aux[f"moe/load_entropy/encoder_{i}"][0]) for i in range(4)]
     assert loads[2] == 0.0 and min(loads[:2] + loads[3:]) > 0.5
     assert {float(aux[f"moe/load_entropy/encoder_{i}"][1]) for i in range(4)} == {1.0}
     assert float(aux["moe/load_entropy"][0]) == pytest.approx(sum(loads))
     assert sum(name.startswith("moe/load_entropy/") for name in aux) == 4
+
+
+@pytest.mark.parametrize("moe", [
+    {}, {"mask_padding": False}, {"router": "top_2", "z_weight": 0.1, "dropless": True},
+    {"router": "hash"}])
+def test_what_evaluation_says_does_not_depend_on_its_batch_size(tmp_path, moe):
+    """Ten examples of unequal length, the last batch filled up; layers of 4 and of 6 experts."""
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps({"inputs": "ab " * (1 + i % 7), "targets": "cd" * (1 + i % 4)})
+                             + "\n" for i in range(10)))
+    mixture = dataclasses.replace(MOE, **moe)
+    run = sparse(tiny_config.run(str(pairs)), mixture, ("encoder",))
+    run = sparse(run, dataclasses.replace(mixture, num_experts=6), ("decoder",))
+    run = dataclasses.replace(
+        run, mesh=MeshConfig(data=1), data=dataclasses.replace(
+            run.data, train_files="", validation_files="", train=str(pairs), validation=str(pairs)))
+    params = build_lib.build(run, jax.devices()[:1]).init_state()["params"]
+    found = []
+    for size in (1, 4, 7, 16):
+        sized = dataclasses.replace(run, eval=dataclasses.replace(
+            run.eval, batch_size=size, num_batches=0, metrics=False))
+        program = build_lib.build(sized, jax.devices()[:1])
+        with program.activate():
+            (values,) = evaluator.Evaluator(program).evaluate(params).values()
+        found.append(values)
+    assert {"moe/dead_experts", "moe/load_entropy", "moe/load_entropy/encoder_1", "aux_loss",
+            "moe/load_max_over_mean", "moe/dropped_fraction"} <= found[0].keys()
+    for values in found[1:]:
+        assert values == pytest.approx(found[0], rel=1e-5)
 
 
 # --- fine-tuned -------------------------------------------------------------------------------------

@@ -188,6 +188,9 @@ def test_paths_hold_what_lists_and_globs_are_made_of(tmp_path, monkeypatch):
     write(tmp_path / "v2/t.txt", b"a")
     assert paths.matches("v[2]/t.txt") == []        # the folder that is there wins
     assert paths.matches("v[23]/t.txt") == ["v2/t.txt"]
+    assert paths.sizes("lang=en/train.jsonl=2,v[2]/*.jsonl,a_task", "set, two/train.jsonl[:50%]", "") \
+        == dict.fromkeys(["lang=en/train.jsonl", "v[2]/train.jsonl", "set, two/train.jsonl"],
+                         len(GOOD))
     with pytest.raises(UserError, match=r"write \[\[\] for the character itself"):
         text_files.find_files("v[9]/none.txt", "f")
 
@@ -246,6 +249,36 @@ def test_no_bytes_make_a_reader_fail_otherwise(tmp_path):
                     assert len(str(error)) < 1000
 
     reads()
+
+
+@pytest.mark.slow
+def test_no_name_of_a_file_makes_the_door_fail_otherwise(tmp_path, monkeypatch):
+    """Names of what is there and of what is not, with all that lists, shares and globs are made of."""
+    import hypothesis
+    from hypothesis import strategies as st
+    monkeypatch.chdir(tmp_path)
+    for name in ("a=b.jsonl", "c,d.jsonl", "v[2].jsonl", "plain.jsonl"):
+        (tmp_path / name).write_bytes(GOOD)
+    part = st.sampled_from(["a=b", "c,d", "v[2]", "plain", ".jsonl", ".json", ".tsv", ".gz", "[:80%]",
+                            "[80%:20%]", "[", "]", "[]", "**", "*", "?", "=", "=2", "=nan", ",", "/",
+                            "..", "~", "~nobody", "\0", "\ud800", " ", "\n", "x" * 300, "[!", "[z-a]"])
+    names = st.lists(part, max_size=6).map("".join) | st.text(max_size=8)
+
+    @hypothesis.settings(max_examples=1500, derandomize=True, deadline=None, database=None,
+                         suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.given(names)
+    def names_are_files_or_refused(name):
+        for look in (lambda: text_files.find_files(name, "data.train_files"),
+                     lambda: [paths.share(entry) for entry in paths.split(name)],
+                     lambda: example_files.is_path(name) and example_files.task(name),
+                     lambda: infer.open_input(name)[0].close()):
+            try:
+                look()
+            except UserError as error:
+                assert len(str(error)) < 2000
+
+    monkeypatch.setattr("sys.stdin", type("In", (), {"buffer": io.BytesIO()}))
+    names_are_files_or_refused()
 
 
 def _documents(path: str):

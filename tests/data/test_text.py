@@ -10,6 +10,7 @@ import pytest
 from t5x_lite.data import (
     batches as data_batches,
     document_cache,
+    pipeline,
     tasks as data_tasks,
     text_files,
     vocabularies,
@@ -139,6 +140,31 @@ def test_half_written_cache_is_not_read(tmp_path, monkeypatch):
     assert texts == [b"two"]
     manifest = json.loads((tmp_path / "key" / "manifest.json").read_text())
     assert manifest["train"]["documents"] == 1
+
+
+def test_a_damaged_cache_is_put_aside_and_made_anew(tmp_path, monkeypatch, capsys):
+    """A manifest that is torn or another's, a missing one, missing files; a file cut in the middle is
+    met while it is read, and named."""
+    monkeypatch.setenv("T5X_LITE_CACHE", str(tmp_path))
+    made = []
+
+    def documents():
+        made.append(1)
+        return [("train", text) for text in ("one", "two", "three")]
+
+    source = document_cache.DocumentSource(lambda: "key", ("train",), documents)
+    manifest = source.folder() / "manifest.json"
+    for content in ("null", "{", "{}", '{"train": null}', '{"train": {"documents": 4}}', "\0", None):
+        manifest.unlink() if content is None else manifest.write_text(content)
+        assert source.num_input_examples("train") == 3 and len(source.list_shards("train")) == 3
+        assert "is damaged: it is made anew" in capsys.readouterr().out
+    os.remove(source.list_shards("train")[1])
+    assert len(source.list_shards("train")) == 3 and len(made) == 9
+    assert sum(".damaged." in name for name in os.listdir(tmp_path)) == 8
+    cut = source.list_shards("train")[0]
+    os.truncate(cut, os.path.getsize(cut) - 3)
+    with pytest.raises(UserError, match="the data are damaged: .*text cache.*remove its folder"):
+        list(pipeline._read(source.get_dataset("train", shuffle=False)))
 
 
 # --- Python's own text ----------------------------------------------------------------------

@@ -53,17 +53,18 @@ def command(text, workdir, *flags: str) -> list[str]:
                                       for f in flags)]
 
 
-def begin(text, workdir, *flags: str, devices: int = 1, **options) -> subprocess.Popen:
+def begin(text, workdir, *flags: str, devices: int = 1, environ=None, **options
+          ) -> subprocess.Popen:
     """Starts one in a process of its own; its output is one stream of text."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
                    "PYTHONUNBUFFERED": "1",
                    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
-                                " --xla_backend_optimization_level=0"}
+                                " --xla_backend_optimization_level=0", **(environ or {})}
     return subprocess.Popen(command(text, workdir, *flags), env=environment, cwd=ROOT, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
 
 
-def end(process: subprocess.Popen, seconds: float = 300) -> tuple[int, list[str]]:
+def end(process: subprocess.Popen, seconds: float = 900) -> tuple[int, list[str]]:
     """(exit status, lines of output) of a process; it is killed where it does not end."""
     try:
         out, _ = process.communicate(timeout=seconds)
@@ -84,19 +85,21 @@ def wait_for(process: subprocess.Popen, start: str) -> list[str]:
     raise AssertionError(f"no line {start!r} in:\n" + "\n".join(lines))
 
 
-def two(text, workdir, *flags: str, each=((), ()), seconds: float = 300):
+def two(text, workdir, *flags: str, each=((), ()), seconds: float = 900):
     """[(exit status, lines)] of two processes that train together."""
     processes = begin_two(text, workdir, *flags, each=each)
     return [end(process, seconds) for process in processes]
 
 
-def begin_two(text, workdir, *flags: str, each=((), ())) -> list[subprocess.Popen]:
-    """Starts them; `each` are further flags of each."""
+def begin_two(text, workdir, *flags: str, each=((), ()), environments=({}, {})
+              ) -> list[subprocess.Popen]:
+    """Starts them; `each` are further flags of each, `environments` further variables."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return [begin(text, workdir, "mesh.data=-1", f"--coordinator_address=127.0.0.1:{port}",
-                  "--num_processes=2", f"--process_id={i}", *flags, *each[i]) for i in range(2)]
+                  "--num_processes=2", f"--process_id={i}", *flags, *each[i],
+                  environ=environments[i]) for i in range(2)]
 
 
 def without_timings(workdir) -> list[str]:

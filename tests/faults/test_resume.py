@@ -1,6 +1,7 @@
 """A resumed run is the uninterrupted one, line by line; what changed is said."""
 
 import dataclasses
+import json
 import os
 import shutil
 
@@ -110,6 +111,24 @@ def test_eval_falls_back_as_train_does_and_survives_a_torn_config(config, tmp_pa
     assert list(found) == [2]
     with pytest.raises(UserError, match="no checkpoint at .* can be read"):
         eval_main.run(loaded, tmp_path, [4])
+
+
+def test_rules_that_an_earlier_version_had_are_no_change(config, tmp_path, monkeypatch, capsys):
+    run = replaced(config, {"train.num_steps": 2})
+
+    def earlier(value):
+        fields = json.loads(configs.to_json(value))
+        fields["sharding"]["rules"] |= {"act_head_dim": [], "act_expert": ["expert"]}
+        return json.dumps(fields)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "to_json", earlier)
+        train.run(run, tmp_path)
+    assert "act_head_dim" in (tmp_path / "config.json").read_text()
+    capsys.readouterr()
+    train.run(replaced(run, {"train.num_steps": 3}), tmp_path)
+    changed = [x for x in capsys.readouterr().out.splitlines() if x.startswith("changed")]
+    assert changed == ["changed     train.num_steps: 2 -> 3 (since step 2)"]
 
 
 def test_a_finished_run_says_nothing_new_and_writes_no_history(config, tmp_path, capsys):

@@ -1,11 +1,19 @@
 """Fields of config.json: each that transformers' classes have is honoured, fixed or harmless."""
 
+import dataclasses
 import json
 
+import jax
+import numpy as np
 import pytest
 
+from t5x_lite import tree
+from t5x_lite.decoding.decode import DecodeConfig
 from t5x_lite.errors import UserError
+from t5x_lite.evaluation import predictor
 from t5x_lite.formats import hf, hf_fields, hf_lora
+from t5x_lite.models.language_model import Model
+from t5x_lite.training import steps
 from tests import tiny
 from tests.formats import folders
 
@@ -66,7 +74,6 @@ def test_every_field_of_the_config_class_has_its_place(kind):
     (LLAMA, {"rope_scaling": {"rope_type": "linear", "factor": float("inf")}}, "factor=inf"),
     (LLAMA, {"rope_scaling": {"rope_type": "linear"}}, "has no factor"),
     (LLAMA, {"vocab_size": 10 ** 5000}, "vocab_size=an integer of 16610 bits"),
-    (T5, {"decoder_start_token_id": 5}, "decoder_start_token_id=5: must be 0"),
     (T5, {"is_encoder_decoder": False}, "is_encoder_decoder=False: must be True"),
     (T5, {"num_decoder_layers": 2.5}, "num_decoder_layers=2.5"),
     ({**T5, "model_type": "switch_transformers"}, {"num_layers": 4, "num_decoder_layers": 4,
@@ -124,17 +131,73 @@ def test_a_head_that_was_lost_is_missing_and_a_tied_one_is_not(tmp_path):
     assert (written["tie_word_embeddings"], written["scale_decoder_outputs"]) == (False, False)
 
 
-def test_decoders_that_begin_with_another_token(tmp_path):
+def say(folder, name, **fields):
+    """Writes a JSON file of these fields, over those that it has."""
+    file = folder / name
+    old = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps({**old, **fields}))
+
+
+def test_where_the_start_of_decoders_is_read_from(tmp_path):
     write(tmp_path / "t5", tiny.seq2seq().model)
-    (tmp_path / "t5" / "generation_config.json").write_text('{"decoder_start_token_id": 5}')
-    with pytest.raises(UserError, match="generation_config.json says decoder_start_token_id=5"):
+    generation = "generation_config.json"
+    say(tmp_path / "t5", "config.json", decoder_start_token_id=None)
+    for said in (5, 0):
+        say(tmp_path / "t5", generation, decoder_start_token_id=said)
+        assert hf.read_model(str(tmp_path / "t5")).config.decoder_start_id == said
+    say(tmp_path / "t5", "config.json", decoder_start_token_id=5)
+    with pytest.raises(UserError, match="says decoder_start_token_id=5 and generation_config.json "
+                                        "says 0"):
         hf.read_model(str(tmp_path / "t5"))
-    (tmp_path / "t5" / "generation_config.json").write_text('{"decoder_start_token_id": 0}')
-    hf.read_model(str(tmp_path / "t5"))
+    for wrong, message in ((64, "must be below vocab_size=64"), (-1, "decoder_start_token_id=-1"),
+                           (True, "decoder_start_token_id=True"), (1.5, "must be a whole number")):
+        say(tmp_path / "t5", "config.json", decoder_start_token_id=wrong)
+        say(tmp_path / "t5", generation, decoder_start_token_id=wrong)
+        with pytest.raises(UserError, match=message):
+            hf.read_model(str(tmp_path / "t5"))
+
+
+def test_decoders_that_begin_with_another_token_compute_what_transformers_does(tmp_path):
+    """The loss of targets and what greedy decoding writes; and it is kept on the way back."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    plain = dataclasses.replace(tiny.seq2seq().model, decoder_start_id=5)
+    write(tmp_path / "t5", plain)
+    source = hf.read_model(str(tmp_path / "t5"))
+    assert source.config.decoder_start_id == 5
+    assert hf.hf_config(source.config, "t5")["decoder_start_token_id"] == 5
+    params = tree.unflatten({path: source.read(path) for path in source.table})
+    model, batch = Model(source.config), tiny.batch(4)
+    theirs = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "t5").eval()
+    inputs = torch.tensor(np.array(batch["encoder_input_tokens"]), dtype=torch.long)
+    labels = torch.tensor(np.array(batch["decoder_target_tokens"]), dtype=torch.long)
+    labels = torch.where(labels == 0, -100, labels)
+    score = jax.jit(predictor.make_score_step(model))
+    found = float(np.sum(score(params, batch)))
+    with torch.no_grad():
+        loss = theirs(input_ids=inputs, attention_mask=inputs != 0, labels=labels).loss
+        wanted = theirs.generate(inputs, attention_mask=(inputs != 0).long(), do_sample=False,
+                                 max_new_tokens=6, eos_token_id=1)[:, 1:]
+    assert -found / int((labels >= 0).sum()) == pytest.approx(float(loss), rel=1e-5)
+    decoded = jax.jit(steps.make_decode_step(model, DecodeConfig(max_length=6)))(
+        params, {"encoder_input_tokens": batch["encoder_input_tokens"]})
+    np.testing.assert_array_equal(np.asarray(decoded.tokens)[:, 0], np.pad(
+        wanted.numpy(), ((0, 0), (0, 6 - wanted.shape[1]))))
+    other = Model(dataclasses.replace(source.config, decoder_start_id=0))
+    again = float(np.sum(jax.jit(predictor.make_score_step(other))(params, batch)))
+    assert abs(again - found) > 1e-3
+
+
+def test_the_start_of_each_packed_target(tmp_path):
+    from t5x_lite.models import language_model
+    batch = {"decoder_input_tokens": np.array([[0, 7, 8, 0, 9, 0]]),
+             "decoder_positions": np.array([[0, 1, 2, 0, 1, 0]])}
+    assert language_model._with_start(batch, 3).tolist() == [[3, 7, 8, 3, 9, 3]]
+    del batch["decoder_positions"]
+    assert language_model._with_start(batch, 3).tolist() == [[3, 7, 8, 0, 9, 0]]
 
 
 def test_every_field_of_pefts_lora_config_has_its_place():
-    import dataclasses
     peft = pytest.importorskip("peft")
     fields = {f.name for f in dataclasses.fields(peft.LoraConfig)}
     strange = fields - hf_lora._HARMLESS - hf_lora._PLAIN.keys()

@@ -244,7 +244,7 @@ def test_metrics_by_hand():
     metrics = jax.tree.map(float, routing.router_metrics(route, p, mask))
     assert metrics["dropped_fraction"] == (1.0, 3.0)
     assert metrics["router_confidence"] == (pytest.approx(0.6 + 0.7 + 0.5), 3.0)
-    load = routing.expert_load(route, 3)
+    load = routing.expert_load(route, 3, mask)
     assert load.tolist() == [2.0, 0.0, 0.0]
     assert jax.tree.map(float, routing.load_metrics(load)) == {
         "load_max_over_mean": (3.0, 1.0), "load_entropy": (0.0, 1.0),
@@ -254,7 +254,8 @@ def test_metrics_by_hand():
     chosen = routing.expert_choice(logits_of(TABLE), 1, causal=False)  # tokens 1, 3, 1
     metrics = routing.router_metrics(chosen, p, jnp.ones((1, 4), bool))
     assert jax.tree.map(float, metrics["dropped_fraction"]) == (2.0, 4.0)
-    assert routing.expert_load(chosen, 3).tolist() == [1.0, 1.0, 1.0]
+    assert routing.expert_load(chosen, 3, jnp.ones((1, 4), bool)).tolist() == [1.0, 1.0, 1.0]
+    assert routing.expert_load(chosen, 3, mask).tolist() == [1.0, 0.0, 1.0]
 
 
 def test_losses_over_all_tokens_are_flaxformers():

@@ -1,5 +1,9 @@
 """What each scheduler tells a process, and what is made of it."""
 
+import socket
+import subprocess
+import sys
+
 import pytest
 
 from t5x_lite.errors import UserError
@@ -71,3 +75,44 @@ def test_a_tpu_is_googles_and_neither_network_card_nor_disk(tmp_path, vendor, ki
     (tmp_path / "0000:00:05.0" / "vendor").write_text(vendor + "\n")
     (tmp_path / "0000:00:05.0" / "class").write_text(kind + "\n")
     assert processes.has_tpu({"JAX_PLATFORMS": platforms}, str(tmp_path)) == expected
+
+
+@pytest.mark.parametrize(("found", "message"), [
+    (Processes("flags", "localhost", 2, 1), "coordinator address 'localhost' .flags.: must be host"),
+    (Processes("flags", "a:99999", 2, 1), "coordinator address 'a:99999'"),
+    (Processes("flags", ":1", 2, 1), "coordinator address ':1'"),
+    (Processes("flags", "a:1", 2, 2), "process id 2 of 2 processes"),
+    (Processes("flags", "a:1", 2, -1), "process id -1 of 2"),
+    (Processes("flags", "a:1", 0, 0), "process id 0 of 0"),
+])
+def test_addresses_and_numbers_that_cannot_be(found, message):
+    with pytest.raises(UserError, match=message):
+        found.initialize()
+
+
+def test_nobody_at_the_coordinators_address(monkeypatch, capsys):
+    """The wait is bounded, and the message says what the matter was."""
+    monkeypatch.setattr(processes, "SECONDS_TO_JOIN", 0.3)
+    with socket.socket() as taken:   # bound and not listening: refused
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        for host in ("127.0.0.1", "no-such-host.invalid"):
+            with pytest.raises(processes.Unreachable, match=f"does not answer at {host}:{port} "
+                                                            "within 0.3 s"):
+                processes._wait_for(host, port)
+            assert capsys.readouterr().err.count("waiting up to 0.3 s for process 0") == 1
+        taken.listen()
+        processes._wait_for("127.0.0.1", port)
+        assert capsys.readouterr().err == ""
+
+
+def test_last_words_are_said_unless_taken_back():
+    code = ("import os, sys; from t5x_lite.parallel import processes as p\n"
+            "with p.last_words():\n  {}\n  os._exit(3)")
+    for change, said in (("pass", "error: this process was ended without a word"),
+                         ("p.change_last_words('error: one\\n')", "error: one\n"),
+                         ("p.said_last_words()", "")):
+        done = subprocess.run([sys.executable, "-c", code.format(change)], text=True,
+                              capture_output=True, check=False)
+        assert done.returncode == 3
+        assert done.stderr.startswith(said) and bool(done.stderr) == bool(said)
