@@ -45,7 +45,6 @@ from t5x_lite.config import RunConfig, from_mapping, saved as saved_config, to_j
 from t5x_lite.cost import hardware, usage
 from t5x_lite.data import (
     batches as data_batches,
-    paths as data_paths,
     tasks as data_tasks,
     vocabulary as data_vocabulary,
 )
@@ -105,11 +104,8 @@ def run(config: RunConfig, workdir: str | os.PathLike, clock: Clock | None = Non
     """
     workdir, clock, where = files.path(workdir), clock or Clock(), _Where()
     stopped_status(os.environ)   # refused at the start, not at the end
-    data = config.data
-    processes.check_agree({
-        "--workdir": str(workdir), "config": json.loads(to_json(config)),
-        "bytes of": data_paths.sizes(data.train, data.train_files, data.validation,
-                                     data.validation_files, data.vocabulary)})
+    processes.check_agree({"--workdir": str(workdir), "config": json.loads(to_json(config)),
+                           "bytes of": data_tasks.file_sizes(config.data)})
     with (Stop() as stop,
           Watchdog(config.train.watchdog, clock, workdir, where=where,
                    process=jax.process_index()) as watchdog):

@@ -129,6 +129,12 @@ def _subtasks(provider) -> dict["seqio.Task", float]:
     return {task: rate / sum(rates.values()) for task, rate in rates.items()}
 
 
+def file_sizes(config: DataConfig) -> dict[str, int]:
+    """{path: bytes} of the files that a config names."""
+    return paths.sizes(config.train, config.train_files, config.validation,
+                       config.validation_files, config.vocabulary)
+
+
 def mixing_rates(sizes: Sequence[float], temperature: float, cap: float) -> list[float]:
     """Shares proportional to min(n_i, cap)^(1/temperature), summing to one; cap 0 is none.
 
