@@ -16,8 +16,11 @@ constraints.txt holds the versions that the tests pass with.
 
 import setuptools
 
+# What shows a run; a bare install does without and names the extra where one is used.
+_SHOWN = {"plots": ["matplotlib"], "tensorboard": ["tensorboardX"]}
+
 _DATA = ["seqio>=0.0.20", "tensorflow>=2.21", "tensorflow-datasets>=4.9.10", "sentencepiece>=0.2",
-         "tokenizers>=0.22",
+         "tokenizers>=0.22", "matplotlib", "tensorboardX",
          # metrics of tasks, and P3's templates
          "jinja2", "pyyaml", "rouge-score", "sacrebleu>=2.5", "scikit-learn", "scipy"]
 
@@ -47,16 +50,14 @@ setuptools.setup(
         "etils[epath]",
         "flax>=0.12.8",
         "jax>=0.10.2",
-        "matplotlib",
         "ml_collections>=1.1",
         "numpy>=2",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "regex",   # as re, with a time limit for other people's patterns
-        "rich",
+        "rich",   # flax brings it too
         # t5x_lite.scaling; jax brings it too
         "scipy>=1.14",
-        "tensorboardX",
         "tqdm",
     ],
     extras_require={
@@ -82,6 +83,7 @@ setuptools.setup(
         "check": ["mypy", "pre-commit", "pytest", "pytest-xdist", "ruff"],
         "docs": ["ipykernel", "myst-nb", "sphinx", "sphinx-book-theme"],
         "gcs": _GCS,
+        **_SHOWN,
         "plan": ["libtpu"],
         # XLA:GPU without a GPU: 573 MB, and none of CUDA's other wheels.
         "plan_gpu": ["jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12"],

@@ -40,6 +40,18 @@ def lean(*names: str) -> Iterator[None]:
                 sys.modules.pop(name, None)
 
 
+def needed(name: str, extra: str, what: str) -> types.ModuleType:
+    """The module, imported where it is used. Raises UserError that names the extra to install.
+
+    what: who needs it, such as "a plan's tables".
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise UserError(f"{what} need {package}: pip install 't5x_lite[{extra}]'.") from error
+
+
 def join(name: str) -> types.ModuleType:
     """Our package of that name; from now on `name.module` is found in a user's and in ours.
 

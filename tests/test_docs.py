@@ -14,6 +14,8 @@ import pytest
 
 from t5x_lite import config as configs, config_reference
 from t5x_lite.config import RunConfig
+from t5x_lite.data import tasks as data_tasks
+from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -190,6 +192,22 @@ def test_python_in_the_docs_is_python():
     for page in PAGES:
         for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S):
             compile(block, page.name, "exec")
+
+
+def test_the_task_of_ones_own_in_the_readme_is_one(tmp_path, monkeypatch):
+    block, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    monkeypatch.chdir(tmp_path)
+    for name in ("train.tsv", "held_out.tsv"):
+        (tmp_path / name).write_text("The capital of Norway\tOslo\n")
+    pytest.importorskip("seqio")
+    (tmp_path / "readme_tasks.py").write_text(block.replace('"t5"', '"facts"'))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = DataConfig(task_modules="readme_tasks", validation="my_task")
+    task, examples = data_tasks.eval_examples(config, "my_task", objective="seq2seq")
+    example = next(examples)
+    vocabulary = task.output_features["targets"].vocabulary
+    assert vocabulary.decode(example["targets"].tolist()[:-1]) == "Oslo"
+    assert example["targets"][-1] == vocabulary.eos_id
 
 
 def test_the_config_of_ones_own_in_train_md_is_one():

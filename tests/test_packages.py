@@ -78,3 +78,20 @@ assert colorsys is None and gc.isenabled()
 import colorsys
 """
     subprocess.run([sys.executable, "-c", "import json\n" + code], check=True)
+
+
+def test_matplotlib_is_asked_for_where_it_is_used(tmp_path):
+    code = ("import sys\nsys.modules['matplotlib'] = None\nimport t5x_lite.train\n"
+            "from t5x_lite.errors import UserError\nfrom t5x_lite.reporting import figure\n"
+            "try: figure.drawn([], 'train/loss')\nexcept UserError as error: print(error)")
+    done = run(tmp_path, code)
+    assert "curves need matplotlib: pip install 't5x_lite[plots]'." in done.stdout, done.stderr
+
+
+def test_a_run_without_tensorboard_says_so_and_goes_on(tmp_path):
+    code = ("import sys\nsys.modules['tensorboardX'] = None\nfrom t5x_lite.training import metrics\n"
+            f"with metrics.MetricsWriter({str(tmp_path)!r}, 0) as writer: "
+            "writer.write({'step': 1}, {'loss': 2.0}, 'train/')")
+    done = run(tmp_path, code)
+    assert "need tensorboardX: pip install 't5x_lite[tensorboard]'" in done.stdout, done.stderr
+    assert "train/loss" in (tmp_path / "metrics.jsonl").read_text()

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 
+from t5x_lite import packages
 from t5x_lite.errors import UserError, one_of
 from t5x_lite.reporting import runs as reporting_runs
 from t5x_lite.reporting.runs import AXES, Run, by_arm
@@ -37,7 +38,8 @@ def drawn(runs: Sequence[Run], metric: str, axis: str = "step", *, logx: bool = 
 
     From MANY shaded arms on, a panel each, with the other arms' means in grey behind it.
     """
-    from matplotlib.figure import Figure  # not pyplot: a notebook's own figures stay as they are
+    # Not pyplot: a notebook's own figures stay as they are.
+    Figure = packages.needed("matplotlib.figure", "plots", "curves").Figure
     arms = {arm: found for arm, members in by_arm(runs).items()
             if (found := [curve for run in members
                           if (curve := reporting_runs.curve(run, metric, axis))])}

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from t5x_lite import packages
 from t5x_lite.errors import UserError
 from t5x_lite.scaling import arms, compare as comparison, tables
 
@@ -123,7 +124,7 @@ def draw(found: comparison.Comparison, result: Mapping[str, Any], output: str) -
 
 def picture(found: comparison.Comparison, result: Mapping[str, Any]):
     """A matplotlib figure: losses with both laws, and the ratio with its interval, over budgets."""
-    from matplotlib.figure import Figure
+    Figure = packages.needed("matplotlib.figure", "plots", "pictures").Figure
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     over = result["over"]

@@ -112,11 +112,13 @@ class MetricsWriter:
             self._file = open(path, "ab", buffering=0)
         except files.failures() as error:
             self._complain(error)
-        with packages.lean("torch"):   # of which it would take 2 s for converting tensors
-            from tensorboardX import SummaryWriter
         try:
-            self._board = SummaryWriter(str(self._folder.folder / "tensorboard"),
-                                        purge_step=resume_step + 1)
+            with packages.lean("torch"):   # of which it would take 2 s for converting tensors
+                board = packages.needed("tensorboardX", "tensorboard", "the files of tensorboard/")
+            self._board = board.SummaryWriter(str(self._folder.folder / "tensorboard"),
+                                              purge_step=resume_step + 1)
+        except UserError as error:
+            log.say(f"{error} The run goes on without them; metrics.jsonl has the same.")
         except OSError as error:
             self._complain(error)
 
