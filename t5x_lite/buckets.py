@@ -20,14 +20,16 @@ from typing import Any, NamedTuple
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _ONE_SLASH = re.compile(r"(gs|s3|az|hf):/(?!/)")
 # tensorstore has one class for all errors, and says in front which it is.
-_TENSORSTORE = re.compile(
-    "UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|ABORTED|CANCELLED")
+_PASSING = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|RESOURCE_EXHAUSTED")
+_NO_RIGHTS = re.compile("PERMISSION_DENIED|UNAUTHENTICATED")
 _PACKAGES = {"gcsfs": "gcsfs", "google.cloud.storage": "google-cloud-storage"}
 _SECONDS_TO_ANSWER = 20.0   # for the first request to a bucket, retries included
 
 
 class Refused(ValueError):
     """A URL that cannot be used; the message is for its author. files.py makes a UserError of it."""
+
+    passing = False   # whether it may be usable later
 
 
 class Name(NamedTuple):
@@ -108,16 +110,17 @@ def _reach(bucket: str) -> None:
     import fsspec
     # gcsfs would keep listings for good, and tensorstore and other processes write here too.
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
-    from google.cloud.storage import retry
-    patience = retry.DEFAULT_RETRY.with_timeout(_SECONDS_TO_ANSWER)
     try:
-        next(iter(client().list_blobs(bucket, max_results=1, retry=patience)), None)
+        first = client().list_blobs(bucket, max_results=1, retry=_patience(_SECONDS_TO_ANSWER))
+        next(iter(first), None)
     except failures() as error:
         why = explain(error, bucket)
         if _status(error) == 404:
             why = (f"there is no such bucket ({_said(error)}). Look at the name, or make it: "
                    f"gcloud storage buckets create gs://{bucket}")
-        raise Refused(f"gs://{bucket}: {why}") from error
+        refused = Refused(f"gs://{bucket}: {why}")
+        refused.passing = is_passing(error)
+        raise refused from error
 
 
 # --- what goes wrong ------------------------------------------------------------------------------
@@ -160,13 +163,23 @@ def explain(error: BaseException, bucket: str) -> str:
     return said
 
 
-def is_out_of_reach(error: BaseException) -> bool:
-    """Whether an error tells of a lost connection, of rights or of a server that is busy, so that
-    nothing is known of the object."""
+def are_used() -> bool:
+    """Whether this process has asked for a bucket."""
+    return client.cache_info().currsize > 0
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether an error tells of a lost connection or of a server that is busy."""
     status = _status(error)
     if status is not None:
-        return status in (401, 403, 408, 429) or status >= 500
-    return _is_lost_connection(error) or bool(_TENSORSTORE.match(str(error)))
+        return status in (408, 429) or status >= 500
+    return _is_lost_connection(error) or bool(_PASSING.match(str(error)))
+
+
+def is_out_of_reach(error: BaseException) -> bool:
+    """Whether an error is passing or tells of rights, so that nothing is known of the object."""
+    return (is_passing(error) or _status(error) in (401, 403)
+            or bool(_NO_RIGHTS.match(str(error))))
 
 
 def _said(error: BaseException) -> str:
@@ -217,12 +230,18 @@ def _blob(url: os.PathLike | str) -> Any:
     return client().bucket(name.bucket).blob(name.key)
 
 
-def read(url: os.PathLike | str) -> tuple[bytes, int]:
-    """(content, generation) of an object; (b"", 0) where there is none."""
+def _patience(seconds: float) -> Any:
+    """For how long google-cloud-storage tries a request again."""
+    from google.cloud.storage import retry
+    return retry.DEFAULT_RETRY.with_timeout(seconds)
+
+
+def read(url: os.PathLike | str, seconds: float = 120.0) -> tuple[bytes, int]:
+    """(content, generation) of an object; (b"", 0) where there is none. It is tried for so long."""
     from google.api_core.exceptions import NotFound
     blob = _blob(url)
     try:
-        return blob.download_as_bytes(), blob.generation
+        return blob.download_as_bytes(retry=_patience(seconds)), blob.generation
     except NotFound:
         return b"", 0
 
@@ -232,18 +251,19 @@ def write(url: os.PathLike | str, content: bytes) -> None:
     _blob(url).upload_from_string(content)
 
 
-def replace(url: os.PathLike | str, content: bytes, generation: int) -> int | None:
-    """Writes an object if it is still of this generation (0: if there is none).
+def replace(url: os.PathLike | str, content: bytes, generation: int, seconds: float = 120.0
+            ) -> int | None:
+    """Writes an object if it is still of this generation (0: if there is none), tried for so long.
 
     Returns its new generation; None where somebody else has written it meanwhile.
     """
     from google.api_core.exceptions import PreconditionFailed
     blob = _blob(url)
     try:
-        blob.upload_from_string(content, if_generation_match=generation)
+        blob.upload_from_string(content, if_generation_match=generation, retry=_patience(seconds))
     except PreconditionFailed:
         # It may be our own write, whose answer was lost and which was then tried again.
-        found, now = read(url)
+        found, now = read(url, seconds)
         return now if found == content else None
     return blob.generation
 

@@ -29,15 +29,17 @@ from ml_collections import config_flags
 
 from t5x_lite.checkpoints import format as checkpoint_format, manager
 from t5x_lite.config import RunConfig, from_mapping, load, override, read, saved
-from t5x_lite.errors import UserError, nearest
+from t5x_lite.errors import TryAgain, UserError, nearest
 from t5x_lite.parallel import processes
 from t5x_lite.running import ahead, compile_cache
+from t5x_lite.running.clock import EXIT_STUCK
 
 EXIT_USER_ERROR = 2
 # What a system says of a path or a disk, wherever it is met: no bug of ours.
 _NO_BUG = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG,
            errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO,
            errno.ESTALE, errno.EMFILE, errno.ENFILE)
+EXIT_TRY_AGAIN = EXIT_STUCK   # a bucket is out of reach for the moment
 EXIT_PEER = 76   # another process of the run has ended, or could not be reached
 
 _COORDINATOR = flags.DEFINE_string(
@@ -207,18 +209,32 @@ def _guarded(fn: Callable[[], None]) -> None:
         gc.freeze()   # the process ends: no search for garbage among millions of objects
     except UserError as error:
         _exit(error)
-    except OSError as error:
-        if error.errno not in _NO_BUG:
+    except buckets.failures() as error:
+        raised = _of_the_system(error)
+        if raised is None:
             raise
-        _exit(UserError(f"{error.strerror}: {error.filename or 'a file of this run'}. Mend that and "
-                        "start the same command again."))
+        _exit(raised)
     except KeyboardInterrupt:
         print("error: stopped by SIGINT", file=sys.stderr, flush=True)
         _leave(130)
 
 
+def _of_the_system(error: BaseException) -> UserError | None:
+    """What a disk or a bucket says, wherever it is met, as the user's; None where it is a bug."""
+    if isinstance(error, OSError) and error.errno in _NO_BUG:
+        return UserError(f"{error.strerror}: {error.filename or 'a file of this run'}. Mend that and "
+                         "start the same command again.")
+    if buckets.are_used() and buckets.is_passing(error):
+        return TryAgain(f"a bucket is out of reach: {checkpoint_format.brief(error)}")
+    return None
+
+
 def _exit(error: Exception) -> None:
     print(f"error: {error}", file=sys.stderr, flush=True)
+    if isinstance(error, TryAgain):   # orbax's threads would wait for the bucket for minutes
+        sys.stdout.flush()
+        processes.said_last_words()
+        os._exit(EXIT_TRY_AGAIN)
     _leave(EXIT_USER_ERROR)
 
 

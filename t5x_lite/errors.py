@@ -1,8 +1,8 @@
 """Errors that a user can act on, and the checks that raise most of them.
 
 A UserError says which value is wrong, what is allowed and how to mend it; the mains print
-it without a traceback and exit with status 2. Anything else that escapes is our bug and
-keeps its traceback.
+it without a traceback and exit with status 2 (TryAgain: 75). Anything else that escapes is our bug
+and keeps its traceback.
 
 The checks return the value that they let pass, and word their messages alike:
 
@@ -32,6 +32,11 @@ Number = TypeVar("Number", int, float)
 
 class UserError(ValueError):
     """Bad input: the message names the value, what is allowed and the fix."""
+
+
+class TryAgain(UserError):
+    """What failed may work later, with nothing changed: a bucket is out of reach for the moment. The
+    mains exit with status 75, after which launchers start them again."""
 
 
 def nearest(name: object, names: Iterable[object]) -> str:

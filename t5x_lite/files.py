@@ -32,7 +32,7 @@ from etils import epath
 
 from t5x_lite import buckets
 from t5x_lite.buckets import failures, is_url
-from t5x_lite.errors import UserError
+from t5x_lite.errors import TryAgain, UserError
 
 Path: TypeAlias = pathlib.Path | epath.Path
 
@@ -73,7 +73,7 @@ def _check(name: str) -> None:
     try:
         buckets.check(name)
     except buckets.Refused as error:
-        raise UserError(str(error)) from error
+        raise (TryAgain if error.passing else UserError)(str(error)) from error
 
 
 def absolute(name: os.PathLike | str) -> str:
@@ -84,6 +84,13 @@ def absolute(name: os.PathLike | str) -> str:
 def explain(error: BaseException, where: os.PathLike | str) -> str:
     """What an error of reading or writing at a path says, and of a bucket what to do about it."""
     return buckets.explain(error, buckets.split(where).bucket if is_url(where) else "")
+
+
+def refusal(error: BaseException, where: os.PathLike | str, message: str) -> UserError:
+    """The error (not raised) of what could not be read or written at a path: TryAgain where a bucket
+    is out of reach for the moment."""
+    kind = TryAgain if is_url(where) and buckets.is_passing(error) else UserError
+    return kind(message)
 
 
 def is_out_of_reach(error: BaseException, where: os.PathLike | str) -> bool:
@@ -194,7 +201,7 @@ def local_copy(name: os.PathLike | str, wanted: Callable[[str], bool] = lambda n
         if not folder.is_dir():
             _bring(f"gs://{bucket}", key, held, folder)
     except failures() as error:
-        raise UserError(f"{source}: {explain(error, source)}") from error
+        raise refusal(error, source, f"{source}: {explain(error, source)}") from error
     return folder / source.name if one else folder
 
 

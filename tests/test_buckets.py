@@ -26,8 +26,8 @@ from t5x_lite import (
 )
 from t5x_lite.build import build
 from t5x_lite.checkpoints import format, lock, manager
-from t5x_lite.data import paths, readers, text_files
-from t5x_lite.errors import UserError
+from t5x_lite.data import paths, readers, text_files, vocabulary
+from t5x_lite.errors import TryAgain, UserError
 from t5x_lite.parallel.sharding import MeshConfig
 from t5x_lite.reporting import runs as reporting_runs
 from t5x_lite.running.clock import Clock, Watchdog, WatchdogConfig
@@ -96,8 +96,28 @@ def test_missing_rights_are_named_with_the_roles(server, monkeypatch, forgetful,
 def test_a_lost_connection_is_said_within_seconds(server, monkeypatch, forgetful):
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{bucket_server.free_port()}")
     monkeypatch.setattr(buckets, "_SECONDS_TO_ANSWER", 1.0)
-    with pytest.raises(UserError, match="gs://bucket: .* cannot be reached .*Is there a network"):
+    with pytest.raises(TryAgain, match="gs://bucket: .* cannot be reached .*Is there a network"):
         cli.workdir("gs://bucket/run")
+
+
+def test_what_is_out_of_reach_in_the_middle_of_a_run_asks_to_be_started_again(server, monkeypatch,
+                                                                              capsys):
+    def leave(status):
+        raise SystemExit(status)
+    monkeypatch.setattr(cli.os, "_exit", leave)
+    buckets.client()
+    for error, status in ((ConnectionResetError("by peer"), 75), (TryAgain("later"), 75),
+                          (UserError("never"), 2)):
+        def fail(error=error):
+            raise error
+        with pytest.raises(SystemExit) as ended:
+            cli._guarded(fail)
+        assert ended.value.code == status and "error: " in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError):
+        cli._guarded(lambda: open("/nowhere"))
+    buckets.client.cache_clear()
+    with pytest.raises(ConnectionResetError):   # no bucket's
+        cli._guarded(lambda: (_ for _ in ()).throw(ConnectionResetError("by peer")))
 
 
 @pytest.mark.parametrize("character", "*?[]#")
@@ -225,6 +245,23 @@ def test_a_local_copy_is_made_anew_when_the_object_changes(bucket, tmp_path, mon
     monkeypatch.setenv("T5X_LITE_CACHE", "gs://bucket/cache")
     with pytest.raises(UserError, match="must be a local folder"):
         files.cache_root()
+
+
+@pytest.mark.parametrize(("use", "message"), [
+    (lambda name: manager.read_record(name), "no checkpoint at gs://bucket/none"),
+    (lambda name: cli.saved_config(files.path(name)), "none/config.json does not exist"),
+    (lambda name: eval_main.steps_to_evaluate(files.path(name), "last"), "holds no checkpoint"),
+    (lambda name: infer.open_input(name), "--input=gs://bucket/none does not exist"),
+    (lambda name: readers.whole(name), "gs://bucket/none cannot be read"),
+    (lambda name: reporting_runs.find([name]), "gs://bucket/none is no folder"),
+    (lambda name: init_from.open_source(name), "no checkpoint at gs://bucket/none"),
+    (lambda name: init_from.open_source(f"hf:{name}"), "no file and no folder of that name"),
+    (lambda name: convert.run(f"peft:{name}", f"{name}2"), "no file and no folder of that name"),
+    (lambda name: vocabulary.check_there(f"{name}.model"), "data.vocabulary='.*': no such file"),
+    (lambda name: files.local(name, "--output"), "--output=.*must be a local folder")])
+def test_a_name_without_an_object_is_said(bucket, use, message):
+    with pytest.raises(UserError, match=message):
+        use(f"{bucket}/none")
 
 
 # --- the lock -------------------------------------------------------------------------------------
@@ -410,8 +447,9 @@ def test_a_network_that_fails_sets_nothing_aside(whole, bucket, monkeypatch, err
     program = build(config)
     with manager.Checkpointer(f"{bucket}/run", config.checkpoint) as checkpointer:
         monkeypatch.setattr(format, "_parse_record", fail)
-        with pytest.raises(UserError, match="8 cannot be read now: .*Nothing was changed"):
+        with pytest.raises(UserError, match="8 cannot be read now: .*Nothing was changed") as raised:
             checkpointer.restore_latest(program.abstract_state)
+    assert isinstance(raised.value, TryAgain) != ("Forbidden" in str(error))
     assert {*held, "run/run.lock"} == {*bucket_server.listed()}
     with pytest.raises(manager.Unreadable):   # on a disk it is damage
         manager.checkpoint_format.read_record(manager._absolute(local / "checkpoints/8"))

@@ -453,8 +453,9 @@ def _attempt(folder: epath.Path, read: Callable[[], Any]) -> tuple[Any, str | No
         if "RESOURCE_EXHAUSTED" in str(cause) and isinstance(cause, jax.errors.JaxRuntimeError):
             raise
         if files.is_out_of_reach(cause, folder):
-            raise UserError(f"{folder} cannot be read now: {files.explain(cause, folder)} Nothing "
-                            "was changed; the same command may work later.") from error
+            raise files.refusal(cause, folder, (
+                f"{folder} cannot be read now: {files.explain(cause, folder)} Nothing was changed; "
+                "the same command may work later.")) from error
         return None, brief(cause)
 
 

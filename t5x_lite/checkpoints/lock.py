@@ -66,8 +66,7 @@ class _Lock:
         try:
             self._open()
         except files.failures() as error:
-            raise UserError(f"cannot write to {workdir}: {files.explain(error, workdir)}. Choose "
-                            "another --workdir.") from error
+            raise _cannot_write(workdir, error) from error
         try:
             self._acquire(wait_seconds, say)
         except BaseException:
@@ -204,8 +203,7 @@ class ObjectLock(_Lock):
                 return holder
             taken = buckets.replace(self._object, self._signed(), generation)
         except files.failures() as error:
-            raise UserError(f"cannot write to {self._workdir}: "
-                            f"{files.explain(error, self._workdir)}") from error
+            raise _cannot_write(self._workdir, error) from error
         if taken is None:   # another start was faster
             return _parsed(buckets.read(self._object)[0])
         self.before, self._generation = holder, taken
@@ -215,7 +213,7 @@ class ObjectLock(_Lock):
         return json.dumps({**json.loads(self._content()), "lock": self._mine}).encode()
 
     def _sign(self) -> None:
-        taken = buckets.replace(self._object, self._signed(), self._generation)
+        taken = buckets.replace(self._object, self._signed(), self._generation, HEARTBEAT)
         if taken is not None:
             self._generation = taken
             return
@@ -227,7 +225,15 @@ class ObjectLock(_Lock):
             self.lost = holder
 
     def _clear(self) -> None:
-        buckets.replace(self._object, b"", self._generation)
+        try:
+            buckets.replace(self._object, b"", self._generation, HEARTBEAT)
+        except files.failures():
+            pass   # out of reach: whoever comes next waits until this one counts as gone
+
+
+def _cannot_write(workdir: os.PathLike | str, error: BaseException) -> UserError:
+    return files.refusal(error, workdir, (
+        f"cannot write to {workdir}: {files.explain(error, workdir)}. Choose another --workdir."))
 
 
 def _parsed(content: bytes) -> dict[str, Any]:

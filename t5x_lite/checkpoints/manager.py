@@ -314,9 +314,9 @@ class Checkpointer:
             last = f"The last good one is of step {self.latest()}. "
         except files.failures():   # what could not be written may be out of reach for readers too
             last = ""
-        return UserError(f"the checkpoint of step {self._saving} could not be written to "
-                         f"{self.directory}: {why}. {last}{fix} the same command again: it resumes "
-                         "from there.")
+        return files.refusal(error, self.directory, (
+            f"the checkpoint of step {self._saving} could not be written to {self.directory}: {why}. "
+            f"{last}{fix} the same command again: it resumes from there."))
 
     def restore(self, step: int, abstract_state: Any) -> Restored:
         """Reads one step, on any mesh and any number of processes.
@@ -399,8 +399,9 @@ class Checkpointer:
 
 
 def _cannot_write(directory: os.PathLike | str, error: BaseException) -> UserError:
-    return UserError(f"cannot make {directory}: {files.explain(error, directory)}. Choose a "
-                     "--workdir that can be written to.")
+    return files.refusal(error, directory, (
+        f"cannot make {directory}: {files.explain(error, directory)}. Choose a --workdir that can be "
+        "written to."))
 
 
 class Start(NamedTuple):

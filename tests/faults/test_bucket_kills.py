@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from t5x_lite import buckets, files
+from t5x_lite import buckets, experiment, files
 from t5x_lite.checkpoints import manager
-from tests import bucket_server, tiny_config
+from tests import bucket_server, test_experiment, tiny_config
 from tests.faults import mini
 from tests.faults.test_kills import cache, kill_soon, last_bits  # noqa: F401
 
@@ -88,6 +88,19 @@ def test_two_processes_that_share_no_disk(text, tmp_path, monkeypatch):
     assert [json.loads(line)["line"] for line in written] == [*range(1, 201)]
     _main("report", "gs://bucket/two", "--output=gs://bucket/report.html")
     assert "<html" in files.path("gs://bucket/report.html").read_text()
+
+
+def test_an_experiment_in_a_bucket_runs_its_stages_and_draws(text, tmp_path):
+    (tmp_path / "compare.py").write_text(test_experiment.CONFIG)
+    path, workdir = f"{tmp_path}/compare.py:gs://bucket/data/words.txt", "gs://bucket/an exp=1"
+    first = experiment.run(path, workdir, only="seed_0")
+    shown = experiment.run(path, workdir)
+    assert [line.split("|")[1:3] for line in shown.splitlines()[2:4]] == [
+        [" staged/pretrain ", " 2 "], [" staged/finetune ", " 2 "]] and first != shown
+    assert len(files.path(f"{workdir}/curves.png").read_bytes()) > 5000
+    assert len(json.loads(files.path(f"{workdir}/results.json").read_text())) == 4
+    before = bucket_server.listed("an exp=1/")
+    assert experiment.run(path, workdir) == shown and bucket_server.listed("an exp=1/") == before
 
 
 def test_a_second_start_in_the_same_workdir_waits_and_is_refused(text):
