@@ -122,6 +122,7 @@ def launched(runs: Sequence[Run], workdir: files.Path, where: str, arguments: Se
         arguments: of this command, that every run is started with.
         options: of the cluster.
     """
+    files.local(workdir, "--launcher writes its own files: --workdir")
     tasks = [launchers.Task(
         run.folder, (*arguments, f"--only=^{re.escape(run.folder)}$", "--nogather"),
         functools.partial(is_finished, workdir / run.folder, run.config),
