@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
-_ONE_SLASH = re.compile(r"(gs|s3|az|hf):/(?!/)")
+_TOO_FEW_SLASHES = re.compile(r"(gs|s3):/?(?=[^/])")
 # tensorstore has one class for all errors, and says in front which it is.
 _PASSING = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|RESOURCE_EXHAUSTED")
 _NO_RIGHTS = re.compile("PERMISSION_DENIED|UNAUTHENTICATED")
@@ -52,7 +52,7 @@ class Entry(NamedTuple):
 def is_url(name: os.PathLike | str) -> bool:
     """Whether a name is, or is meant to be, a URL of whatever scheme and no path of this machine."""
     text = os.fspath(name)
-    return bool(_URL.match(text) or _ONE_SLASH.match(text))
+    return bool(_URL.match(text) or _TOO_FEW_SLASHES.match(text))
 
 
 def split(url: os.PathLike | str) -> Name:
@@ -77,7 +77,7 @@ def check(name: os.PathLike | str) -> None:
     """Raises Refused unless a URL is one of gs://, what reaches it is installed, and its bucket
     can be reached and read. A bucket is asked once in a process; a local path is not looked at."""
     text = os.fspath(name)
-    if match := _ONE_SLASH.match(text):
+    if match := _TOO_FEW_SLASHES.match(text):
         raise Refused(f"{text}: a URL has two slashes: {match[1]}://{text[match.end():]}")
     if not is_url(text):
         return
@@ -101,6 +101,8 @@ def prepare() -> None:
     ours alike. The mains call it: epath asks once in a process."""
     if _is_installed("gcsfs"):
         os.environ.setdefault("EPATH_USE_TF", "0")
+    # Calls of its own to tell kinds of buckets; what is tested here goes without.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 
 @functools.cache

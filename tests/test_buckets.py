@@ -65,6 +65,7 @@ def forgetful():
 @pytest.mark.parametrize(("name", "message"), [
     ("s3://b/run", "s3:// is not supported yet. Give a local path or gs://BUCKET/PATH"),
     ("gs:/b/run", "a URL has two slashes: gs://b/run"), ("gs://", "names no bucket"),
+    ("gs:b/run", "a URL has two slashes: gs://b/run"),
     ("https://storage.googleapis.com/b", "https:// is not supported yet")])
 def test_other_urls_are_refused_at_the_door(name, message):
     for use in (files.path, cli.workdir, files.is_file, init_from.check_workdir, paths.matches):
