@@ -316,28 +316,38 @@ def override(run: RunConfig, overrides: Sequence[str]) -> RunConfig:
 
 def _holder(config: dict, field: str, text: str) -> tuple[Any, str | int]:
     """(the section or list, the name or number in it) of a dotted field in a config of JSON."""
-    steps = [int(part) if part.isdigit() else part
-             for part in field.replace("[", ".").replace("]", "").split(".")]
+    steps: list[str | int] = [int(part) if part.isdigit() else part
+                              for part in field.replace("[", ".").replace("]", "").split(".")]
     section: Any = config
     for i, step in enumerate(steps):
-        where = "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in steps[:i])[1:]
-        if section is None:
-            raise UserError(f"override {text!r}: {where} is None here; give the whole section, "
-                            f"{where}={{…}} in JSON.")
-        if isinstance(step, int) or isinstance(section, list):
-            if not isinstance(section, list) or not isinstance(step, int):
-                raise UserError(f"override {text!r}: {where} is "
-                                f"{'a list: take an item, ' + where + '[0]' if isinstance(section, list) else 'no list'}.")
-            if step >= len(section):
-                raise UserError(f"override {text!r}: {where} has {len(section)} items, counted "
-                                "from 0.")
-        elif not isinstance(section, dict) or step not in section:
-            known = section if isinstance(section, dict) else config
-            raise UserError(f"override {text!r} names no field of the config."
-                            f"{nearest(step, known)} Write section.field=value.")
-        if i < len(steps) - 1:
-            section = section[step]
+        if i:
+            section = section[steps[i - 1]]
+        problem = _problem(section, step, _dotted(steps[:i]), config)
+        if problem:
+            raise UserError(f"override {text!r}{problem}")
     return section, steps[-1]
+
+
+def _dotted(steps: Sequence[str | int]) -> str:
+    """"model.decoder.segments[0]" of its parts."""
+    return "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in steps).removeprefix(".")
+
+
+def _problem(section: Any, step: str | int, where: str, config: dict) -> str | None:
+    """Why a section of a config has no such field or item, None where it has."""
+    if section is None:
+        return f": {where} is None here; give the whole section, {where}={{…}} in JSON."
+    if isinstance(section, list) and isinstance(step, int):
+        short = f": {where} has {len(section)} items, counted from 0."
+        return short if step >= len(section) else None
+    if isinstance(section, list):
+        return f": {where} is a list: take an item, {where}[0]."
+    if isinstance(step, int):
+        return f": {where} is no list."
+    if isinstance(section, dict) and step in section:
+        return None
+    names = section if isinstance(section, dict) else config
+    return f" names no field of the config.{nearest(step, names)} Write section.field=value."
 
 
 def parse_value(text: str) -> Any:

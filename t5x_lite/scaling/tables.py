@@ -114,12 +114,7 @@ def read(path: str | pathlib.Path, columns: Mapping[str, str], *,
     rows = _read_rows(path, curves)
     if not rows:
         raise UserError(f"--table={path} has no rows: it needs a line of names and a line a run.")
-    columns = _workdir_columns(path, rows, columns, curves) if path.is_dir() else \
-        dict(columns) or {n: n for n in rows[0] if n in _POSITIVE}
-    if not columns:
-        known = ", ".join(n for n in rows[0] if n != "_line")
-        raise UserError(f"--table={path} has {known}, and none of the columns that laws know: say which "
-                        f"are what by --columns=params=COL,flops=COL,loss=COL.")
+    columns = _columns_to_read(path, rows, columns, curves)
     _check_names(path, rows, [*columns.values(), *(where or {}), *labels])
     numbers = [i for i, row in enumerate(rows) if _matches(row, where or {})]
     if not numbers:
@@ -133,6 +128,21 @@ def read(path: str | pathlib.Path, columns: Mapping[str, str], *,
     words = {n: [str(rows[i].get(n, "")) for i in numbers] for n in labels}
     lines = np.array([rows[i].get("_line", i + 1) for i in numbers])
     return _complete(arrays, sources, lines, words, skip_bad=skip_bad)
+
+
+def _columns_to_read(path: files.Path, rows: list[dict], columns: Mapping[str, str],
+                     curves: bool) -> dict[str, str]:
+    """{a law's name: the column}, where nothing was said those of the file that laws know."""
+    if path.is_dir():
+        return _workdir_columns(path, rows, columns, curves)
+    if columns:
+        return dict(columns)
+    named = {n: n for n in rows[0] if n in _POSITIVE}
+    if named:
+        return named
+    known = ", ".join(n for n in rows[0] if n != "_line")
+    raise UserError(f"--table={path} has {known}, and none of the columns that laws know: say which "
+                    f"are what by --columns=params=COL,flops=COL,loss=COL.")
 
 
 def _read_rows(path: files.Path, curves: bool) -> list[dict]:
