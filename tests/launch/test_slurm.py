@@ -91,7 +91,8 @@ SLURM = {"timeout_min": 30, "mem_gb": 1, "cpus_per_task": 1}
 
 def get_runs(text):
     run = tiny_config.run(text)
-    for field, value in {"train.num_steps": 3000, "checkpoint.every": 3000, "eval.every": 3000}.items():
+    for field, value in {"train.num_steps": 3000, "train.log_every": 10, "checkpoint.every": 3000,
+                         "eval.every": 3000}.items():
         run = configs.replace(run, field, value)
     yield Run("long", 0, run)
     yield Run("bad", 0, configs.replace(run, "data.train_files", text + "x"))
@@ -109,14 +110,14 @@ def test_an_experiment_through_submitit(slurm, tmp_path):
     with open(out, "w") as file:
         launching = subprocess.Popen(command, env=slurm, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
     try:
-        wait_for(r"long/seed_0: started", out, 120)
+        wait_for(r"long/seed_0: started", out, 300)
         said = re.search(r"long/seed_0: started; see (\S+/(\d+)_0_log.out)", out.read_text())
         log, job = pathlib.Path(said[1]), said[2]
-        wait_for(r"step \d+/3000", log, 240)
+        wait_for(r"step \d+/3000", log, 600)
         subprocess.run(["scancel", "--signal=USR2", job], env=slurm, check=True)
-        wait_for(rf"back into the queue as job {job}", log, 120)
-        wait_for(r"resumed from .*step \d+", log, 240)
-        assert launching.wait(timeout=420) == 1, out.read_text()
+        wait_for(rf"back into the queue as job {job}", log, 300)
+        wait_for(r"resumed from .*step \d+", log, 600)
+        assert launching.wait(timeout=900) == 1, out.read_text()
     finally:
         launching.kill()
     content = out.read_text()
