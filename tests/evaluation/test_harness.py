@@ -87,7 +87,7 @@ def of_hf(folder, tasks) -> dict:
     return found
 
 
-@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+@pytest.mark.parametrize("kind", ["causal", pytest.param("seq2seq", marks=pytest.mark.slow)])
 def test_equal_to_the_harnesss_own_model(kind, tasks, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     workdir = tmp_path / "workdir"
@@ -107,6 +107,7 @@ def test_equal_to_the_harnesss_own_model(kind, tasks, tmp_path, monkeypatch, cap
             assert value == pytest.approx(expected, rel=1e-4), (task, metric)
 
 
+@pytest.mark.slow
 def test_the_harnesss_own_command(tasks, tmp_path):
     write_workdir(tmp_path / "workdir", models.seq2seq())
     command = [sys.executable, "-m", "t5x_lite.evaluation.harness", "run", "--model", "t5x_lite",
