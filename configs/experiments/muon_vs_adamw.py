@@ -1,7 +1,7 @@
 """Muon against AdamW over compute: four budgets, each a width and a number of steps, two seeds.
 
 Paper: Jordan et al. 2024 and Liu et al. 2025 (arXiv:2502.16982), which reports about half of AdamW's
-compute. Data and objective are the quickstart's, span corruption of the text of your own Python
+compute. Data and objective are python_text.py's, span corruption of the text of your own Python
 installation. Muon's steps have AdamW's size (muon.consistent_rms 0.2), so that one grid of learning
 rates serves both arms; both have mup (model.base_width 64), so that it serves every width.
 Expected: not run yet at these settings; about an hour on 2 CPU cores.
@@ -13,7 +13,7 @@ and then: python -m t5x_lite.scaling compare --arms=runs/muon_vs_adamw/adamw,run
 import dataclasses
 from collections.abc import Sequence
 
-from configs import quickstart
+from configs import python_text
 from t5x_lite import config as configs
 from t5x_lite.experiment import Run
 from t5x_lite.models.parametrization import grown
@@ -39,7 +39,7 @@ def runs(budgets: Sequence[tuple[int, int]], seeds: Sequence[int], rates: Sequen
 
 
 def _run(arm: str, width: int, steps: int, rate: float, seed: int):
-    config = quickstart.run()
+    config = python_text.run()
     model = dataclasses.replace(grown(config.model, width), parametrization="mup", base_width=64)
     schedule = ScheduleConfig("constant * linear_warmup * linear_to_floor", rate,
                               warmup_steps=max(1, steps // 10), floor_fraction=0.02)
