@@ -6,7 +6,8 @@
 Prints seconds a step (median and minimum), tokens/s, model FLOP/s and its share of the
 matrix-multiplication peak measured in the same process between the steps, and what comes
 before the first step: import, initialisation and compilation. `--scan` keeps the layer
-scan; by default the layers are unrolled, which XLA's CPU backend runs faster.
+scan; by default the layers are unrolled, which XLA's CPU backend runs faster. `--peer` takes turns with
+a step of transformers' T5 of the same shapes in PyTorch, with its Adafactor.
 """
 
 import time
@@ -24,6 +25,7 @@ _BATCH = flags.DEFINE_integer("batch", 8, "Sequences a step.")
 _LENGTHS = flags.DEFINE_string("lengths", "512,114", "Encoder and decoder positions.")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "A precision policy: float32, bf16, …")
 _STEPS = flags.DEFINE_integer("steps", 5, "Steps timed, after one that is not.")
+_PEER = flags.DEFINE_bool("peer", False, "Take turns with transformers' T5; needs both.")
 _SCAN = flags.DEFINE_bool("scan", False, "Scan the layers instead of unrolling them.")
 
 
@@ -41,6 +43,35 @@ def measured_peak() -> float:
         product(x).block_until_ready()
         seconds.append(time.perf_counter() - begin)
     return 2.0 * n ** 3 / min(seconds)
+
+
+def peers_step(config, inputs: int, targets: int):
+    """A function that takes one step of transformers' T5 with the shapes of a T5 1.1 config."""
+    import os
+
+    import torch
+    import transformers
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    block = config.encoder.segments[0].blocks[0]
+    dtype = {"float32": torch.float32, "bf16": torch.bfloat16}[_DTYPE.value]
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(
+        vocab_size=config.vocab_size, d_model=config.embed_dim, d_ff=block.mlp.mlp_dim,
+        d_kv=block.self_attention.head_dim, num_heads=block.self_attention.num_heads,
+        num_layers=config.encoder.num_layers, feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False, dropout_rate=0.0, decoder_start_token_id=0,
+        pad_token_id=0)).train()
+    optimizer = transformers.Adafactor(model.parameters(), lr=1e-3, relative_step=False,
+                                       scale_parameter=True)
+    ids = torch.randint(2, config.vocab_size, (_BATCH.value, inputs))
+    labels = torch.randint(2, config.vocab_size, (_BATCH.value, targets))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+    return step
 
 
 def main() -> None:
@@ -80,8 +111,13 @@ def main() -> None:
         begin = time.perf_counter()
         step = program.jit_train_step().lower(state, batch).compile()
         compiled = time.perf_counter() - begin
-        seconds, peaks = [], []
+        peer = peers_step(run.model, inputs, targets) if _PEER.value else None
+        seconds, peaks, peers = [], [], []
         for i in range(_STEPS.value + 1):
+            if peer is not None:
+                begin = time.perf_counter()
+                peer()
+                peers.append(time.perf_counter() - begin)
             peaks.append(measured_peak())
             begin = time.perf_counter()
             state, sums = step(state, batch)
@@ -98,6 +134,9 @@ def main() -> None:
     print(f"tokens/s         {tokens / median:,.0f}")
     print(f"model FLOP/s     {flops / median:.3g}, {flops / median / peak:.1%} of the "
           f"{peak:.3g} that a 2048^3 product reached in this run")
+    if peers:
+        theirs = float(np.median(peers[1:]))
+        print(f"transformers     {theirs:.3f} s a step in PyTorch, {theirs / median:.2f} times ours")
     print(f"before step one  import {imported:.1f} s, init {initialised:.1f} s, "
           f"compile {compiled:.1f} s")
 
