@@ -105,7 +105,7 @@ def run(config: RunConfig, workdir: str | os.PathLike, clock: Clock | None = Non
     workdir, clock, where = files.path(workdir), clock or Clock(), _Where()
     stopped_status(os.environ)   # refused at the start, not at the end
     processes.check_agree({"--workdir": str(workdir), "config": json.loads(to_json(config)),
-                           "bytes of": data_tasks.file_sizes(config.data)})
+                           "bytes of": functools.partial(data_tasks.file_sizes, config.data)})
     with (Stop() as stop,
           Watchdog(config.train.watchdog, clock, workdir, where=where,
                    process=jax.process_index()) as watchdog):

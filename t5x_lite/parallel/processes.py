@@ -238,11 +238,13 @@ def check_agree(facts: Mapping[str, Any]) -> None:
     would wait for each other for ever.
 
     Args:
-        facts: {name: JSON value}; added are the versions of this program and of JAX, and the
-            settings of JAX and XLA that decide what is computed.
+        facts: {name: JSON value, or what gives one and is asked only of several processes};
+            added are the versions of this program and of JAX, and the settings of JAX and XLA
+            that decide what is computed.
     """
     if jax.process_count() == 1:
         return
+    facts = {name: fact() if callable(fact) else fact for name, fact in facts.items()}
     facts = {**facts, "version of t5x_lite": _code_digest(), "version of jax": jax.__version__,
              **_settings()}
     text = json.dumps(facts, sort_keys=True).encode()
