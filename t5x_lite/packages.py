@@ -4,12 +4,14 @@ Both are top-level packages, and a user's folder tasks/ or configs/ in the worki
 before ours on Python's path. `join` lets both be found: the user's modules first, then ours.
 """
 
+import builtins
 import contextlib
 import gc
 import importlib
 import importlib.util
 import pathlib
 import sys
+import threading
 import types
 from collections.abc import Iterator
 
@@ -38,6 +40,39 @@ def lean(*names: str) -> Iterator[None]:
         for name in hidden:
             if sys.modules.get(name) is None:
                 sys.modules.pop(name, None)
+
+
+def keep_lazy_imports_apart() -> None:
+    """Keeps what etils' lazy imports do to the thread that asks for them.
+
+    While TFDS is imported they stand in the place of Python's own import, for every thread: another
+    one that imports anything meanwhile (JAX does, as it compiles beside the data) would be given modules
+    that are none.
+    """
+    from etils import epy
+    from etils.epy import lazy_imports_utils as utils
+    theirs, lazily, plain = utils.lazy_imports, utils._lazy_import, builtins.__import__
+    if hasattr(theirs, "kept_apart"):
+        return
+    here = threading.local()
+
+    @contextlib.contextmanager
+    def lazy_imports(*args, **kwargs):
+        before, here.lazy = getattr(here, "lazy", False), True
+        try:
+            with theirs(*args, **kwargs):
+                yield
+        finally:
+            here.lazy = before
+
+    def import_(name, globals_=None, locals_=None, fromlist=(), level=0, **settings):
+        if getattr(here, "lazy", False):
+            return lazily(name, globals_, locals_, fromlist, level, **settings)
+        return plain(name, globals_, locals_, fromlist, level)
+
+    lazy_imports.kept_apart = True
+    utils._lazy_import = import_
+    epy.lazy_imports = utils.lazy_imports = lazy_imports
 
 
 def needed(name: str, extra: str, what: str) -> types.ModuleType:

@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -95,3 +96,34 @@ def test_a_run_without_tensorboard_says_so_and_goes_on(tmp_path):
     done = run(tmp_path, code)
     assert "need tensorboardX: pip install 't5x_lite[tensorboard]'" in done.stdout, done.stderr
     assert "train/loss" in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_lazy_imports_of_one_thread_are_none_of_anothers():
+    """TFDS's import has them while another thread compiles; code in JAX imports as it runs."""
+    from etils import epy
+    packages.keep_lazy_imports_apart()
+    packages.keep_lazy_imports_apart()
+    entered, done, found = threading.Event(), threading.Event(), []
+
+    def other():
+        entered.wait(10)
+        try:
+            from email.message import Message
+            found.append(Message)
+        except BaseException as error:
+            found.append(error)
+        done.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with epy.lazy_imports():
+        import wave
+        entered.set()
+        assert done.wait(10)
+        import sndhdr_that_is_not_there
+    thread.join()
+    assert found[0].__name__ == "Message" and isinstance(found[0], type)
+    assert type(wave).__name__ == "LazyModule" and wave.open is not None
+    assert type(sndhdr_that_is_not_there).__name__ == "LazyModule"
+    import json
+    assert json.loads("1") == 1

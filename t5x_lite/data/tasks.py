@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 def tensorflow_side():
     """data_pipeline, which needs TensorFlow: about 4 s on first use."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    packages.keep_lazy_imports_apart()
     with _captured_stderr(), packages.lean("sklearn", "matplotlib", "torch"):
         import seqio
         import tensorflow as tf
