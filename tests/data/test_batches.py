@@ -164,6 +164,20 @@ def test_state_and_restore_of_global_batches():
     assert_same(take(again, 10), expected)
 
 
+def test_a_first_batch_that_is_read_ahead_is_the_first_batch():
+    make = lambda: TrainIterator(SMALL, objective="seq2seq", global_batch_size=8,
+                                 sharding=batch_sharding(), seed=3)
+    plain, ahead = make(), make()
+    expected = take(plain, 3)
+    ahead.read_ahead(8)
+    with pytest.raises(AssertionError, match="not handed out"):
+        ahead.state()
+    assert_same(take(ahead, 3), expected)
+    other = make()
+    other.restore(ahead.state())
+    assert_same(take(other, 2), take(plain, 2))
+
+
 def test_shards_of_processes_and_owners():
     class Device:
         def __init__(self, process_index):
