@@ -94,8 +94,9 @@ def check(run: RunConfig, widths: Sequence[int], *, steps: int = 4, seeds: int =
     if kind:
         run = dataclasses.replace(run, model=_parametrized(run.model, kind, widths[0]))
     found: dict[str, dict[int, float]] = {}
-    for width in widths:
-        changes = [_change(at_width(run, width), steps, seed) for seed in range(seeds)]
+    runs = {width: at_width(run, width) for width in widths}    # what cannot be is named first
+    for width, wide in runs.items():
+        changes = [_change(wide, steps, seed) for seed in range(seeds)]
         for name in changes[0]:
             found.setdefault(name, {})[width] = float(np.mean([c[name] for c in changes]))
     slopes = {name: float(np.polyfit(np.log(widths), np.log(list(by.values())), 1)[0])
@@ -189,7 +190,8 @@ def named(function, *args) -> dict[str, list[jax.Array]]:
     names = [*jax.tree.leaves(jax.tree.map_with_path(lambda path, _: path[0].key, out)),
              *(e.params["name"] for e in tagged)]
     wanted = [*closed.jaxpr.outvars, *(e.outvars[0] for e in tagged)]
-    whole = core.ClosedJaxpr(closed.jaxpr.replace(outvars=wanted, debug_info=None), closed.consts)
+    debug_info = closed.jaxpr.debug_info._replace(result_paths=None)   # there are more results
+    whole = core.ClosedJaxpr(closed.jaxpr.replace(outvars=wanted, debug_info=debug_info), closed.consts)
     found: dict[str, list[jax.Array]] = {}
     for name, value in zip(names, core.jaxpr_as_fun(whole)(*jax.tree.leaves(args)), strict=True):
         found.setdefault(name, []).append(value)
