@@ -39,7 +39,10 @@ def causal(vocabulary: str) -> RunConfig:
 
 
 def seq2seq() -> RunConfig:
+    """A T5 1.0: its logits are tied, as the harness's hf model ties those of every T5."""
     base = tiny.seq2seq()
+    model = dataclasses.replace(base.model, vocab_size=384, tie_logits=True,
+                                logits_scale=base.model.embed_dim ** -0.5)
     return dataclasses.replace(
-        base, name="seq2seq", model=dataclasses.replace(base.model, vocab_size=384),
+        base, name="seq2seq", model=model,
         data=DataConfig(vocabulary="byt5", inputs_length=MAX_LENGTH, targets_length=MAX_LENGTH))
