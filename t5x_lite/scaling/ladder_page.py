@@ -15,8 +15,8 @@ from t5x_lite.scaling.tables import Table
 
 _LAWS = ("envelope", "parabola", "akima", "hoffmann")
 _PF_DAY = 8.64e19     # FLOPs
-# name -> (N*(C), D*(C)). Kaplan et al. 2020, table 6 (one epoch, N without embeddings); Hoffmann et al.
-# 2022, table 3 (approach 1, N with everything): 67B parameters and 1.5T tokens at 5.76e23 FLOPs.
+# name -> (N*(C), D*(C)). Kaplan et al. 2020, table 6 (one epoch, N without embeddings); Hoffmann
+# et al. 2022, table 3 (approach 1, all parameters): 67B and 1.5T tokens at 5.76e23 FLOPs.
 PAPERS = {
     "Kaplan et al. 2020": (lambda c: 1.3e9 * (c / _PF_DAY) ** 0.73,
                            lambda c: 2e10 * (c / _PF_DAY) ** 0.27),

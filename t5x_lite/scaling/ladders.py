@@ -1,17 +1,17 @@
 """Ladders: the runs that identify a scaling law, solved from budgets.
 
-A design says which (N, C) or (N, D) to train. Shapes come from one rule of depth and width, the batch
-and the learning rate from a rule of the budget, the steps from the FLOPs as cost/flops.py counts them
-(with the head, causal attention whole):
+A design says which (N, C) or (N, D) to train. Shapes come from one rule of depth and width, the
+batch and the learning rate from a rule of the budget, the steps from the FLOPs as cost/flops.py
+counts them (with the head, causal attention whole):
 
-    isoflop   at each of --budgets models of --sizes sizes about the size that spends --ratio tokens a
-              parameter, --factor apart (Hoffmann et al. 2022, approach 2)
-    kaplan    N and D apart: --params models on the most of --tokens, and the largest of them on each of
-              --tokens (Kaplan et al. 2020, L(N) and L(D))
+    isoflop   at each of --budgets models of --sizes sizes about the size that spends --ratio tokens
+              a parameter, --factor apart (Hoffmann et al. 2022, approach 2)
+    kaplan    N and D apart: --params models on the most of --tokens, and the largest of them on
+              each of --tokens (Kaplan et al. 2020, L(N) and L(D))
     ratio     --params models on --ratio tokens a parameter each
-    cooldown  --params models on each of --tokens: one run at a constant rate that cools down at the most
-              tokens, and branches of it that cool down at the others; a branch costs its cool-down alone
-              (Hägele et al. 2024)
+    cooldown  --params models on each of --tokens: one run at a constant rate that cools down at the
+              most tokens, and branches of it that cool down at the others; a branch costs its
+              cool-down alone (Hägele et al. 2024)
 
 N here is kernels with the head, what runs record as params_no_embed_head less norms and biases.
 """
@@ -310,7 +310,9 @@ def _trunk_and_branches(base: RunConfig, ladder: Ladder, model: ModelConfig, see
                             f"warm-up of {schedule.warmup_steps} steps: lower --warmup, or raise the "
                             f"least of --tokens.")
         length = max(start + 1, round(start / stable))
-        branch = configs.replace(config, "train.num_steps", length)
+        branch = configs.replace(trunk.config, "train.num_steps", length)
+        branch = configs.replace(branch, "checkpoint", dataclasses.replace(
+            base.checkpoint, every=length, keep_last=1))
         branch = configs.replace(branch, "eval.every", -(-length // ladder.evaluations))
         branch = configs.replace(branch, "optimizer.schedule", dataclasses.replace(
             schedule, total_steps=length, decay_steps=length - start))

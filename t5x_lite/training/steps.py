@@ -204,9 +204,10 @@ def make_train_step(of: Differentiated, optimizer: Optimizer, seed: int, *,
                     skip_bad: bool = False) -> Callable[..., tuple[State, Sums]]:
     """(state, batch, loss_bound=inf) -> (state after one update, {metric: (sum, count)}).
 
-    The metric FILLED counts the positions of the batch that are not padding. FINITE is 1 where the parameters and moments after the update hold no NaN and no
-    infinity (gradients that overflow under loss scaling are skipped by the optimizer and count as
-    finite). The loss speaks of the parameters before it.
+    The metric FILLED counts the positions of the batch that are not padding. FINITE is 1 where the
+    parameters and moments after the update hold no NaN and no infinity (gradients that overflow
+    under loss scaling are skipped by the optimizer and count as finite). The loss speaks of the
+    parameters before it.
 
     Args:
         skip_bad: leave parameters and optimizer as they were where the update is not finite, the
