@@ -160,9 +160,9 @@ def _sums(rungs: Sequence[Rung], pace: Pace) -> str:
         if found["kwh"] is None else f"{found['kwh']:.3g} kWh with PUE ({pace.power_source})"
     money = "price unknown (--dollars_per_hour=X)" if found["dollars"] is None else \
         f"${found['dollars']:,.2f}"
+    rate = f" and {si(1 / pace.flop, 'FLOP/s')}" if pace.flop else ""
     return (f"{found['runs']} runs, {si(found['flops'], 'FLOP')}, {found['hours']:.3g} hours here (a "
-            f"step: {pace.step * 1e3:.3g} ms and {si(1 / pace.flop if pace.flop else 0, 'FLOP/s')}; a "
-            f"start: {pace.start:.3g} s), {kwh}, {money}")
+            f"step: {pace.step * 1e3:.3g} ms{rate}; a start: {pace.start:.3g} s), {kwh}, {money}")
 
 
 def refuse_above(rungs: Sequence[Rung], pace: Pace, max_hours: float) -> None:
