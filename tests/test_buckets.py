@@ -9,6 +9,7 @@ import pathlib
 import threading
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -414,6 +415,14 @@ def _infer(config, workdir, source, output):
     decode = dataclasses.replace(config.eval.decode, max_length=3)
     return infer.infer(config, files.path(workdir), "last", decode, items, files.path(output),
                        mode="predict", source=infer.source_of(source, "text"))
+
+
+def test_a_checkpoint_holds_the_counts_of_when_its_save_began():
+    """A bucket is slow enough for the next step to be counted before the record is written."""
+    progress = {"spent": [[8, 24]]}
+    args = format.save_args(1, {"params": {"x": jnp.ones(2)}}, {}, "{}", progress)
+    progress["spent"][0][0] += 8
+    assert args["record"].record.progress == {"spent": [[8, 24]]}
 
 
 def test_a_step_that_cannot_be_read_or_is_bad_is_set_aside(whole, bucket):

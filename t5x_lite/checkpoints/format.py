@@ -22,6 +22,7 @@ manager.py says when to write one, which to keep and which to read. In a job of 
 processes, every process calls the functions here together.
 """
 
+import copy
 import dataclasses
 import functools
 import io
@@ -265,7 +266,8 @@ def save_args(step: int, state: Any, iterator_states: Mapping[int, bytes], confi
       state: pytree of jax.Arrays on the mesh.
       iterator_states: {virtual shard: state} of the shards that this process reads.
       config_json: the resolved config.
-      progress: JSON values, see Record.
+      progress: JSON values, see Record; as they are now, whatever the run counts on while a thread
+        writes them (a bucket is slow enough for the next step to come first).
     """
     arrays = named_leaves(state)
     written = {p: x for p, x in arrays.items() if not p.startswith(f"{FROZEN}/")}
@@ -273,7 +275,8 @@ def save_args(step: int, state: Any, iterator_states: Mapping[int, bytes], confi
     return ocp.args.Composite(
         state=ocp.args.PyTreeSave(tree.unflatten(written)),
         record=RecordSave(
-            Record(step, json.loads(config_json), infos, progress=dict(progress or {})),
+            Record(step, json.loads(config_json), infos,
+                   progress=copy.deepcopy(dict(progress or {}))),
             _digests(arrays).bits, dict(iterator_states)))
 
 
