@@ -77,6 +77,9 @@ class EvalConfig:
     # same in all runs; 0: the whole split.
     num_examples: int = 0
     num_batches: int = 0            # at most so many batches, if that is less; 0: no such limit
+    # End the run after so many evaluations in a row without a better checkpoint.best, or loss where
+    # that is empty; 0: never.
+    stop_after: int = 0
     samples: int = 0                # inputs completed on the screen after training
     metrics: bool = True            # decode and score for the metric functions of the tasks
     # Predictions read inputs at so many widths, data.inputs_length, its half, its quarter …, each row

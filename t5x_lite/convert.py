@@ -48,6 +48,7 @@ from absl import flags
 
 from t5x_lite import files, init_from, log, tree
 from t5x_lite.checkpoints import format as checkpoint_format, manager
+from t5x_lite.checkpoints.best import BEST
 from t5x_lite.checkpoints.manager import CheckpointConfig, Checkpointer
 from t5x_lite.config import RunConfig, saved, to_json
 from t5x_lite.data import tasks
@@ -171,9 +172,11 @@ def _open(source: str, options: Options) -> ForeignModel:
 
 
 def _step(options: Options) -> int | str:
-    if options.step != "last" and not options.step.isdigit():
-        raise UserError(f"--step={options.step}: must be last or the number of a step.")
-    return options.step if options.step == "last" else int(options.step)
+    if options.step in ("last", BEST):
+        return options.step
+    if not options.step.isdigit():
+        raise UserError(f"--step={options.step}: must be last, best or the number of a step.")
+    return int(options.step)
 
 
 def _mesh_tensorflow(path: str) -> tuple[Tensors, int]:
@@ -338,7 +341,7 @@ if __name__ == "__main__":
     _FAMILY = flags.DEFINE_enum("family", None, list(hf.FAMILIES),
                                 "model_type to write; by default the first that fits.")
     _DTYPE = flags.DEFINE_string("dtype", None, f"Of the result: {', '.join(DTYPES)}.")
-    _STEP = flags.DEFINE_string("step", "last", "The step of a workdir, or last.")
+    _STEP = flags.DEFINE_string("step", "last", "The step of a workdir, last or best.")
     _VOCAB = flags.DEFINE_integer("vocab_size", 0, "Drop rows that pad the vocabulary beyond it.")
     _GB = flags.DEFINE_float("max_file_gb", 5.0, "Size of one safetensors file.")
     _PUSH = flags.DEFINE_string("push", "", "ORG/NAME of the hub to upload an hf: target to.")

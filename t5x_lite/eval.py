@@ -1,4 +1,4 @@
-"""Evaluate checkpoints: `python -m t5x_lite.eval --workdir=DIR --step=all|last|N`.
+"""Evaluate checkpoints: `python -m t5x_lite.eval --workdir=DIR --step=all|last|best|N`.
 
 The config is the one that the workdir holds; `--override=a.b=c` changes a field of it
 (data.validation, eval.num_batches, mesh.fsdp, …). Prints one line a task and step and
@@ -27,6 +27,7 @@ from absl import flags
 from t5x_lite import cli, files, init_from, log, report
 from t5x_lite.build import build
 from t5x_lite.checkpoints import manager
+from t5x_lite.checkpoints.best import BEST
 from t5x_lite.config import RunConfig, to_json
 from t5x_lite.errors import UserError
 from t5x_lite.evaluation.evaluator import Evaluator
@@ -35,16 +36,17 @@ from t5x_lite.parallel import processes
 
 def steps_to_evaluate(workdir: files.Path, step: str) -> list[int | str]:
     """The committed steps that "all" or a number names, rising; "last" stays a word, because it
-    falls back to the step before where the newest cannot be read."""
+    falls back to the step before where the newest cannot be read, and "best" for the manager to
+    find."""
     steps = manager.all_steps(workdir)
     if not steps:
         raise UserError(f"--workdir={workdir} holds no checkpoint.")
     if step == "all":
         return steps
-    if step == "last":
+    if step in ("last", BEST):
         return [step]
     if not step.isdigit() or int(step) not in steps:
-        raise UserError(f"--step={step}: must be all, last or one of {steps}.")
+        raise UserError(f"--step={step}: must be all, last, best or one of {steps}.")
     return [int(step)]
 
 
@@ -113,7 +115,7 @@ def write(workdir: files.Path, results: dict[int, dict[str, dict[str, float]]]) 
 
 if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run to evaluate.")
-    _STEP = flags.DEFINE_string("step", "last", "all, last or the number of a step.")
+    _STEP = flags.DEFINE_string("step", "last", "all, last, best or the number of a step.")
     _HARNESS = flags.DEFINE_list("harness", [], "Tasks of lm-evaluation-harness, by commas.")
     _TASKS = flags.DEFINE_string("harness_tasks", "", "A folder of further ones as YAML files.")
     _ARGUMENTS = flags.DEFINE_string("harness_args", "", "max_length=N,max_gen_toks=N,start=True,…")

@@ -46,7 +46,7 @@ import jax
 from absl import flags
 
 from t5x_lite import config as configs, files, log, train
-from t5x_lite.checkpoints import manager
+from t5x_lite.checkpoints import best, manager
 from t5x_lite.config import RunConfig
 from t5x_lite.errors import UserError, one_of
 from t5x_lite.reporting import figure, runs as reporting_runs
@@ -92,8 +92,13 @@ def load(path: str) -> tuple[ModuleType, str | None]:
 
 
 def is_finished(workdir: files.Path, config: RunConfig) -> bool:
-    """Whether the workdir holds the last step's checkpoint, which is written after all else."""
-    return config.train.num_steps in manager.all_steps(workdir)
+    """Whether the workdir holds the last step's checkpoint, which is written after all else: that of
+    train.num_steps, or where eval.stop_after ended the run."""
+    steps = manager.all_steps(workdir)
+    if not steps or config.train.num_steps in steps:
+        return bool(steps)
+    stop_after = config.eval.stop_after
+    return stop_after > 0 and best.is_over(manager.read_record(workdir).progress, stop_after)
 
 
 def execute(runs: Sequence[Run], workdir: files.Path) -> None:

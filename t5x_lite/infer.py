@@ -6,7 +6,7 @@
                         --format=jsonl|json|tsv|text
     --task=NAME         instead: the --split of a seqio task
     --mode=predict      or score: the log-probability of each of the targets
-    --step=last         or a number: which checkpoint of the workdir
+    --step=last         best or a number: which checkpoint of the workdir
     --config=…          instead of a workdir: a config with --config.init_from=hf:DIR, t5x:DIR
                         or a workdir (see init_from.py)
     --decode.method=beam --decode.beam_size=4 …    over the config's eval.decode, whose fields
@@ -454,7 +454,7 @@ def _items(config: RunConfig, values: Any) -> tuple[Iterator[Item], str]:
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "The folder of the run whose model predicts.")
-    flags.DEFINE_string("step", "last", "last or the number of a step.")
+    flags.DEFINE_string("step", "last", "last, best or the number of a step.")
     flags.DEFINE_string("input", "", "A .jsonl, .json, .tsv or text file; - for standard input.")
     flags.DEFINE_string("format", "", "jsonl, json, tsv or text; default: by the file's ending.")
     flags.DEFINE_string("task", "", "A seqio task to read instead of a file.")

@@ -3,7 +3,8 @@
     hf:DIR    a folder of Hugging Face transformers (config.json and safetensors), or ORG/NAME
               of the hub, downloaded into its cache (formats/hub.py)
     t5x:DIR   a native T5X checkpoint
-    WORKDIR   a workdir of t5x_lite, its checkpoints folder or the folder of one step
+    WORKDIR   a workdir of t5x_lite, its checkpoints folder or the folder of one step; WORKDIR/checkpoints/best
+              the best one (checkpoint.best)
 
 Each a local folder or gs://BUCKET/PATH.
 

@@ -39,6 +39,7 @@ from absl import flags
 
 from t5x_lite import files, init_from, log, report
 from t5x_lite.build import Program, build, param_report
+from t5x_lite.checkpoints.best import BEST, Best
 from t5x_lite.checkpoints.format import Record
 from t5x_lite.checkpoints.manager import Checkpointer, Start, read_record, restore_or_init
 from t5x_lite.config import RunConfig, from_mapping, saved as saved_config, to_json
@@ -50,20 +51,15 @@ from t5x_lite.data import (
 )
 from t5x_lite.errors import UserError
 from t5x_lite.evaluation.evaluator import Evaluator
-from t5x_lite.models.blocks import LOAD_ENTROPY
 from t5x_lite.parallel import processes
 from t5x_lite.running import changes
 from t5x_lite.running.ahead import Ahead
-from t5x_lite.running.clock import LOST, Clock, Watchdog
+from t5x_lite.running.clock import LOST, Clock, Watchdog, lost_seconds
 from t5x_lite.running.counts import Counts
-from t5x_lite.running.health import Fault, Health, Step
+from t5x_lite.running.health import Experts, Fault, Health, Step
 from t5x_lite.running.signals import Stop, Stopped, stopped_status
 from t5x_lite.training import batch_ramp, metrics, schedules, trackers
 from t5x_lite.training.steps import FILLED, FINITE
-
-# Load entropy of a mixture, as a share of a uniform load's, below which a run warns: 8 experts
-# of which two share everything have a third.
-COLLAPSED = 0.5
 
 
 @dataclasses.dataclass
@@ -215,13 +211,19 @@ def _loop(session: _Session, start: Start, compiled: Callable | None, where: _Wh
     evaluator, ramp = session.evaluator, program.jit_train_step()
     compiled_rows = _rows(config, first + 1)
     held_out: dict[str, dict[str, float]] = {}
-    stopping = False
+    stopping, best, patience = False, _best(session, start.record), config.eval.stop_after
     tracked = trackers.Trackers(config.track, session.workdir, json.loads(to_json(config)))
     with metrics.MetricsWriter(session.workdir, first, tracked) as writer:
         meter = _Meter(session, writer, first, start.record)
-        if first == 0 and config.eval.at_start and evaluator.has_data:
+        # What follows a metric needs the first evaluation: a name that it does not have is refused now.
+        if first == 0 and (config.eval.at_start or best.metric) and evaluator.has_data:
             held_out = _evaluate(session, evaluator, meter, state, 0)
+            best.check(held_out)
         for step in range(first + 1, last + 1):
+            if best.is_over(patience):
+                log.say(f"stopped early after step {step - 1}: {best.since} evaluations brought nothing "
+                        f"better (eval.stop_after={patience})")
+                break
             where.step, where.rows = step, meter.counts.rows
             train_step = compiled if _rows(config, step) == compiled_rows else ramp
             state = _step(session, meter, train_step, state, step)
@@ -234,11 +236,10 @@ def _loop(session: _Session, start: Start, compiled: Callable | None, where: _Wh
             # other order would leave it out. A signal leaves no time for it.
             if evaluating:
                 held_out = _evaluate(session, evaluator, meter, state, step)
+                improved = best.see(step, held_out) and bool(config.checkpoint.best)
+                saving |= improved or best.is_over(patience)
             if saving:
-                meter.writer.sync()   # what the checkpoint comes after is there before it
-                with session.clock.during("save"):
-                    session.checkpointer.save(step, state, session.train_data.state(),
-                                              to_json(config), meter.memory())
+                _save(session, meter, best, state, step)
             if stopping:
                 break
         with session.clock.during("save"):
@@ -249,9 +250,32 @@ def _loop(session: _Session, start: Start, compiled: Callable | None, where: _Wh
                 f"the same command goes on from there")
         raise Stopped(stopped_status(os.environ), session.stop.name)
     meter.refuse_a_run_without_updates()
+    if best.metric:
+        log.say(best.line())
     if config.eval.samples and evaluator.has_data:
         _show_samples(session, evaluator, state, held_out)
     return held_out
+
+
+def _best(session: _Session, record: Record | None) -> Best:
+    """The best evaluation before this life of the run."""
+    config = session.program.config
+    metric = config.checkpoint.best or ("loss" if config.eval.stop_after else "")
+    if metric and not session.evaluator.has_data:
+        raise UserError("checkpoint.best and eval.stop_after follow a metric of held-out data, and there "
+                        "are none: set data.validation or data.validation_files.")
+    return Best.resumed(metric, record and record.progress.get(BEST),
+                        session.checkpointer.all_steps() if config.checkpoint.best else None)
+
+
+def _save(session: _Session, meter: "_Meter", best: Best, state: Mapping, step: int) -> None:
+    meter.writer.sync()   # what the checkpoint comes after is there before it
+    config, checkpointer = session.program.config, session.checkpointer
+    checkpointer.keep_best(best.step if config.checkpoint.best else None)
+    followed = {BEST: best.memory()} if best.metric else {}
+    with session.clock.during("save"):
+        checkpointer.save(step, state, session.train_data.state(), to_json(config),
+                          meter.memory() | followed)
 
 
 def _due(every: int, step: int, last: int) -> bool:
@@ -329,17 +353,17 @@ class _Meter:
         self._sums: dict = {name: tuple(pair) for name, pair in memory.get("sums", {}).items()}
         self._skipped_in_line = memory.get("skipped_in_line", 0)
         self.progress = report.Progress(first, train.num_steps, lambda: self.counts.tokens)
-        lost = _lost_seconds(session.checkpointer, memory)
+        lost = lost_seconds(session.checkpointer.before, memory)
         session.clock.add({**memory.get("seconds", {}), LOST: memory.get(
             "seconds", {}).get(LOST, 0.0) + lost})
         devices = list(program.mesh.devices.flat)
         self._usage = usage.UsageMeter(
             devices[0].device_kind, num_chips=hardware.count_chips(devices),
             dtype=program.policy.matmul_dtype, num_processes=jax.process_count(),
-            before=memory.get("usage") or _usage_until(session.workdir), lost_seconds=lost)
+            before=memory.get("usage") or metrics.last_usage(session.workdir), lost_seconds=lost)
         self._flops_then, self._tokens_then = self.counts.flops, self.counts.tokens
         self._fresh = True
-        self._warned: set[str] = set()
+        self._experts = Experts()
 
     def memory(self) -> dict[str, Any]:
         """What the next life of the run goes on from, as JSON values; stands in the checkpoint."""
@@ -400,7 +424,8 @@ class _Meter:
         means = metrics.divide(self._sums)
         self.writer.write({**self.stamp(step), **self._used(), **self._session.clock.metrics()},
                           means, prefix="train/")
-        self._warn_of_collapse(step, means)
+        if warning := self._experts.warning(step, means):
+            log.say(warning)
         every = self._program.config.train.log_every
         if self._skipped_in_line >= every and "loss_scale" in means:
             log.say(f"warning: all of the last {every} steps were skipped, because gradients "
@@ -423,7 +448,7 @@ class _Meter:
         kept = f"the last good checkpoint is of step {good}, and nothing was saved after it" \
             if good is not None else "there is no good checkpoint, and a new start is from " \
             "the beginning"
-        return UserError(f"{fault.what}; {kept}.{aside} {_remedy(step)}")
+        return UserError(f"{fault.what}; {kept}.{aside} {step.remedy}")
 
     def refuse_a_run_without_updates(self) -> None:
         """Raises UserError where every step of the run was skipped."""
@@ -433,19 +458,6 @@ class _Meter:
                 f"all {seen:,} steps were skipped, and nothing was learned. With precision=fp16 "
                 "gradients overflowed at every loss scale tried: set loss_scale.initial and "
                 "loss_scale.minimum lower, train longer, or use precision=bf16 or float32.")
-
-    def _warn_of_collapse(self, step: int, means: Mapping[str, float]) -> None:
-        """Once for every layer whose experts have collapsed."""
-        layers = {name.removeprefix(f"{LOAD_ENTROPY}/").replace("_", " layer "): mean
-                  for name, mean in means.items() if name.startswith(f"{LOAD_ENTROPY}/")}
-        fresh = {layer: mean for layer, mean in layers.items()
-                 if mean < COLLAPSED and layer not in self._warned}
-        if fresh:
-            self._warned |= fresh.keys()
-            listed = ", ".join(f"{layer} {mean:.2f}" for layer, mean in fresh.items())
-            log.say(f"warning: at step {step} few experts get nearly all tokens (load entropy, "
-                    f"1 where even: {listed}); raise moe.balance_weight or moe.jitter, or lower "
-                    f"the learning rate")
 
     def close(self) -> None:
         """Reads what is left, ends the progress line and says what the run has used."""
@@ -457,14 +469,6 @@ class _Meter:
                 log.say(f"{self.health.skipped:,} of {self.health.seen:,} steps were skipped")
 
 
-def _remedy(step: Step) -> str:
-    if step.loss_scale is not None and step.skipped:
-        return "Lower loss_scale.minimum, or use precision=bf16 or float32."
-    return ("Lower optimizer.schedule.base_learning_rate (or lengthen its warm-up), set "
-            "optimizer.clip_norm=1.0, use precision=float32, or leave such steps out with "
-            "train.bad_steps=skip, and run the same command.")
-
-
 def _spent_until(record: Record | None, program: Program) -> list[list[float]]:
     """The rows up to a checkpoint of before they were kept: by its own config."""
     if record is None:
@@ -473,21 +477,6 @@ def _spent_until(record: Record | None, program: Program) -> list[list[float]]:
     ramp = from_mapping(batch_ramp.BatchRampConfig, train.get("batch_ramp", {}))
     rows = batch_ramp.sequences_before(ramp, train["global_batch_size"], record.step)
     return [[rows, program.tokens_per_sequence, program.flops_per_sequence]]
-
-
-def _usage_until(workdir: files.Path) -> Mapping[str, float]:
-    """What a checkpoint of before that was kept had used, from the last line of metrics.jsonl."""
-    path = workdir / "metrics.jsonl"
-    lines = metrics.read_metrics(path) if log.is_main() and path.is_file() else []
-    return next((line for line in reversed(lines) if "chip_hours" in line), {})
-
-
-def _lost_seconds(checkpointer: Checkpointer, memory: Mapping[str, Any]) -> float:
-    """How long the life before this one trained for nothing: after its last checkpoint."""
-    before = checkpointer.before
-    if not before.get("alive"):
-        return 0.0
-    return max(0.0, before["alive"] - max(memory.get("saved_at", 0.0), before.get("start", 0.0)))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     WORKDIR/checkpoints/
         1200/                           a committed step, see format.py
+        best                            no folder: a name for the best step, see best.py
         1300.orbax-checkpoint-tmp-…/    what an interrupted save leaves: removed by the next run
         1250.unreadable/                a committed step that could not be read: set aside, kept
         1280.suspect/                   one whose parameters gave no finite loss: set aside, kept
@@ -31,6 +32,7 @@ from jax.experimental import multihost_utils
 
 from t5x_lite import files
 from t5x_lite.checkpoints import format as checkpoint_format, lock
+from t5x_lite.checkpoints.best import BEST
 from t5x_lite.checkpoints.config import CheckpointConfig
 from t5x_lite.checkpoints.format import Record, Restored, Unreadable
 from t5x_lite.errors import UserError, nearest
@@ -53,9 +55,11 @@ def _absolute(path: os.PathLike | str) -> epath.Path:
 def _step_paths(path: os.PathLike | str) -> dict[int, epath.Path]:
     """{step: folder} of the committed checkpoints at `path`, in rising order.
 
-    `path` is a workdir, its checkpoints/ folder, or the folder of one step.
+    `path` is a workdir, its checkpoints/ folder, the folder of one step, or checkpoints/best.
     """
     folder = _absolute(path)
+    if folder.name == BEST and folder.parent.name == "checkpoints":
+        return _best(folder.parent)
     if folder.name.isdigit() and (folder / "record").exists():
         return _committed([folder])
     root = folder / "checkpoints" if (folder / "checkpoints").exists() else folder
@@ -77,7 +81,7 @@ def all_steps(path: os.PathLike | str) -> list[int]:
 
 
 def _candidates(path: os.PathLike | str, step: int | str) -> dict[int, epath.Path]:
-    """The folders to try for `step` ("last" or a number), newest first."""
+    """The folders to try for `step` ("last", "best" or a number), newest first."""
     steps = _step_paths(path)
     if not steps:
         raise UserError(
@@ -86,10 +90,25 @@ def _candidates(path: os.PathLike | str, step: int | str) -> dict[int, epath.Pat
             "its first save has none.")
     if step == "last":
         return dict(reversed(steps.items()))
+    if step == BEST:
+        return _best(path)
     if step not in steps:
         raise UserError(f"{path} has no checkpoint of step {step!r}: it has {_list(steps)}, "
-                        f"or say 'last'.{nearest(step, steps)}")
+                        f"or say 'last' or 'best'.{nearest(step, steps)}")
     return {step: steps[step]}
+
+
+def _best(path: os.PathLike | str) -> dict[int, epath.Path]:
+    """{step: folder} of the best checkpoint, by the record of the newest one."""
+    step = (read_record(path).progress.get(BEST) or {}).get("step")
+    if step is None:
+        raise UserError(f"{path} has no best checkpoint: its run followed no metric (set "
+                        "checkpoint.best=loss, say, in training), or none was finite yet. Say 'last', "
+                        f"or one of {_list(_step_paths(path))}.")
+    if step not in _step_paths(path):
+        raise UserError(f"{path}: the best step, {step}, was not kept: checkpoint.best keeps it. It has "
+                        f"{_list(_step_paths(path))}.")
+    return {step: _step_paths(path)[step]}
 
 
 def _list(steps: Iterable[int]) -> str:
@@ -114,7 +133,7 @@ def restore_params(path: os.PathLike | str, abstract_params: Mapping, step: int 
       path: a workdir, its checkpoints folder, or the folder of one step.
       abstract_params: nested dict of jax.ShapeDtypeStruct with shardings (none: one device).
         A dtype that differs from the stored one is cast to after reading.
-      step: "last" (falls back to an older one, with a message, where it is unreadable) or N.
+      step: "last" (falls back to an older one, with a message, where it is unreadable), "best" or N.
       partial: the checkpoint may hold parameters that are not asked for.
 
     Returns:
@@ -148,17 +167,19 @@ def _none_readable(path, failures: Mapping[int, Unreadable]) -> UserError:
 
 @dataclasses.dataclass
 class _Retention:
-    """Orbax's preservation policy: the last ones, every k-th, and the newest that is verified."""
+    """Orbax's preservation policy: the last ones, every k-th, the newest that is verified, and the
+    best."""
 
     config: CheckpointConfig
     verified: int | None = None
+    best: int | None = None
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         """For each checkpoint, oldest first, whether it stays."""
         del context
         first_of_last = len(checkpoints) - self.config.keep_last
         every = self.config.keep_every
-        return [i >= first_of_last or info.step == self.verified
+        return [i >= first_of_last or info.step in (self.verified, self.best)
                 or (every is not None and info.step % every == 0)
                 for i, info in enumerate(checkpoints)]
 
@@ -257,6 +278,10 @@ class Checkpointer:
     def verified(self) -> int | None:
         """The newest checkpoint that `verify` was told of."""
         return self._retention.verified
+
+    def keep_best(self, step: int | None) -> None:
+        """Says which step stays as the best one, whatever keep_last says; None: no step does."""
+        self._retention.best = step
 
     def save(self, step: int, state: Any, iterator_states: Mapping[int, bytes], config_json: str,
              progress: Mapping[str, Any] | None = None):

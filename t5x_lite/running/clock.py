@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from t5x_lite import files
 from t5x_lite.errors import at_least
@@ -45,6 +46,16 @@ class WatchdogConfig:
     def deadline(self, phase: str) -> float:
         """Seconds that the phase may take, 0 for ever."""
         return self.start if phase == "compile" else getattr(self, phase)
+
+
+def lost_seconds(before: Mapping[str, Any], memory: Mapping[str, Any]) -> float:
+    """How long the life before this one trained for nothing: after its last checkpoint.
+
+    before: Checkpointer.before. memory: the progress of the checkpoint that the run resumes from.
+    """
+    if not before.get("alive"):
+        return 0.0
+    return max(0.0, before["alive"] - max(memory.get("saved_at", 0.0), before.get("start", 0.0)))
 
 
 class Clock:

@@ -17,10 +17,15 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from t5x_lite.models.blocks import LOAD_ENTROPY
+
 SPIKE_WINDOW = 128    # losses that the bound is made from …
 SPIKE_FEWEST = 32     # … and without so many there is none
 # A normal distribution's standard deviation over its median absolute deviation.
 _SIGMA = 1.4826
+# Load entropy of a mixture, as a share of a uniform load's, below which a run warns: 8 experts
+# of which two share everything have a third.
+COLLAPSED = 0.5
 
 
 def spike_bound(losses: Sequence[float], factor: float) -> float:
@@ -77,6 +82,15 @@ class Step:
             return (f"the gradients of step {self.number} overflow float16 at a loss scale of "
                     f"{self.loss_scale:g}, which is loss_scale.minimum")
         return None
+
+    @property
+    def remedy(self) -> str:
+        """What a user may do about a bad step."""
+        if self.loss_scale is not None and self.skipped:
+            return "Lower loss_scale.minimum, or use precision=bf16 or float32."
+        return ("Lower optimizer.schedule.base_learning_rate (or lengthen its warm-up), set "
+                "optimizer.clip_norm=1.0, use precision=float32, or leave such steps out with "
+                "train.bad_steps=skip, and run the same command.")
 
     @property
     def speaks_against_the_state_before(self) -> bool:
@@ -142,3 +156,27 @@ class Health:
         if self.in_a_row > 1:
             fault += f" ({self.in_a_row} bad steps in a row)"
         return Fault(fault, not step.skipped or self.in_a_row >= self._train.max_bad_steps)
+
+
+class Experts:
+    """Warns once of every layer whose experts have collapsed."""
+
+    def __init__(self):
+        self._warned: set[str] = set()
+
+    def warning(self, step: int, means: Mapping[str, float]) -> str | None:
+        """The warning that the means of a line of metrics call for; None: nothing new.
+
+        step: the line's.
+        """
+        layers = {name.removeprefix(f"{LOAD_ENTROPY}/").replace("_", " layer "): mean
+                  for name, mean in means.items() if name.startswith(f"{LOAD_ENTROPY}/")}
+        fresh = {layer: mean for layer, mean in layers.items()
+                 if mean < COLLAPSED and layer not in self._warned}
+        if not fresh:
+            return None
+        self._warned |= fresh.keys()
+        listed = ", ".join(f"{layer} {mean:.2f}" for layer, mean in fresh.items())
+        return (f"warning: at step {step} few experts get nearly all tokens (load entropy, "
+                f"1 where even: {listed}); raise moe.balance_weight or moe.jitter, or lower "
+                f"the learning rate")

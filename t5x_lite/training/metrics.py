@@ -65,6 +65,14 @@ def read_metrics(path: os.PathLike | str) -> list[dict[str, float]]:
     return [json.loads(line) for line in _good_lines(file)[0]]
 
 
+def last_usage(workdir: files.Path) -> Mapping[str, float]:
+    """What a run had used by the last line of metrics.jsonl that says so, for a checkpoint of before it
+    kept that; {} on other processes than the main one."""
+    path = workdir / "metrics.jsonl"
+    lines = read_metrics(path) if log.is_main() and path.is_file() else []
+    return next((line for line in reversed(lines) if "chip_hours" in line), {})
+
+
 def _good_lines(path: files.Path) -> tuple[list[bytes], int]:
     """(lines that hold a JSON object with a step, how many others there are)."""
     lines = path.read_bytes().split(b"\n")
