@@ -62,17 +62,17 @@ def find(name: str, held_out: Mapping[str, Mapping[str, float]]) -> float:
     values = {f"{task}/{metric}": value for task, metrics in held_out.items()
               for metric, value in metrics.items()}
     short = {path: path.replace(f"/{_OWN}", "/") for path in values}
-    together = f"{_TOGETHER}/{name}"
     asked = name.replace(_OWN, "", 1)
-    for found in ([p for p in values if p == name], [p for p in short if short[p] == asked],
-                  [p for p in values if p == together],
-                  [p for p in values if p.endswith(f"/{name}")],
-                  [p for p in short if short[p].endswith(f"/{asked}")]):
-        if len(found) == 1:
-            return values[found[0]]
-        if found:
-            raise UserError(f"checkpoint.best={name!r} is the metric of several tasks: say which, "
-                            f"{' or '.join(found)}.")
+    # The whole path first, then the metric of all tasks together, then of the task that has it.
+    matches = (lambda p: p == name, lambda p: short[p] == asked,
+               lambda p: p == f"{_TOGETHER}/{name}",
+               lambda p: p.endswith(f"/{name}"), lambda p: short[p].endswith(f"/{asked}"))
+    fitting = next(filter(None, (list(filter(fits, values)) for fits in matches)), [])
+    if len(fitting) == 1:
+        return values[fitting[0]]
+    if fitting:
+        raise UserError(f"checkpoint.best={name!r} is the metric of several tasks: say which, "
+                        f"{' or '.join(fitting)}.")
     raise UserError(f"checkpoint.best={name!r}: no evaluation gives that metric. There are "
                     f"{', '.join(values)}.{nearest(name, values)}")
 

@@ -274,16 +274,8 @@ def _aux(choice, logits_GTE, counted_GT, run: Run) -> dict:
     models/blocks.mixture_metrics makes of them what training shows.
     """
     config = run.config
-    total = {}
-    p_GTE = None
-    over_all = config.loss_mean == "all"
-    if logits_GTE is not None:
-        p_GTE = routing.probabilities(logits_GTE)
-        total["router_z_loss"] = routing.router_z_loss(logits_GTE, counted_GT, over_all)
-        if isinstance(choice, routing.Routing):
-            picked = choice.expert_index[..., :1 if config.balance_choices == "first" else None]
-            total["load_balancing_loss"] = routing.load_balancing_loss(
-                p_GTE, picked, counted_GT, over_all)
+    p_GTE = None if logits_GTE is None else routing.probabilities(logits_GTE)
+    total = {} if logits_GTE is None else _router_losses(choice, logits_GTE, counted_GT, config)
     if not run.train:   # groups that only fill evaluation's last batch count in no mean
         used = jnp.sum(jnp.any(counted_GT, axis=1), dtype=jnp.float32)
         total = {name: (value, used) for name, (value, _) in total.items()}
@@ -305,3 +297,14 @@ def _aux(choice, logits_GTE, counted_GT, run: Run) -> dict:
     aux_loss = sum((w * value / count for w, value, count in weighted), zero)
     moe |= {f"moe/{name}": pair for name, pair in routing.load_metrics(load_E).items()}
     return {"aux_loss": (aux_loss, one), **dict(sorted(moe.items()))}
+
+
+def _router_losses(choice, logits_GTE, counted_GT, config: MoEConfig) -> dict[str, tuple]:
+    """{name: (sum over groups, groups)} of a learned router."""
+    over_all = config.loss_mean == "all"
+    losses = {"router_z_loss": routing.router_z_loss(logits_GTE, counted_GT, over_all)}
+    if isinstance(choice, routing.Routing):
+        picked = choice.expert_index[..., :1 if config.balance_choices == "first" else None]
+        losses["load_balancing_loss"] = routing.load_balancing_loss(
+            routing.probabilities(logits_GTE), picked, counted_GT, over_all)
+    return losses

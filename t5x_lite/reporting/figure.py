@@ -40,21 +40,14 @@ def drawn(runs: Sequence[Run], metric: str, axis: str = "step", *, logx: bool = 
     """
     # Not pyplot: a notebook's own figures stay as they are.
     Figure = packages.needed("matplotlib.figure", "plots", "curves").Figure
-    arms = {arm: found for arm, members in by_arm(runs).items()
-            if (found := [curve for run in members
-                          if (curve := reporting_runs.curve(run, metric, axis))])}
+    arms = _curves_by_arm(runs, metric, axis)
     panels = len(arms) >= MANY and any(len(found) > 1 for found in arms.values())
     columns = min(len(arms), COLUMNS) if panels else 1
     rows = -(-len(arms) // columns) if panels else 1
-    figure = Figure(figsize=(2.6 * columns + 0.4, 2.4 * rows + 0.8) if panels else (8, 4.2),
-                    layout="constrained")
+    size = (2.6 * columns + 0.4, 2.4 * rows + 0.8) if panels else (8, 4.2)
+    figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    if panels:
-        _draw_panels(grid, arms)
-    else:
-        for number, (arm, found) in enumerate(arms.items()):
-            _draw_arm(grid[0], arm, found, f"C{number % 10}")
-        _legend(grid[0])
+    (_draw_panels if panels else _draw_together)(grid, arms)
     for axes in grid:
         axes.set_xscale("log" if logx else "linear")
         axes.set_yscale("log" if logy else "linear")
@@ -67,6 +60,20 @@ def drawn(runs: Sequence[Run], metric: str, axis: str = "step", *, logx: bool = 
         "line: mean of the seeds, shade: their range")
     figure.suptitle("\n".join(filter(None, (title, shade))), fontsize=10)
     return figure
+
+
+def _curves_by_arm(runs: Sequence[Run], metric: str, axis: str) -> dict[str, list]:
+    """{arm: its seeds' curves}, without runs that have none."""
+    arms = {arm: [reporting_runs.curve(run, metric, axis) for run in members]
+            for arm, members in by_arm(runs).items()}
+    drawable = {arm: list(filter(None, curves)) for arm, curves in arms.items()}
+    return {arm: curves for arm, curves in drawable.items() if curves}
+
+
+def _draw_together(grid, arms: Mapping[str, list]) -> None:
+    for number, (arm, curves) in enumerate(arms.items()):
+        _draw_arm(grid[0], arm, curves, f"C{number % 10}")
+    _legend(grid[0])
 
 
 # Arms whose shades hide one another: from so many on they stand in panels of their own.

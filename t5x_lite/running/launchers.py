@@ -321,64 +321,80 @@ def run_all(tasks: Sequence[Task], launcher: Launcher, workdir: pathlib.Path) ->
     Raises:
         SystemExit: a signal asked for the end.
     """
-    ledger = _Ledger(workdir / FOLDER / "jobs.json")
-    running = {task: handle for task in tasks if (handle := ledger.handles.get(task.name))
-               and launcher.is_alive(handle)}
-    slots = {task: i for i, task in enumerate(running)}
-    waiting = [task for task in tasks if task not in running]
-    failures: dict[str, str] = {}
-    for task, handle in running.items():
+    watch = _Watch(tasks, launcher, _Ledger(workdir / FOLDER / "jobs.json"))
+    for task, handle in watch.running.items():
         log.say(f"{task.name}: runs since before; see {launcher.log_of(handle)}")
     try:
         with _signals_raise():
-            while waiting or running:
-                for task in [t for t, handle in running.items() if not launcher.is_alive(handle)]:
-                    _ended(task, running.pop(task), launcher, failures)
-                    del slots[task]
-                for task in list(waiting):
-                    if _may_start(task, waiting, running, failures, launcher):
-                        waiting.remove(task)
-                        slots[task] = _free(slots)
-                        running[task] = launcher.start(task, slots[task])
-                        ledger.write(task.name, running[task])
-                        log.say(f"{task.name}: started; see {launcher.log_of(running[task])}")
-                if running:
+            while watch.waiting or watch.running:
+                watch.look()
+                if watch.running:
                     time.sleep(_SECONDS_BETWEEN_LOOKS)
     except _Asked as asked:
-        log.say(f"{asked}: {launcher.stop(list(running.values()))}; the same command goes on")
+        log.say(f"{asked}: {launcher.stop(watch.handles())}; the same command goes on")
         raise SystemExit(signals.stopped_status(os.environ)) from None
     except BaseException:
-        launcher.stop(list(running.values()))
+        launcher.stop(watch.handles())
         raise
-    return failures
+    return watch.failures
 
 
-def _may_start(task: Task, waiting: list[Task], running: Mapping[Task, str],
-               failures: dict[str, str], launcher: Launcher) -> bool:
-    """Whether it is time; takes what is finished, or never can start, off the list."""
-    if task.finished():
-        log.say(f"{task.name}: finished before")
-        waiting.remove(task)
-        return False
-    if task.needs in failures:
-        failures[task.name] = f"not started: it needs {task.needs}"
-        waiting.remove(task)
-        return False
-    if any(other.name == task.needs for other in (*waiting, *running)):
-        return False
-    return launcher.slots is None or len(running) < launcher.slots
+class _Watch:
+    """Which tasks wait, run and failed."""
 
+    def __init__(self, tasks: Sequence[Task], launcher: Launcher, ledger: "_Ledger"):
+        self._launcher, self._ledger = launcher, ledger
+        known = {task: ledger.handles[task.name] for task in tasks if task.name in ledger.handles}
+        self.running = {task: handle for task, handle in known.items() if launcher.is_alive(handle)}
+        self.waiting = [task for task in tasks if task not in self.running]
+        self.failures: dict[str, str] = {}   # {name: why}
+        self._slots = {task: i for i, task in enumerate(self.running)}
 
-def _ended(task: Task, handle: str, launcher: Launcher, failures: dict[str, str]) -> None:
-    if task.finished():
-        log.say(f"{task.name}: finished")
-        return
-    failures[task.name] = f"{launcher.reason(handle)}; see {launcher.log_of(handle)}"
-    log.say(f"{task.name}: FAILED, {failures[task.name]}")
+    def handles(self) -> list[str]:
+        """Of what runs."""
+        return list(self.running.values())
 
+    def look(self) -> None:
+        """Takes those that ended off, and starts those whose time has come."""
+        ended = [t for t, handle in self.running.items() if not self._launcher.is_alive(handle)]
+        for task in ended:
+            self._end(task)
+        for task in list(self.waiting):
+            if self._may_start(task):
+                self._start(task)
 
-def _free(slots: Mapping[Task, int]) -> int:
-    return next(i for i in range(len(slots) + 1) if i not in slots.values())
+    def _may_start(self, task: Task) -> bool:
+        """Whether it is time; takes what is finished, or never can start, off the list."""
+        if task.finished():
+            log.say(f"{task.name}: finished before")
+            self.waiting.remove(task)
+            return False
+        if task.needs in self.failures:
+            self.failures[task.name] = f"not started: it needs {task.needs}"
+            self.waiting.remove(task)
+            return False
+        if any(other.name == task.needs for other in (*self.waiting, *self.running)):
+            return False
+        return self._launcher.slots is None or len(self.running) < self._launcher.slots
+
+    def _start(self, task: Task) -> None:
+        self.waiting.remove(task)
+        taken = self._slots.values()
+        slot = next(i for i in range(len(taken) + 1) if i not in taken)
+        self._slots[task] = slot
+        self.running[task] = self._launcher.start(task, slot)
+        self._ledger.write(task.name, self.running[task])
+        log.say(f"{task.name}: started; see {self._launcher.log_of(self.running[task])}")
+
+    def _end(self, task: Task) -> None:
+        handle = self.running.pop(task)
+        del self._slots[task]
+        if task.finished():
+            log.say(f"{task.name}: finished")
+            return
+        why = f"{self._launcher.reason(handle)}; see {self._launcher.log_of(handle)}"
+        self.failures[task.name] = why
+        log.say(f"{task.name}: FAILED, {why}")
 
 
 class _Ledger:
