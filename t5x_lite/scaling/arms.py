@@ -6,6 +6,7 @@ seeds); how many each arm tried is said, for an arm that was tuned harder looks 
 """
 
 import dataclasses
+import fnmatch
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -116,10 +117,15 @@ def _from_folder(folder: str, metric: str, over: str, skip_bad: bool) -> Runs:
 
 
 def _last(run: reporting_runs.Run, metric: str) -> float | None:
-    """The metric of the last line that holds it; None where that is not a number."""
-    lines = [line for line in run.lines if metric in line]
-    value = lines[-1][metric] if lines else None
-    return value if reporting_runs.is_number(value) else None
+    """The metric of the last line that holds it; None where that is not a number. A run of one task
+    has no eval/all: its own stands for it."""
+    one_task = metric.replace("eval/all/", "eval/*/")
+    for name in dict.fromkeys((metric, one_task)):
+        lines = [line for line in run.lines if fnmatch.filter(line, name)]
+        if lines:
+            value = lines[-1][fnmatch.filter(lines[-1], name)[0]]
+            return value if reporting_runs.is_number(value) else None
+    return None
 
 
 def pair(one: Runs, other: Runs) -> Pairs:

@@ -218,8 +218,12 @@ def test_folders_of_runs_are_arms(tmp_path, capsys):
     assert command.main(["compare", f"--table={table}", "--arms=A,B", *_FLAGS, "--json"]) == 0
     same = json.loads(capsys.readouterr().out)
     assert same["ratio"]["ratio"] == pytest.approx(found["ratio"]["ratio"], rel=1e-9)
+    for file in tmp_path.rglob("metrics.jsonl"):    # of one task, as train writes it
+        file.write_text(file.read_text().replace("eval/all/", "eval/text/"))
+    assert command.main(flags) == 0
+    assert json.loads(capsys.readouterr().out)["ratio"] == found["ratio"]
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "flops": 1e17, "eval/all/loss": NaN}\n')
+        file.write('{"step": 3, "flops": 1e17, "eval/text/loss": NaN}\n')
     assert command.main(flags) == 2
     assert "seed_1 has no finite eval/all/loss" in capsys.readouterr().err
 
