@@ -17,7 +17,7 @@ from tests.formats import folders
 
 transformers = pytest.importorskip("transformers", reason="loads exports")
 
-TEXTS = ("def alpha(beta):", "Größe, naïve  ½", "a")
+TEXTS = ("def alpha(beta):", "Größe, naïve  ½", "a", "  two\n\n  spaces, 日本語")
 
 
 def exported(folder, run, lines=()):
@@ -45,10 +45,13 @@ def test_auto_classes_load_it(name, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     auto = transformers.AutoModelForCausalLM if name == "json" else transformers.AutoModelForSeq2SeqLM
     model = auto.from_pretrained(folder)
-    for text in TEXTS:
+    # A sentinel that is written out is bytes to seqio's ByT5, and a token to transformers'.
+    for text in (*TEXTS, *(["x <extra_id_3> y"] if name == "python" else [])):
         ids = tokenizer(text, add_special_tokens=False).input_ids
         assert ids == list(map(int, vocabulary.encode(text)))
         assert tokenizer.decode(ids) == vocabulary.decode(ids)
+    if name != "json":   # an encoder's texts end
+        assert tokenizer("a").input_ids == [*map(int, vocabulary.encode("a")), vocabulary.eos_id]
     assert tokenizer.eos_token_id == vocabulary.eos_id == model.config.eos_token_id
     assert model.generation_config.eos_token_id == vocabulary.eos_id
 
