@@ -235,6 +235,7 @@ def build(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Pro
     model = Model(config.model, jnp.dtype(policy.compute_dtype), jnp.dtype(policy.param_dtype))
     table = model.table
     tuning = Tuning(table, config.peft)
+    _check_reference(config, tuning)
     state.check_divisible({**table, **tuning.trainable}, mesh, rules)
     optimizer = make_optimizer(until(config.optimizer, config.train.num_steps),
                                tuning.trainable, policy, config.loss_scale,
@@ -300,10 +301,21 @@ def _check_rows(config: RunConfig) -> None:
         raise UserError(f"objective.name={config.objective.name!r} has a whole row for one example: "
                         "set data.packing=False.")
     prompt = config.model.prompt_length
-    if prompt and (config.data.packing or rows.marks_inputs):
+    if prompt and (config.data.packing or rows.marks_inputs or rows.cuts_prompt):
         raise UserError(f"model.prompt_length={prompt} stands before a row that holds one example "
                         "and, in a decoder, is read from left to right: set data.packing=False, "
-                        "and objective.name=lm for prefix_lm.")
+                        "and objective.name=lm for prefix_lm; dpo has no room for it.")
+
+
+def _check_reference(config: RunConfig, tuning: Tuning) -> None:
+    """That the untuned model is there, where the objective measures from it."""
+    if config.objective.asks_base and not tuning.keeps_base:
+        raise UserError(
+            f"objective.reference='base' is the model under peft.method=lora or ia3, but "
+            f"peft.method={config.peft.method!r} trains parameters of the model itself"
+            f"{' (peft.also)' if config.peft.also else ''}: use one of those, or "
+            "objective.reference=rows with a file that `python -m t5x_lite.score_preferences` wrote "
+            "the reference's scores into, or objective.reference=none.")
 
 
 def _check_pipelines(config: RunConfig, mesh: Mesh, rules: Rules) -> None:

@@ -25,8 +25,8 @@ FLOORS = (
     ("build", "manual"),
     ("init_from", "same_vocabulary", "report", "gin_spelling", "cli", "evaluation", "planning", "scaling", "corpus",
      "reporting"),
-    ("train", "eval", "infer", "plan", "convert", "experiment", "interactive", "inspect_task",
-     "audit", "console"),
+    ("train", "eval", "infer", "score_preferences", "plan", "convert", "experiment", "interactive",
+     "inspect_task", "audit", "console"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 LONGEST_CHAIN = 12   # modules, each importing the next

@@ -9,7 +9,8 @@ from t5x_lite import manual
 from t5x_lite.errors import UserError
 from tests.test_imports import ROOT
 
-DOORS = ("train", "eval", "infer", "plan", "convert", "experiment", "report", "inspect_task", "audit")
+DOORS = ("train", "eval", "infer", "plan", "convert", "experiment", "report", "inspect_task", "audit",
+         "score_preferences")
 
 
 @pytest.mark.parametrize("door", DOORS)

@@ -6,6 +6,7 @@
 A .jsonl line is {"inputs": …, "targets": …} or {"question": …, "answer": […]}; a .tsv line
 inputs, a tab, the target, and further allowed answers behind more tabs. A .json file is a list of
 such objects, or of WebQuestions' own (its published files), or a task of BIG-bench (see below).
+A .jsonl of {"prompt", "chosen", "rejected"} is preferences (preferences.py).
 Each may be compressed: .jsonl.gz. Paths with commas, "=" and "[" are read as they are (paths.py).
 """
 
@@ -16,7 +17,16 @@ from typing import Any
 
 import seqio
 
-from t5x_lite.data import choices, paths, readers, records, task_metrics, text_files, text_to_text
+from t5x_lite.data import (
+    choices,
+    paths,
+    preferences,
+    readers,
+    records,
+    task_metrics,
+    text_files,
+    text_to_text,
+)
 from t5x_lite.errors import UserError
 
 # --- BIG-bench's task.json ----------------------------------------------------------------------
@@ -162,13 +172,15 @@ def task(path: str, field: str = "data.train") -> seqio.Task:
         kind = _EXAMPLES
         if any(map(is_task, files)):
             kind = kind_of(files)
+        elif any(map(preferences.is_preferences, files)):
+            kind = preferences.kind_of(files)
         _TASKS[path] = _TASKS[name] = seqio.Task(
             name, source=records.RecordSource(
                 "examples", splits,
                 functools.partial(_part, start=start, stop=stop, read=kind.read),
                 version=f"{start}:{stop}:{kind.read.__qualname__}"),
-            preprocessors=text_to_text.preprocessors(kind.format_fn),
-            output_features=text_to_text.features(), postprocess_fn=kind.postprocess_fn,
+            preprocessors=kind.preprocessors(kind.format_fn),
+            output_features=kind.features(), postprocess_fn=kind.postprocess_fn,
             metric_fns=list(kind.metric_fns))
     return _TASKS[path]
 

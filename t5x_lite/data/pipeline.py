@@ -23,7 +23,7 @@ import tensorflow as tf
 
 from t5x_lite.data import vocabulary as data_vocabulary
 from t5x_lite.data.config import DataConfig
-from t5x_lite.data.rows import Rows
+from t5x_lite.data.rows import FIXES, Rows
 from t5x_lite.errors import UserError
 
 BLOCK_ROWS = 8   # rows a pipeline yields at once; states do not depend on the batch size
@@ -139,20 +139,23 @@ def check_task(task: seqio.Task, split: str, features: Sequence[str], field: str
     missing = [f for f in features if f not in task.output_features]
     if missing:
         raise UserError(f"{field}={task.name!r} gives {', '.join(task.output_features)}, but the "
-                        f"objective needs {', '.join(features)}; take a task made for it")
+                        f"objective needs {', '.join(features)}; "
+                        f"{FIXES.get(missing[-1], 'take a task made for it')}")
 
 
 def task_dataset(task: seqio.Task, split: str, lengths: dict[str, int], seed: int,
                  shard: int, num_shards: int, *, training: bool, shuffle_buffer: int
                  ) -> tf.data.Dataset:
-    """Examples {feature: int32 tokens} of one shard: endless and shuffled, or once in order.
+    """Examples {feature: int32 tokens, or floats} of one shard: endless and shuffled, or once in
+    order.
 
     Sources of at least num_shards files are split by file; smaller ones by example, for
     which every shard must read them in the same order, hence with the same seed.
     """
     dataset = _preprocessed(task, split, lengths, seed, shard, num_shards, training)
-    dataset = dataset.map(_plain(
-        lambda x: {f: tf.cast(tokens, tf.int32) for f, tokens in trimmed(x, lengths).items()}))
+    dataset = dataset.map(_plain(lambda x: {
+        f: values if values.dtype.is_floating else tf.cast(values, tf.int32)
+        for f, values in trimmed(x, lengths).items()}))
     if training and shuffle_buffer > 1:
         shard_seed = seed_of(seed, task.name, shard)
         dataset = dataset.shuffle(shuffle_buffer, seed=seed_of(shard_seed, "shuffle"))

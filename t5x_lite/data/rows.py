@@ -17,6 +17,7 @@ Shape letter: L positions of one side of a row.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,14 @@ from t5x_lite.errors import UserError, one_of
 if TYPE_CHECKING:
     import seqio
 
+ANSWER, REFERENCE = "decoder_answer", "decoder_reference"   # arrays of rows that hold preferences
+# What to do about a task that lacks a feature, of those that few tasks have.
+FIXES = {
+    "rejected": 'take a .jsonl file of {"prompt", "chosen", "rejected"}',
+    "reference": "python -m t5x_lite.score_preferences writes the reference model's scores into "
+                 "the file; or train with peft.method=lora and objective.reference=base, where the "
+                 "untuned model is the reference, or with objective.reference=none",
+}
 Sides = dict[str, dict[str, Any]]   # {side: {array: 1-D tensor}}
 
 
@@ -63,6 +72,17 @@ class Rows:
         return "decoder_prefix" in self.made.get("decoder", {})
 
     @property
+    def compares(self) -> bool:
+        """Whether a row holds two answers to one prompt, see `_preference`."""
+        return ANSWER in self.made.get("decoder", {})
+
+    @property
+    def cuts_prompt(self) -> bool:
+        """Whether a decoder's row is several segments, of which a soft prompt before it would reach
+        the first alone."""
+        return self.shares_row and "decoder_segment_ids" in self.made["decoder"]
+
+    @property
     def token_arrays(self) -> list[str]:
         """The array of each side that holds its tokens."""
         return [next(iter(arrays)) for arrays in self.made.values()]
@@ -75,10 +95,12 @@ class Rows:
         """
         if not loss_on_inputs:
             return sides
-        if not self.shares_row:
-            able = [name for name, kind in ROWS.items() if kind.shares_row]
-            raise UserError("data.loss_on_inputs=True: these inputs stand in a row of their own, where "
-                            f"nothing predicts them; it is for objective.name={' or '.join(able)}.")
+        if not self.shares_row or self.compares:
+            able = [n for n, kind in ROWS.items() if kind.shares_row and not kind.compares]
+            why = ("a loss of two answers has no part for their inputs" if self.compares else
+                   "these inputs stand in a row of their own, where nothing predicts them")
+            raise UserError(f"data.loss_on_inputs=True: {why}; it is for "
+                            f"objective.name={' or '.join(able)}.")
         import tensorflow as tf
         decoder = dict(sides["decoder"])
         decoder["decoder_loss_weights"] = tf.ones_like(decoder["decoder_loss_weights"])
@@ -159,6 +181,37 @@ def _mlm(example: dict, eos_id: int) -> Sides:
                         **_predict(tf.maximum(targets, 0), tf.cast(chosen, tf.float32))}}
 
 
+def _preference(example: dict, eos_id: int, shared: bool) -> Sides:
+    """Two answers to one prompt, as two segments of the decoder's row: the chosen one, "targets",
+    is segment 1 and bears the loss weights; the rejected one is segment 2.
+
+    shared: whether each answer has the prompt in front, in its own segment, as a decoder-only
+    model reads it; else the encoder reads it once for both.
+
+    ANSWER is 1 at the tokens of the chosen answer, 2 at those of the rejected one, else 0. Where the
+    example has "reference" [2], the log-probabilities of both under a reference model, REFERENCE
+    holds each at its answer's first token and is 0 elsewhere.
+    """
+    import tensorflow as tf
+    prompt = example["inputs"] if shared else example["inputs"][:0]
+    answers = [example["targets"], example["rejected"]]
+    zeros = tf.zeros_like(prompt)
+    ones = [tf.ones_like(tokens) for tokens in answers]
+    answer = tf.concat([zeros, ones[0], zeros, 2 * ones[1]], 0)
+    sizes = [tf.size(prompt) + tf.size(tokens) for tokens in answers]
+    decoder = {
+        **_predict(tf.concat([prompt, answers[0], prompt, answers[1]], 0),
+                   tf.cast(answer == 1, tf.float32)),
+        "decoder_segment_ids": tf.concat([tf.fill([n], i) for i, n in enumerate(sizes, 1)], 0),
+        "decoder_positions": tf.concat([tf.range(n) for n in sizes], 0), ANSWER: answer}
+    if "reference" in example:
+        firsts = [tf.size(prompt), sizes[0] + tf.size(prompt)]
+        decoder[REFERENCE] = tf.scatter_nd(
+            tf.stack(firsts)[:, None], example["reference"], [sizes[0] + sizes[1]])
+    encoder = {} if shared else {"encoder": {"encoder_input_tokens": example["inputs"]}}
+    return {**encoder, "decoder": decoder}
+
+
 def _rows_apart(task: "seqio.Task", inputs_length: int, targets_length: int) -> dict[str, int]:
     """Inputs and targets on a side each."""
     return {"inputs": inputs_length, "targets": targets_length}
@@ -181,9 +234,36 @@ def _inputs_alone(task: "seqio.Task", inputs_length: int, targets_length: int) -
     return {"inputs": inputs_length, "targets": inputs_length}
 
 
+def _two_answers(task: "seqio.Task", inputs_length: int, targets_length: int, *, shared: bool
+                 ) -> dict[str, int]:
+    """Half of the decoder's row for each answer, with its prompt where they share the row."""
+    room = targets_length // 2 - shared * inputs_length
+    if room < 2:
+        prompt = f"data.inputs_length={inputs_length} tokens of prompt and " if shared else ""
+        raise UserError(f"data.targets_length={targets_length} holds two answers of {task.name!r}, "
+                        f"each with {prompt}at least 2 of its own: set at least "
+                        f"{2 * (shared * inputs_length + 2)}")
+    lengths = {"inputs": inputs_length, "targets": room, "rejected": room}
+    return lengths | ({"reference": 2} if "reference" in task.output_features else {})
+
+
 _TWO_SIDES = {"encoder": "inputs_length", "decoder": "targets_length"}
 _DECODER = {"decoder": "targets_length"}
 _CHOICE = {"decoder_segment_ids": "int32", "decoder_positions": "int32"}
+_ANSWERS = _TARGETS | _CHOICE | {ANSWER: "int32"}
+
+def _preferences(shared: bool, scored: bool) -> Rows:
+    """The kind of rows of `_preference`; scored: with REFERENCE."""
+    return Rows(
+        ("inputs", "targets", "rejected") + ("reference",) * scored,
+        _DECODER if shared else _TWO_SIDES,
+        ({} if shared else {"encoder": _INPUTS}) | {
+            "decoder": _ANSWERS | ({REFERENCE: "float32"} if scored else {})},
+        lambda example, eos_id: _preference(
+            example if scored else {n: x for n, x in example.items() if n != "reference"},
+            eos_id, shared),
+        functools.partial(_two_answers, shared=shared), ends=not shared, packs=False)
+
 
 # An objective of training/objectives.py names its kind of rows. Add a row to add a kind.
 ROWS: dict[str, Rows] = {
@@ -202,6 +282,10 @@ ROWS: dict[str, Rows] = {
     "mlm": Rows(
         ("inputs", "targets"), {"encoder": "inputs_length"}, {"encoder": _INPUTS | _TARGETS}, _mlm,
         _inputs_alone, takes=("masked",), denoiser="bert", pairs=False),
+    "preferences": _preferences(shared=True, scored=False),
+    "scored_preferences": _preferences(shared=True, scored=True),
+    "seq2seq_preferences": _preferences(shared=False, scored=False),
+    "seq2seq_scored_preferences": _preferences(shared=False, scored=True),
 }
 
 

@@ -70,6 +70,8 @@ class Kind(NamedTuple):
     format_fn: Format        # records -> "inputs" and "targets"
     postprocess_fn: Callable | None
     metric_fns: tuple[Callable, ...]
+    preprocessors: Callable[[Format], list] = preprocessors
+    features: Callable[[], dict[str, seqio.Feature]] = features
 
 
 def register(name: str, source: seqio.DataSource, format_fn: Format, *,

@@ -157,6 +157,11 @@ class Tuning:
         biases = (_beside(p, "bias") for p, role in roles.items() if role == "ia3_output")
         return frozenset(roles) | {b for b in biases if b in self.table}
 
+    @property
+    def keeps_base(self) -> bool:
+        """Whether every parameter of the model stays as it was, beside what trains."""
+        return not self.trainable.keys() & self.table.keys()
+
     def split(self, params: Mapping[str, jax.Array], key: jax.Array) -> tuple[Flat, Flat]:
         """Base parameters -> (trainable, frozen), fresh A, B and l among the trainable.
 

@@ -376,8 +376,10 @@ def activation_bytes(program: Program) -> int:
         key = RowKey(jax.random.key(0), rows)
 
         def loss(params):
-            return objectives.loss(program.model.bind(params), batch, key, config.objective,
-                                   objectives.totals(config.objective, batch))[0]
+            module = program.model.bind(params)
+            return objectives.loss(
+                module, objectives.with_base(lambda: module, batch, config.objective), key,
+                config.objective, objectives.totals(config.objective, batch))[0]
         _, pull_back = jax.vjp(loss, params)
         held = {id(x) for x in jax.tree.leaves((params, batch))}
         sizes.extend(bytes_per_device(jax.typeof(x)) for x in _arrays(pull_back)

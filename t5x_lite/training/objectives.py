@@ -10,6 +10,9 @@ data/rows.py) and the one loss that train, eval and plan share:
                 front of its targets and carry no loss
     prefix_lm   lm whose prefix (decoder_prefix) is bidirectional and carries no loss
     mlm         encoder_input_tokens -> decoder_target_tokens at masked positions (BERT)
+    dpo         lm with two answers to a prompt, of which the chosen one is to become likelier than
+                the rejected one, measured from a reference model (training/preferences.py)
+    seq2seq_dpo the same of an encoder-decoder
 
 Losses are sums. They are divided by the weight of the whole global batch, which is known
 before the first micro-batch, so that accumulating gradients changes nothing.
@@ -24,9 +27,11 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from t5x_lite.errors import Rate, UserError, one_of
+from t5x_lite.data.rows import REFERENCE
+from t5x_lite.errors import Positive, Rate, UserError, one_of
 from t5x_lite.models.params import BoundModel
-from t5x_lite.training import losses
+from t5x_lite.training import losses, preferences
+from t5x_lite.training.preferences import REFERENCES
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 Batch = Mapping[str, jax.Array]
@@ -38,15 +43,28 @@ class ObjectiveConfig:
 
     name: str = "seq2seq"           # a key of OBJECTIVES
     z_loss: float = 1e-4            # weight of log(Z)^2, which keeps logits near 0 (T5X)
-    label_smoothing: Rate = 0.0    # probability mass spread over the vocabulary, in training alone
+    # Probability mass spread over the vocabulary, in training alone; dpo: the share of pairs that
+    # are labelled the wrong way round.
+    label_smoothing: Rate = 0.0
     logits_chunk: int = 0           # positions a chunk of logits spans; 0: chosen by size
     unlikelihood: float = 1.0       # choices: weight of the loss of wrong choices' tokens …
     length_normalized: float = 1.0  # … and of the ranking by mean log-probability
+    preference_loss: str = "sigmoid"   # dpo: sigmoid or ipo
+    beta: Positive = 0.1            # dpo: how dear it is to leave the reference
+    # dpo: base, the model under peft.method=lora or ia3; rows, scores in the data, as
+    # `python -m t5x_lite.score_preferences` writes them; none, all answers are equally likely.
+    reference: str = "base"
 
     @property
     def rows(self) -> str:
         """The kind of rows that it reads, a key of data/rows.ROWS."""
-        return OBJECTIVES[self.name].rows
+        row = OBJECTIVES[self.name]
+        return row.scored if row.scored and REFERENCES[self.reference].from_rows else row.rows
+
+    @property
+    def asks_base(self) -> bool:
+        """Whether its loss asks for what the untuned model makes of a batch: see `with_base`."""
+        return bool(OBJECTIVES[self.name].scored) and REFERENCES[self.reference].from_base
 
 
 def likelihood(module: BoundModel, batch: Batch, key: jax.Array | None,
@@ -64,15 +82,20 @@ def likelihood(module: BoundModel, batch: Batch, key: jax.Array | None,
         batch["decoder_loss_weights"], z_loss=config.z_loss,
         label_smoothing=config.label_smoothing, chunk=config.logits_chunk,
         gather=module.gather_head)
-    total = loss_sum / divisors["weight"] + term
-    if "aux_loss" in aux:
-        total = total + aux["aux_loss"][0] / parts
-        aux = {**aux, "aux_loss": (aux["aux_loss"][0] / parts, jnp.float32(1.0 / parts))}
+    total, aux = _with_aux(loss_sum / divisors["weight"] + term, aux, parts)
     weight = sums["weight_sum"]
     metrics = {"loss": (sums["loss_sum"] - sums["z_loss_sum"], weight),
                "accuracy": (sums["correct_sum"], weight),
                "z_loss": (sums["z_loss_sum"], weight), **further, **aux}
     return total, metrics
+
+
+def _with_aux(total: jax.Array, aux: Sums, parts: int) -> tuple[jax.Array, Sums]:
+    """The loss with the layers' own, and their metrics, of one of `parts` micro-batches."""
+    if "aux_loss" not in aux:
+        return total, aux
+    mean = aux["aux_loss"][0] / parts
+    return total + mean, {**aux, "aux_loss": (mean, jnp.float32(1.0 / parts))}
 
 
 def target_weight(batch: Batch) -> dict[str, jax.Array]:
@@ -115,6 +138,49 @@ def _choices(module: BoundModel, hidden: jax.Array, batch: Batch,
         "length_normalized": (normalised, rows), "rank_accuracy": (jnp.sum(is_first_B), rows)})
 
 
+def _dpo_weight(batch: Batch) -> dict[str, jax.Array]:
+    """Also the number of pairs."""
+    return target_weight(batch) | {
+        "pairs": jnp.sum(preferences.is_pair(batch), dtype=jnp.float32)}
+
+
+def _dpo(module: BoundModel, batch: Batch, key: jax.Array | None, config: ObjectiveConfig,
+         divisors: Mapping[str, jax.Array], parts: int = 1) -> tuple[jax.Array, Sums]:
+    """The mean loss of preferences.LOSSES over pairs; a loss of the table.
+
+    Its metric "loss" is that mean, though counted by the chosen answers' tokens, as every
+    objective's is.
+    """
+    hidden, aux = module(batch, key)
+    log_probs_BL = preferences.target_log_probs(module, hidden, batch, config.logits_chunk)
+    margin_B, is_pair_B = preferences.margins(log_probs_BL, batch), preferences.is_pair(batch)
+    loss_B = preferences.LOSSES[config.preference_loss](
+        margin_B, config.beta, config.label_smoothing)
+    mean = jnp.sum(jnp.where(is_pair_B, loss_B, 0.0)) / divisors["pairs"]
+    total, aux = _with_aux(mean, aux, parts)
+    weight = jnp.sum(batch["decoder_loss_weights"])
+    metrics = {"loss": (mean * divisors["weight"], weight)} | _margin_metrics(margin_B, batch)
+    # Chosen answers' likelihood, which may fall while the margin rises.
+    chosen = jnp.sum(log_probs_BL * batch["decoder_loss_weights"])
+    return total, {**jax.lax.stop_gradient({**metrics, "chosen_nats": (-chosen, weight)}), **aux}
+
+
+def _margin_metrics(margin_B: jax.Array, batch: Batch) -> Sums:
+    """{metric: (sum, number of pairs)}: how many chosen answers win, and by how many nats."""
+    is_pair_B = preferences.is_pair(batch)
+    pairs = jnp.sum(is_pair_B, dtype=jnp.float32)
+    return {"pair_accuracy": (jnp.sum(is_pair_B & (margin_B > 0), dtype=jnp.float32), pairs),
+            "margin": (jnp.sum(jnp.where(is_pair_B, margin_B, 0.0)), pairs)}
+
+
+def _margin(module: BoundModel, hidden: jax.Array, batch: Batch, config: ObjectiveConfig,
+            divisors: Mapping[str, jax.Array]) -> tuple[float, Sums]:
+    """No further term, but the metrics of the margin: held-out data of `_dpo`."""
+    log_probs_BL = preferences.target_log_probs(module, hidden, batch, config.logits_chunk)
+    return 0.0, jax.lax.stop_gradient(
+        _margin_metrics(preferences.margins(log_probs_BL, batch), batch))
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """A row of the table: what an objective reads and how it is summed up."""
@@ -125,6 +191,9 @@ class Objective:
     loss: Callable[..., tuple[jax.Array, Sums]] = likelihood
     # What the losses of a global batch are divided by, of the whole of it: see `totals`.
     divisors: Callable[[Batch], dict[str, jax.Array]] = target_weight
+    # As `loss`, of held-out data: its "loss" is the targets' cross-entropy; None: `loss` itself.
+    held_out: Callable[..., tuple[jax.Array, Sums]] | None = None
+    scored: str = ""   # a key of ROWS: `rows` with a reference's scores, of objectives that have one
 
 
 # Add a row to add an objective; where no kind of rows fits, add one in data/rows.py.
@@ -135,12 +204,24 @@ OBJECTIVES: dict[str, Objective] = {
     "lm": Objective(("decoder_only",), "lm"),
     "prefix_lm": Objective(("decoder_only",), "prefix_lm"),
     "mlm": Objective(("encoder_only",), "mlm"),
+    "dpo": Objective(
+        ("decoder_only",), "preferences", _dpo, _dpo_weight,
+        functools.partial(likelihood, also=_margin), "scored_preferences"),
+    "seq2seq_dpo": Objective(
+        ("encoder_decoder",), "seq2seq_preferences", _dpo, _dpo_weight,
+        functools.partial(likelihood, also=_margin), "seq2seq_scored_preferences"),
 }
 
 
 def validate(config: ObjectiveConfig, architecture: str) -> None:
     """Raises UserError for an unknown objective or one that the architecture cannot take."""
     one_of("objective.name", config.name, OBJECTIVES)
+    one_of("objective.preference_loss", config.preference_loss, preferences.LOSSES)
+    one_of("objective.reference", config.reference, REFERENCES)
+    if OBJECTIVES[config.name].scored and config.label_smoothing >= 0.5:
+        raise UserError(f"objective.label_smoothing={config.label_smoothing} is the share of pairs "
+                        f"that are labelled wrongly in objective.name={config.name!r}: from 0.5 on "
+                        "nothing can be learned of them. Set it below.")
     if architecture not in OBJECTIVES[config.name].architectures:
         fitting = of_architecture(architecture)
         raise UserError(f"objective.name={config.name!r} does not fit "
@@ -161,7 +242,7 @@ def totals(config: ObjectiveConfig, batch: Batch) -> dict[str, jax.Array]:
 
 def loss(module: BoundModel, batch: Batch, key: jax.Array | None, config: ObjectiveConfig,
          divisors: Mapping[str, jax.Array], parts: int = 1) -> tuple[jax.Array, Sums]:
-    """The loss of a (micro-)batch and what to report.
+    """The loss of a (micro-)batch, one that went through `with_base`, and what to report.
 
     Args:
         module: the model with its parameters.
@@ -176,7 +257,27 @@ def loss(module: BoundModel, batch: Batch, key: jax.Array | None, config: Object
     return OBJECTIVES[config.name].loss(module, batch, key, config, divisors, parts)
 
 
-def held_out(config: ObjectiveConfig) -> ObjectiveConfig:
-    """The objective as evaluation measures it: plain cross-entropy, whatever training smooths, so
-    that the perplexities and bits per byte of two runs compare."""
-    return dataclasses.replace(config, label_smoothing=0.0)
+def with_base(base: Callable[[], BoundModel], batch: Batch, config: ObjectiveConfig) -> Batch:
+    """The batch with what the objective asks of the untuned model: as it is for most.
+
+    Args:
+        base: makes that model; it is never differentiated.
+    """
+    if not config.asks_base:
+        return batch
+    module = base()
+    log_probs_BL = preferences.target_log_probs(module, module(batch, None)[0], batch,
+                                                config.logits_chunk)
+    return {**batch, REFERENCE: jax.lax.stop_gradient(log_probs_BL)}
+
+
+def held_out_loss(module: BoundModel, batch: Batch, config: ObjectiveConfig
+                  ) -> tuple[jax.Array, Sums]:
+    """`loss` as evaluation measures it: plain cross-entropy of the targets, whatever training
+    smooths or compares, so that the perplexities and bits per byte of two runs compare.
+
+    Margins of preferences are from the reference in the rows, or from none: evaluation reads one
+    model, in which a base and its tuning are merged.
+    """
+    row, plain = OBJECTIVES[config.name], dataclasses.replace(config, label_smoothing=0.0)
+    return (row.held_out or row.loss)(module, batch, None, plain, totals(config, batch))

@@ -96,6 +96,11 @@ class Differentiated:
             trained = {p: sharding.WholeWeight(flat[p], x) for p, x in trained.items()}
         return self.model.bind(tree.unflatten(self.tuning.combine({**flat, **trained}, {})))
 
+    def base(self, flat: Mapping[str, jax.Array]):
+        """The model under what `tuning` adds, of all parameters, without a gradient."""
+        kept = {p: jax.lax.stop_gradient(flat[p]) for p in self.tuning.table}
+        return self.model.bind(tree.unflatten(kept))
+
 
 def gradients(of: Differentiated, params: Mapping, batch: Batch, key: jax.Array | None, *,
               scale: jax.Array | float = 1.0, base: Mapping | None = None) -> tuple[dict, Sums]:
@@ -121,6 +126,7 @@ def gradients(of: Differentiated, params: Mapping, batch: Batch, key: jax.Array 
 
     def part_loss(trained, flat, part):
         part_key = None if key is None else RowKey(key, part[_ROWS])
+        part = objectives.with_base(lambda: of.base(flat), part, of.objective)
         value, sums = objectives.loss(of.module(trained, flat), part, part_key, of.objective,
                                       divisors, of.parts * slices)
         return value * scale, sums
@@ -276,11 +282,8 @@ def make_eval_step(model: ModelDefinition, objective: ObjectiveConfig
 
     `bytes` is the pair (bytes of the targets' text, 1 a target): what bits per byte divides by.
     """
-    objective = objectives.held_out(objective)
-
     def eval_step(params, batch, token_bytes):
-        _, sums = objectives.loss(model.bind(params), batch, None, objective,
-                                  objectives.totals(objective, batch))
+        _, sums = objectives.held_out_loss(model.bind(params), batch, objective)
         weights = batch["decoder_loss_weights"]
         lengths = sharding.lookup(token_bytes, batch["decoder_target_tokens"],
                                   ("act_batch", "act_length"))

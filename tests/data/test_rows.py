@@ -8,7 +8,8 @@ from t5x_lite.data.config import DataConfig
 from t5x_lite.data.denoising import DENOISERS
 from t5x_lite.errors import UserError
 
-EXAMPLE = {"inputs": [5, 6, 1], "targets": [7, 1, 8, 9, 1]}
+EXAMPLE = {"inputs": [5, 6, 1], "targets": [7, 1, 8, 9, 1], "rejected": [4, 1],
+           "reference": [-1.5, -2.5]}
 
 
 @pytest.mark.parametrize("packing", [False, True])
