@@ -94,11 +94,19 @@ def describe(config: DataConfig, name: str, split: str, objective: str, rows: in
 def _lengths(config: DataConfig, name: str, split: str, kind: str, examples: int
              ) -> Iterator[str]:
     """How long inputs and targets are before they are cut."""
-    _, read = data_tasks.eval_examples(config, name, objective=kind, split=split)
+    task, read = data_tasks.eval_examples(config, name, objective=kind, split=split)
     shown = list(itertools.islice(read, examples))
     if not shown or "targets_pretokenized" not in shown[0]:
         return   # no text-to-text task: it fills whatever lengths it is given
-    shares = data_rows.of(kind).shares_row and "inputs" in shown[0]
+    rows = data_rows.of(kind)
+    if rows.compares:
+        limits = rows.task_lengths(task, config.inputs_length, config.targets_length)
+        for feature in ("inputs", "targets", "rejected"):
+            sizes, room = [len(example[feature]) for example in shown], limits[feature]
+            yield (f"{feature} of the first {len(shown)} examples: mean {np.mean(sizes):.1f}, longest "
+                   f"{max(sizes)}; {sum(n > room for n in sizes)} longer than {room} tokens and cut")
+        return
+    shares = rows.shares_row and "inputs" in shown[0]
     rooms = {"inputs": [config.inputs_length] * len(shown),
              "targets": [config.targets_length - shares * min(
                  len(e.get("inputs", ())), config.inputs_length) for e in shown]}

@@ -80,9 +80,12 @@ def write(program: Program, params, path: str, output: str) -> int:
     Raises:
         UserError: a malformed line, or a score that is no number.
     """
+    try:
+        scored = list(scores(program, params, path))
+    except UserError as error:   # in this command's flags
+        raise UserError(str(error).replace("data.validation=", "--input=")) from error
     lines = []
-    for (number, record), found in zip(
-            readers.json_lines(path), scores(program, params, path), strict=True):
+    for (number, record), found in zip(readers.json_lines(path), scored, strict=True):
         if not all(map(math.isfinite, found)):
             raise UserError(f"{path}, line {number}: the reference scores its answers {found}, "
                             "which is no number; try precision=float32.")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5x_lite import score_preferences, tree
+from t5x_lite import inspect_task, score_preferences, tree
 from t5x_lite.build import build
 from t5x_lite.config import EvalConfig, RunConfig, TrainConfig
 from t5x_lite.data import batches as data_batches, rows as data_rows
@@ -203,6 +203,10 @@ def test_scores_in_the_rows_are_those_of_the_model_that_they_start_from(pairs, t
     assert [r["prompt"] for r in records] == [f"q{i}?" for i in range(48)]
     assert all(r["reference_chosen"] < 0 for r in records)
 
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"inputs": "q", "targets": "a"}\n')
+    with pytest.raises(UserError, match="--input=.* take a .jsonl file of"):
+        score_preferences.write(scorer, params, str(other), str(scored))
     with pytest.raises(UserError, match="needs inputs, targets, rejected, reference.*score_pref"):
         rows_of(build(run, jax.devices()[:1]))
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, train=str(scored)))
@@ -217,6 +221,13 @@ def test_scores_in_the_rows_are_those_of_the_model_that_they_start_from(pairs, t
             state, sums = step(state, batch)
             loss = float(sums["loss"][0] / sums["loss"][1])
             assert (loss == pytest.approx(math.log(2), rel=1e-5)) == (number == 0)
+
+
+def test_inspect_task_tells_what_is_cut(pairs):
+    config = dataclasses.replace(run_of("dpo", pairs).data, targets_length=24)
+    shown = inspect_task.describe(config, str(pairs), "train", "dpo", 1, 48)
+    assert "targets of the first 48 examples: mean 5.3, longest 7; 32 longer than 4 tokens" in shown
+    assert "inputs of the first 48 examples: mean 3.8, longest 4; 0 longer than 8" in shown
 
 
 def test_rows_resume(pairs):
