@@ -5,7 +5,7 @@
     --output=FILE       the same objects with "reference_chosen" and "reference_rejected", the
                         log-probabilities of both answers in nats: what objective.reference=rows
                         reads
-    --step=last         or a number: which checkpoint of the workdir
+    --step=last         best or a number: which checkpoint of the workdir
     --config=…          instead of a workdir: the config of the run that is to start from
                         --config.init_from=hf:DIR, t5x:DIR or a workdir (see init_from.py)
 
@@ -98,7 +98,7 @@ def write(program: Program, params, path: str, output: str) -> int:
 
 if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the reference's run.")
-    _STEP = flags.DEFINE_string("step", "last", "last or the number of a step.")
+    _STEP = flags.DEFINE_string("step", "last", "last, best or the number of a step.")
     _INPUT = flags.DEFINE_string("input", None, "A .jsonl file of preferences.")
     _OUTPUT = flags.DEFINE_string("output", None, "The .jsonl file to write.")
     _CONFIG = cli.define_config()
