@@ -36,6 +36,7 @@ from t5x_lite import files, init_from, log
 from t5x_lite.build import Program, build
 from t5x_lite.config import RunConfig
 from t5x_lite.data import batches as data_batches, readers
+from t5x_lite.data.rows import ANSWER
 from t5x_lite.errors import UserError
 from t5x_lite.training import objectives, preferences
 
@@ -63,8 +64,8 @@ def scores(program: Program, params, path: str) -> Iterator[tuple[float, float]]
     """(log-probability of the chosen answer, of the rejected one) of each line, in order."""
     config = program.config
     score = jax.jit(lambda params, batch: (
-        preferences.scores(program.model.bind(params), batch, config.objective.logits_chunk),
-        preferences.is_pair(batch)))
+        objectives.answer_scores(program.model.bind(params), batch, config.objective.logits_chunk),
+        preferences.is_pair(batch[ANSWER])))
     with program.activate():
         for batch in data_batches.eval_batches(
                 config.data, path, objective=config.objective.rows, split="train",

@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from t5x_lite.data.rows import REFERENCE
+from t5x_lite.data.rows import ANSWER, REFERENCE
 from t5x_lite.errors import Positive, Rate, UserError, one_of
 from t5x_lite.models.params import BoundModel
 from t5x_lite.training import losses, preferences
@@ -138,10 +138,32 @@ def _choices(module: BoundModel, hidden: jax.Array, batch: Batch,
         "length_normalized": (normalised, rows), "rank_accuracy": (jnp.sum(is_first_B), rows)})
 
 
+def _target_log_probs(module: BoundModel, hidden_BLD: jax.Array, batch: Batch, chunk: int
+                      ) -> jax.Array:
+    """float32 log p(target)_BL of rows that hold preferences.
+
+    Raises:
+        UserError: rows whose encoder side has segments.
+    """
+    if "encoder_segment_ids" in batch:   # the rejected answer would read none of the prompt
+        raise UserError("objective.name=seq2seq_dpo: the id 0 of data.vocabulary stands in texts, "
+                        "so that an encoder's row is marked as one of several; use a vocabulary whose "
+                        "id 0 is padding.")
+    return losses.target_log_probs(module.head, module.head_params(), hidden_BLD,
+                                   batch["decoder_target_tokens"], chunk=chunk)
+
+
+def answer_scores(module: BoundModel, batch: Batch, chunk: int = 0) -> jax.Array:
+    """float32 [B, 2]: the log-probabilities of both answers, without dropout."""
+    hidden, _ = module(batch, None)
+    log_probs_BL = _target_log_probs(module, hidden, batch, chunk)
+    return preferences.of_answers(log_probs_BL, batch[ANSWER])
+
+
 def _dpo_weight(batch: Batch) -> dict[str, jax.Array]:
     """Also the number of pairs."""
     return target_weight(batch) | {
-        "pairs": jnp.sum(preferences.is_pair(batch), dtype=jnp.float32)}
+        "pairs": jnp.sum(preferences.is_pair(batch[ANSWER]), dtype=jnp.float32)}
 
 
 def _dpo(module: BoundModel, batch: Batch, key: jax.Array | None, config: ObjectiveConfig,
@@ -152,8 +174,9 @@ def _dpo(module: BoundModel, batch: Batch, key: jax.Array | None, config: Object
     objective's is.
     """
     hidden, aux = module(batch, key)
-    log_probs_BL = preferences.target_log_probs(module, hidden, batch, config.logits_chunk)
-    margin_B, is_pair_B = preferences.margins(log_probs_BL, batch), preferences.is_pair(batch)
+    log_probs_BL = _target_log_probs(module, hidden, batch, config.logits_chunk)
+    margin_B = preferences.margins(log_probs_BL, batch[ANSWER], batch.get(REFERENCE))
+    is_pair_B = preferences.is_pair(batch[ANSWER])
     loss_B = preferences.LOSSES[config.preference_loss](
         margin_B, config.beta, config.label_smoothing)
     mean = jnp.sum(jnp.where(is_pair_B, loss_B, 0.0)) / divisors["pairs"]
@@ -167,7 +190,7 @@ def _dpo(module: BoundModel, batch: Batch, key: jax.Array | None, config: Object
 
 def _margin_metrics(margin_B: jax.Array, batch: Batch) -> Sums:
     """{metric: (sum, number of pairs)}: how many chosen answers win, and by how many nats."""
-    is_pair_B = preferences.is_pair(batch)
+    is_pair_B = preferences.is_pair(batch[ANSWER])
     pairs = jnp.sum(is_pair_B, dtype=jnp.float32)
     return {"pair_accuracy": (jnp.sum(is_pair_B & (margin_B > 0), dtype=jnp.float32), pairs),
             "margin": (jnp.sum(jnp.where(is_pair_B, margin_B, 0.0)), pairs)}
@@ -176,9 +199,9 @@ def _margin_metrics(margin_B: jax.Array, batch: Batch) -> Sums:
 def _margin(module: BoundModel, hidden: jax.Array, batch: Batch, config: ObjectiveConfig,
             divisors: Mapping[str, jax.Array]) -> tuple[float, Sums]:
     """No further term, but the metrics of the margin: held-out data of `_dpo`."""
-    log_probs_BL = preferences.target_log_probs(module, hidden, batch, config.logits_chunk)
-    return 0.0, jax.lax.stop_gradient(
-        _margin_metrics(preferences.margins(log_probs_BL, batch), batch))
+    log_probs_BL = _target_log_probs(module, hidden, batch, config.logits_chunk)
+    margin_B = preferences.margins(log_probs_BL, batch[ANSWER], batch.get(REFERENCE))
+    return 0.0, jax.lax.stop_gradient(_margin_metrics(margin_B, batch))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,8 +289,7 @@ def with_base(base: Callable[[], BoundModel], batch: Batch, config: ObjectiveCon
     if not config.asks_base:
         return batch
     module = base()
-    log_probs_BL = preferences.target_log_probs(module, module(batch, None)[0], batch,
-                                                config.logits_chunk)
+    log_probs_BL = _target_log_probs(module, module(batch, None)[0], batch, config.logits_chunk)
     return {**batch, REFERENCE: jax.lax.stop_gradient(log_probs_BL)}
 
 

@@ -11,15 +11,10 @@ Shape letters: B batch, L length; the 2 of [B, 2] are chosen and rejected.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-
-from t5x_lite.data.rows import ANSWER, REFERENCE
-from t5x_lite.errors import UserError
-from t5x_lite.models.params import BoundModel
-from t5x_lite.training import losses
 
 
 def sigmoid_loss(margin_B: jax.Array, beta: float, label_smoothing: float) -> jax.Array:
@@ -59,42 +54,25 @@ REFERENCES = {"base": Reference(from_base=True), "rows": Reference(from_rows=Tru
               "none": Reference()}
 
 
-def target_log_probs(module: BoundModel, hidden_BLD: jax.Array, batch: Mapping, chunk: int
-                     ) -> jax.Array:
-    """float32 log p(target)_BL of rows that hold preferences.
+def of_answers(log_probs_BL: jax.Array, answer_BL: jax.Array) -> jax.Array:
+    """float32 [B, 2]: the sums over each answer's tokens.
 
-    Raises:
-        UserError: rows whose encoder side has segments.
+    answer_BL: 1 at the chosen answer's tokens, 2 at the rejected one's, else 0.
     """
-    if "encoder_segment_ids" in batch:   # the rejected answer would read none of the prompt
-        raise UserError("objective.name=seq2seq_dpo: the id 0 of data.vocabulary stands in texts, "
-                        "so that an encoder's row is marked as one of several; use a vocabulary whose "
-                        "id 0 is padding.")
-    return losses.target_log_probs(module.head, module.head_params(), hidden_BLD,
-                                   batch["decoder_target_tokens"], chunk=chunk)
-
-
-def of_answers(log_probs_BL: jax.Array, batch: Mapping) -> jax.Array:
-    """float32 [B, 2]: the sums over each answer's tokens."""
-    return jnp.stack([jnp.sum(jnp.where(batch[ANSWER] == n, log_probs_BL, 0.0), axis=1)
+    return jnp.stack([jnp.sum(jnp.where(answer_BL == n, log_probs_BL, 0.0), axis=1)
                       for n in (1, 2)], axis=1)
 
 
-def scores(module: BoundModel, batch: Mapping, chunk: int = 0) -> jax.Array:
-    """float32 [B, 2]: the log-probabilities of both answers, without dropout."""
-    hidden, _ = module(batch, None)
-    return of_answers(target_log_probs(module, hidden, batch, chunk), batch)
-
-
-def margins(log_probs_BL: jax.Array, batch: Mapping) -> jax.Array:
-    """h_B against the reference that the batch has in REFERENCE, a number a token or the sum at an
-    answer's first; without one, the reference finds all answers equally likely."""
-    found_B2 = of_answers(log_probs_BL, batch)
-    if REFERENCE in batch:
-        found_B2 = found_B2 - jax.lax.stop_gradient(of_answers(batch[REFERENCE], batch))
+def margins(log_probs_BL: jax.Array, answer_BL: jax.Array, reference_BL: jax.Array | None
+            ) -> jax.Array:
+    """h_B against the reference's log-probabilities, a number a token or the sum at an answer's
+    first; None: a reference that finds all answers equally likely."""
+    found_B2 = of_answers(log_probs_BL, answer_BL)
+    if reference_BL is not None:
+        found_B2 = found_B2 - jax.lax.stop_gradient(of_answers(reference_BL, answer_BL))
     return found_B2[:, 0] - found_B2[:, 1]
 
 
-def is_pair(batch: Mapping) -> jax.Array:
+def is_pair(answer_BL: jax.Array) -> jax.Array:
     """bool_B: not one of the empty rows that fill evaluation's last batch."""
-    return jnp.any(batch[ANSWER] == 2, axis=1)
+    return jnp.any(answer_BL == 2, axis=1)
