@@ -6,6 +6,7 @@ errors that a config can hold are raised here, before anything is allocated or c
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -23,11 +24,11 @@ from t5x_lite.models import language_model, parametrization
 from t5x_lite.models.language_model import Model
 from t5x_lite.models.params import ParamInfo
 from t5x_lite.models.peft import Tuning
-from t5x_lite.parallel import pipeline, sharding
+from t5x_lite.parallel import offload, pipeline, sharding
 from t5x_lite.parallel.sharding import Rules
 from t5x_lite.running import counts
 from t5x_lite.training import objectives, precision, state, steps
-from t5x_lite.training.optimizers import Optimizer, make_optimizer, until
+from t5x_lite.training.optimizers import EMA, Optimizer, make_optimizer, until
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +177,25 @@ class Program:
         with self.activate():
             return tree.unflatten(gather(flat))
 
+    def evaluated_params(self, state: state.State) -> dict:
+        """The whole model's parameters that evaluation and samples use: with the moving average in the
+        place of what trains, where the run keeps one and eval.ema asks for it. That is a copy of them
+        on the devices."""
+        if EMA not in state["opt_state"] or not self.config.eval.ema:
+            return self.whole_params(state)
+        with self.activate():
+            averaged = self._averaged(state["params"], state["opt_state"][EMA])
+        return self.whole_params({**state, "params": averaged})
+
+    @functools.cached_property
+    def _averaged(self) -> Callable:
+        def averaged(params, average):
+            flat = tree.flatten(params)   # parameters that optimizer.groups freeze have no average
+            return tree.unflatten(flat | {
+                path: sharding.place_like(offload.to_device(x), flat[path]).astype(flat[path].dtype)
+                for path, x in tree.flatten(average).items()})
+        return jax.jit(averaged, out_shardings=state.shardings(self.abstract_state["params"]))
+
     def whole_params(self, state: state.State) -> dict:
         """The whole model's parameters: what was trained and what was frozen, merged."""
         if "frozen" not in state:
@@ -240,7 +260,8 @@ def build(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Pro
     optimizer = make_optimizer(until(config.optimizer, config.train.num_steps),
                                tuning.trainable, policy, config.loss_scale,
                                seed=config.train.seed,
-                               width=parametrization.width_ratio(config.model))
+                               width=parametrization.width_ratio(config.model),
+                               ema_decay=config.train.ema_decay)
     if config.sharding.offload_optimizer:
         optimizer.check_offload()
     differentiated = steps.Differentiated(

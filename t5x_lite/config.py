@@ -21,7 +21,7 @@ from t5x_lite import errors, files
 from t5x_lite.checkpoints.config import CheckpointConfig
 from t5x_lite.data.config import DataConfig
 from t5x_lite.decoding.decode import DecodeConfig
-from t5x_lite.errors import Bounds, Count, Seed, UserError, at_least, nearest, one_of, refuse
+from t5x_lite.errors import Bounds, Count, Rate, Seed, UserError, at_least, nearest, one_of, refuse
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.peft import PeftConfig
 from t5x_lite.parallel.sharding import DEFAULT_RULES, MeshConfig
@@ -55,6 +55,9 @@ class TrainConfig:
     # The gradient noise scale, about the largest useful batch in rows, from the micro-batches of each
     # step: train/noise_scale (steps.noise_scale). Needs accumulation of 2 or more.
     noise_scale: bool = False
+    # Decay a step of an exponential moving average of the parameters that train, float32, beside the
+    # optimizer's moments; 0: none. Evaluation and samples then use it (eval.ema).
+    ema_decay: Rate = 0.0
     watchdog: WatchdogConfig = WatchdogConfig()   # seconds after which a run counts as stuck
 
     def __post_init__(self):
@@ -77,6 +80,9 @@ class EvalConfig:
     # same in all runs; 0: the whole split.
     num_examples: int = 0
     num_batches: int = 0            # at most so many batches, if that is less; 0: no such limit
+    # Use the moving average of the parameters, where the run keeps one (train.ema_decay): here, and in
+    # eval, infer and interactive; False: the parameters of the step itself.
+    ema: bool = True
     # End the run after so many evaluations in a row without a better checkpoint.best, or loss where
     # that is empty; 0: never.
     stop_after: int = 0

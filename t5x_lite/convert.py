@@ -75,6 +75,7 @@ class Options:
     vocab_size: int = 0
     max_file_gb: float = 5.0
     push: str = ""
+    ema: bool = True   # the moving average of a workdir's parameters, where its run kept one
 
 
 def run(source: str, target: str, options: Options = Options()) -> None:
@@ -168,7 +169,7 @@ def _open(source: str, options: Options) -> ForeignModel:
         return hf.read_model(rest, like=given)
     step = _step(options)
     init_from.check_workdir(source)
-    return init_from.read_workdir(source, given, step)
+    return init_from.read_workdir(source, given, step, averaged=options.ema)
 
 
 def _step(options: Options) -> int | str:
@@ -290,7 +291,8 @@ def _write_peft(folder: pathlib.Path, source: str, options: Options) -> None:
     run = saved(record.config)
     table = Tuning(Model(run.model).table, run.peft).trainable
     wanted = {p: jax.ShapeDtypeStruct(i.shape, i.dtype) for p, i in table.items()}
-    trained, _ = manager.restore_params(source, tree.unflatten(wanted), record.step)
+    trained, _ = manager.restore_params(source, tree.unflatten(wanted), record.step,
+                                        averaged=options.ema)
     hf_lora.write(folder, run.model, run.peft,
                   {p: np.asarray(x) for p, x in tree.flatten(trained).items()},
                   run.init_from.removeprefix("hf:"), options.family or _model_type(run.init_from))
@@ -345,6 +347,8 @@ if __name__ == "__main__":
     _VOCAB = flags.DEFINE_integer("vocab_size", 0, "Drop rows that pad the vocabulary beyond it.")
     _GB = flags.DEFINE_float("max_file_gb", 5.0, "Size of one safetensors file.")
     _PUSH = flags.DEFINE_string("push", "", "ORG/NAME of the hub to upload an hf: target to.")
+    _EMA = flags.DEFINE_bool("ema", True, "Write the moving average of a workdir's parameters, where "
+                             "train.ema_decay kept one; --noema: those of the step itself.")
     _CONFIG = cli.define_config()
 
     def main() -> None:
@@ -353,6 +357,6 @@ if __name__ == "__main__":
                             "--to=hf:DIR|peft:DIR|WORKDIR.")
         config = cli.run_config(_CONFIG) if _CONFIG.value is not None else None
         run(_FROM.value, _TO.value, Options(config, _FAMILY.value, _DTYPE.value, _STEP.value,
-                                            _VOCAB.value, _GB.value, _PUSH.value))
+                                            _VOCAB.value, _GB.value, _PUSH.value, _EMA.value))
 
     cli.run(main)

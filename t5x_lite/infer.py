@@ -385,6 +385,7 @@ def _what_decides(config: RunConfig) -> dict[str, Any]:
     fields = ("data.inputs_length", "data.targets_length", "data.vocabulary", "data.train",
               "data.task_modules", "data.shots", "data.shots_seed", "objective.name", "precision")
     values = {name: functools.reduce(getattr, name.split("."), config) for name in fields}
+    values |= {"eval.ema": config.eval.ema} if config.train.ema_decay else {}
     model = configs.to_json(config.model) + configs.to_json(config.peft)
     return {**values, "model and peft": f"crc32 {zlib.crc32(model.encode()):08x}"}
 

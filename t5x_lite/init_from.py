@@ -4,7 +4,7 @@
               of the hub, downloaded into its cache (formats/hub.py)
     t5x:DIR   a native T5X checkpoint
     WORKDIR   a workdir of t5x_lite, its checkpoints folder or the folder of one step; WORKDIR/checkpoints/best
-              the best one (checkpoint.best)
+              the best one (checkpoint.best). Of a run with train.ema_decay: the moving average
 
 Each a local folder or gs://BUCKET/PATH.
 
@@ -90,13 +90,16 @@ def check_workdir(source: str) -> None:
 
 
 def read_workdir(workdir: str, like: ModelConfig | None = None, step: int | str = "last", *,
-                 sharding: Any = None) -> ForeignModel:
-    """The model in a checkpoint of ours, its layers regrouped as those of `like`."""
+                 sharding: Any = None, averaged: bool = True) -> ForeignModel:
+    """The model in a checkpoint of ours, its layers regrouped as those of `like`.
+
+    averaged: the moving average of its parameters, where the run kept one.
+    """
     record = manager.read_record(workdir, step)
     stored = from_mapping(ModelConfig, record.config["model"], "model")
     as_ours = functools.partial(workdirs.model_of, workdir, stored, like=like, step=record.step)
     if any(path.startswith("frozen/") for path in record.arrays):
-        merged = _merged(workdir, record)
+        merged = _merged(workdir, record, averaged)
         return as_ours(merged, merged.__getitem__, collective=False)
     arrays = {path.removeprefix("params/"): info for path, info in record.arrays.items()
               if path.startswith("params/")}
@@ -106,22 +109,27 @@ def read_workdir(workdir: str, like: ModelConfig | None = None, step: int | str 
         info = arrays[path]
         wanted = jax.ShapeDtypeStruct(info.shape, jnp.dtype(info.dtype), sharding=sharding)
         params, _ = manager.restore_params(workdir, tree.unflatten({path: wanted}), record.step,
-                                           partial=True)
+                                           partial=True, averaged=averaged)
         return np.asarray(tree.flatten(params)[path].addressable_data(0))
     return as_ours(arrays, read, collective=True)
 
 
-def _merged(workdir: os.PathLike | str, record: checkpoint_format.Record) -> dict[str, np.ndarray]:
+def _merged(workdir: os.PathLike | str, record: checkpoint_format.Record, averaged: bool
+            ) -> dict[str, np.ndarray]:
     """The whole model of a checkpoint that refers to its frozen parameters."""
-    params, _ = restore(alone(saved(record.config)), workdir, record.step)
+    program = alone(saved(record.config), averaged)
+    params, _ = restore(program, workdir, record.step)
     return {path: np.asarray(x.addressable_data(0)) for path, x in tree.flatten(params).items()}
 
 
-def alone(run: RunConfig) -> Program:
-    """The run's model on one device, or whole on each device of several processes."""
+def alone(run: RunConfig, averaged: bool = True) -> Program:
+    """The run's model on one device, or whole on each device of several processes.
+
+    averaged: its eval.ema.
+    """
     devices = jax.devices() if jax.process_count() > 1 else jax.devices()[:1]
     return build(dataclasses.replace(
-        run, mesh=MeshConfig(data=len(devices)), sharding=ShardingConfig(), eval=EvalConfig(),
+        run, mesh=MeshConfig(data=len(devices)), sharding=ShardingConfig(), eval=EvalConfig(ema=averaged),
         train=TrainConfig(global_batch_size=len(devices), seed=run.train.seed)), devices)
 
 
@@ -204,11 +212,21 @@ def restore_state(program: Program, workdir: os.PathLike | str, step: int | str 
 
 
 def _restore_trained(program, workdir, step) -> tuple[dict, checkpoint_format.Record]:
-    params, record = manager.restore_params(workdir, program.abstract_state["params"], step)
+    averaged = program.config.eval.ema
+    params, record = manager.restore_params(workdir, program.abstract_state["params"], step,
+                                            averaged=averaged)
+    _say_average(record, averaged)
     ours, saved = program.config.data, record.config["data"]
     if (ours.vocabulary, ours.train) != (saved["vocabulary"], saved["train"]) and same_vocabulary.names_one(ours):
         same_vocabulary.compare(ours, str(workdir))
     return params, record
+
+
+def _say_average(record: checkpoint_format.Record, averaged: bool) -> None:
+    if any(path.startswith(f"{checkpoint_format.AVERAGE}/") for path in record.arrays):
+        log.say(f"parameters of step {record.step}: " + (
+            "their moving average (eval.ema=False takes those of the step itself)" if averaged else
+            "those of the step itself (eval.ema=True takes their moving average)"))
 
 
 def _over_frozen(program, workdir, trained, record) -> dict:

@@ -52,8 +52,9 @@ class Session:
 
     @property
     def params(self) -> dict:
-        """The whole model's parameters, nested; what models/peft.py trains is merged in."""
-        return self.program.whole_params(self.state)
+        """The whole model's parameters, nested; what models/peft.py trains is merged in,
+        and the moving average is taken where the run keeps one (train.ema_decay, eval.ema)."""
+        return self.program.evaluated_params(self.state)
 
     def train(self, examples: Examples, num_steps: int) -> list[float]:
         """Steps over the examples, shuffled anew each epoch; the loss (nats a token) of each."""

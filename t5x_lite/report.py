@@ -38,6 +38,9 @@ def header(program: Program) -> str:
     trains = [] if program.num_trainable == program.num_params else [
         ("trains", f"{program.num_trainable:,} by {config.peft.method}, "
                    f"{program.num_trainable / program.num_params:.2%} of the parameters")]
+    averages = [] if not config.train.ema_decay else [
+        ("average", f"of the parameters, decay {config.train.ema_decay:g} a step: evaluation and samples "
+                    f"use {'it' if config.eval.ema else 'the last parameters, not it (eval.ema)'}")]
     lines = [
         ("run", f"{config.name}: {config.model.architecture}, {config.objective.name}, "
                 f"{config.optimizer.name}, {config.precision}"),
@@ -50,6 +53,7 @@ def header(program: Program) -> str:
                  f"{rows * program.tokens_per_sequence:,} tokens, "
                  f"{si(rows * program.flops_per_sequence, 'FLOP')}"),
         ("steps", f"{config.train.num_steps:,}"),
+        *averages,
         *[("warning", text) for text in [unused_accelerator(device.platform)] if text],
     ]
     return "\n".join(f"{name:<11} {text}" for name, text in lines)

@@ -210,19 +210,15 @@ def _loop(session: _Session, start: Start, compiled: Callable | None, where: _Wh
     first, last = int(state["step"]), config.train.num_steps
     evaluator, ramp = session.evaluator, program.jit_train_step()
     compiled_rows = _rows(config, first + 1)
-    held_out: dict[str, dict[str, float]] = {}
-    stopping, best, patience = False, _best(session, start.record), config.eval.stop_after
+    held_out, stopping, best, patience = {}, False, _best(session, start.record), config.eval.stop_after
     tracked = trackers.Trackers(config.track, session.workdir, json.loads(to_json(config)))
     with metrics.MetricsWriter(session.workdir, first, tracked) as writer:
         meter = _Meter(session, writer, first, start.record)
-        # What follows a metric needs the first evaluation: a name that it does not have is refused now.
-        if first == 0 and (config.eval.at_start or best.metric) and evaluator.has_data:
-            held_out = _evaluate(session, evaluator, meter, state, 0)
-            best.check(held_out)
+        if first == 0:
+            held_out = _evaluate_at_start(session, meter, best, state)
         for step in range(first + 1, last + 1):
             if best.is_over(patience):
-                log.say(f"stopped early after step {step - 1}: {best.since} evaluations brought nothing "
-                        f"better (eval.stop_after={patience})")
+                log.say(best.why_over(step - 1, patience))
                 break
             where.step, where.rows = step, meter.counts.rows
             train_step = compiled if _rows(config, step) == compiled_rows else ramp
@@ -236,8 +232,7 @@ def _loop(session: _Session, start: Start, compiled: Callable | None, where: _Wh
             # other order would leave it out. A signal leaves no time for it.
             if evaluating:
                 held_out = _evaluate(session, evaluator, meter, state, step)
-                improved = best.see(step, held_out) and bool(config.checkpoint.best)
-                saving |= improved or best.is_over(patience)
+                saving |= best.calls_for_a_save(step, held_out, config.checkpoint.best != "", patience)
             if saving:
                 _save(session, meter, best, state, step)
             if stopping:
@@ -249,11 +244,28 @@ def _loop(session: _Session, start: Start, compiled: Callable | None, where: _Wh
         log.say(f"stopped by {session.stop.name or 'SIGTERM'} after step {step}, which is saved; "
                 f"the same command goes on from there")
         raise Stopped(stopped_status(os.environ), session.stop.name)
+    _finish(session, meter, best, state, held_out)
+    return held_out
+
+
+def _finish(session: _Session, meter: "_Meter", best: Best, state: Mapping,
+            held_out: Mapping[str, Mapping[str, float]]) -> None:
+    """What a run that is done says."""
     meter.refuse_a_run_without_updates()
     if best.metric:
         log.say(best.line())
-    if config.eval.samples and evaluator.has_data:
-        _show_samples(session, evaluator, state, held_out)
+    if session.program.config.eval.samples and session.evaluator.has_data:
+        _show_samples(session, session.evaluator, state, held_out)
+
+
+def _evaluate_at_start(session: _Session, meter: "_Meter", best: Best, state: Mapping
+                       ) -> dict[str, dict[str, float]]:
+    """Held-out metrics of before the first step, where they are asked for. What follows a metric needs
+    them: a name that they do not have is refused now."""
+    wanted = session.program.config.eval.at_start or best.metric != ""
+    if not wanted or not session.evaluator.has_data:
+        return {}
+    best.check(held_out := _evaluate(session, session.evaluator, meter, state, 0))
     return held_out
 
 
@@ -272,10 +284,9 @@ def _save(session: _Session, meter: "_Meter", best: Best, state: Mapping, step: 
     meter.writer.sync()   # what the checkpoint comes after is there before it
     config, checkpointer = session.program.config, session.checkpointer
     checkpointer.keep_best(best.step if config.checkpoint.best else None)
-    followed = {BEST: best.memory()} if best.metric else {}
     with session.clock.during("save"):
         checkpointer.save(step, state, session.train_data.state(), to_json(config),
-                          meter.memory() | followed)
+                          meter.memory() | ({BEST: best.memory()} if best.metric else {}))
 
 
 def _due(every: int, step: int, last: int) -> bool:
@@ -287,7 +298,7 @@ def _show_samples(session: _Session, evaluator: Evaluator, state: Mapping,
                   held_out: Mapping[str, Mapping[str, float]]) -> None:
     """Prints what the model makes of a few held-out examples, and writes it to samples.txt."""
     program = session.program
-    examples = evaluator.samples(program.whole_params(state), program.config.eval.samples)
+    examples = evaluator.samples(program.evaluated_params(state), program.config.eval.samples)
     samples = "\n\n".join(filter(None, (report.samples(examples), report.filled(held_out))))
     log.say(samples)
     if log.is_main():
@@ -317,7 +328,7 @@ def _evaluate(session: _Session, evaluator: Evaluator, meter: "_Meter", state: M
               ) -> dict[str, dict[str, float]]:
     """Held-out metrics of the state, shown and written."""
     with session.clock.during("evaluation"):
-        held_out = evaluator.evaluate(session.program.whole_params(state))
+        held_out = evaluator.evaluate(session.program.evaluated_params(state))
     for task, values in held_out.items():
         log.say(report.evaluation_line(step, task, values))
         meter.writer.write(meter.stamp(step), values, prefix=f"eval/{task}/")

@@ -128,9 +128,21 @@ class Best:
         self.since += 1
         return False
 
+    def calls_for_a_save(self, step: int, held_out: Mapping[str, Mapping[str, float]], keep: bool,
+                         patience: int) -> bool:
+        """As `see`, but whether the state must be saved now: it is the best and is to be kept, or the
+        run is over."""
+        improved = self.see(step, held_out)
+        return (keep and improved) or self.is_over(patience)
+
     def is_over(self, patience: int) -> bool:
         """Whether so many evaluations brought nothing better; never with 0."""
         return 0 < patience <= self.since
+
+    def why_over(self, step: int, patience: int) -> str:
+        """What a run that ends early after `step` says."""
+        return (f"stopped early after step {step}: {self.since} evaluations brought nothing better "
+                f"(eval.stop_after={patience})")
 
     def line(self) -> str:
         """What a run says of it at the end."""

@@ -48,6 +48,7 @@ from t5x_lite.parallel import offload
 FORMAT_VERSION = 1
 _STAMP = "stamp"     # beside the iterator states in their file
 FROZEN = "frozen"   # the part of the state that is recorded and not written
+AVERAGE = "opt_state/ema"   # where the moving average of params stands, if the run keeps one
 
 def _from_orbax(text: str) -> bool:
     return f"{os.sep}orbax{os.sep}" in text
@@ -328,6 +329,7 @@ def read_step(folder: epath.Path, abstract_state: Any,
     """
     expected = named_leaves(abstract_state)
     record = read_record(folder)
+    _check_average(folder, expected, record)
     _check_same(folder, expected, record.arrays)
     iterator_states, problem = _attempt(folder, lambda: _read_iterators(folder / "record", record))
     _agree(problem)
@@ -366,13 +368,31 @@ def check_frozen(where: os.PathLike | str, record: Record, frozen: Mapping) -> N
             "start a new workdir.")
 
 
-def read_params(folder: epath.Path, abstract_params: Any, partial: bool) -> tuple[Any, Record]:
+def _check_average(folder: epath.Path, expected: Mapping[str, Any], record: Record) -> None:
+    """Raises UserError where either the state or the checkpoint has a moving average, and the other
+    has none."""
+    wanted, held = (any(p.startswith(f"{AVERAGE}/") for p in paths)
+                    for paths in (expected, record.arrays))
+    if wanted == held:
+        return
+    before = record.config.get("train", {}).get("ema_decay", 0.0)
+    raise UserError(
+        f"{folder} holds {'a' if held else 'no'} moving average of the parameters, and train.ema_decay "
+        f"asks for {'one' if wanted else 'none'}: set train.ema_decay={before:g} as the run had it, or "
+        "start a new --workdir with init_from set to this one.")
+
+
+def read_params(folder: epath.Path, abstract_params: Any, partial: bool, averaged: bool
+                ) -> tuple[Any, Record]:
     """Only the parameters, cast to the dtypes asked for; see checkpoint.restore_params."""
     expected = named_leaves({"params": abstract_params})
     record = read_record(folder)
     stored = {p: info for p, info in record.arrays.items() if p.startswith("params/")}
     _check_same(folder, expected, stored, with_dtype=False, with_extra=not partial)
-    arrays, _ = _read_arrays(folder, record, expected)
+    place = {p: p.replace("params", AVERAGE, 1) for p in expected} if averaged else {}
+    place = {p: place[p] if place.get(p) in record.arrays else p for p in expected}
+    found, _ = _read_arrays(folder, record, {place[p]: x for p, x in expected.items()})
+    arrays = {p: found[place[p]] for p in expected}
     cast = jax.jit(lambda x, dtype: x.astype(dtype), static_argnums=1)
     leaves = [arrays[p] if arrays[p].dtype == x.dtype else cast(arrays[p], x.dtype)
               for p, x in expected.items()]

@@ -126,7 +126,7 @@ def read_record(path: os.PathLike | str, step: int | str = "last") -> Record:
 
 
 def restore_params(path: os.PathLike | str, abstract_params: Mapping, step: int | str = "last", *,
-                   partial: bool = False) -> tuple[dict, Record]:
+                   partial: bool = False, averaged: bool = True) -> tuple[dict, Record]:
     """Reads parameters only, for evaluation, inference and init_from.
 
     Args:
@@ -135,6 +135,7 @@ def restore_params(path: os.PathLike | str, abstract_params: Mapping, step: int 
         A dtype that differs from the stored one is cast to after reading.
       step: "last" (falls back to an older one, with a message, where it is unreadable), "best" or N.
       partial: the checkpoint may hold parameters that are not asked for.
+      averaged: their moving average, where the run kept one (train.ema_decay).
 
     Returns:
       (params, record): arrays placed by the shardings of abstract_params, and the Record.
@@ -143,7 +144,8 @@ def restore_params(path: os.PathLike | str, abstract_params: Mapping, step: int 
       UserError: no (readable) checkpoint, or it holds other parameters than asked for.
     """
     return _first_readable(
-        path, step, lambda folder: checkpoint_format.read_params(folder, abstract_params, partial))
+        path, step, lambda folder: checkpoint_format.read_params(
+            folder, abstract_params, partial, averaged))
 
 
 def _first_readable(path, step, read: Callable[[epath.Path], Any]):

@@ -11,7 +11,9 @@ classes or on their order in a chain:
 
 with the moments mu, nu (Adam), mu (Lion), trace (SGD with momentum), v_row, v_col, v, m
 (Adafactor), those of other rows by their names in optax (optax_state.py), and, where the precision
-policy asks, "master" (float32 parameters) and "loss_scale". Frozen parameters have no state. A
+policy asks, "master" (float32 parameters) and "loss_scale". With train.ema_decay d "ema" is the
+float32 moving average of the parameters, a_t = d a_(t-1) + (1 - d) p_t from a_0 = p_0 on, of p_t before
+it is rounded to its own type; a skipped step leaves it as it was. It is treated as a moment. Frozen parameters have no state. A
 moment may be sharded more finely than its parameter (ZeRO-1): the update then runs on the moment's
 shards and only the new parameters are gathered; every output keeps the sharding of its input. It
 may also be kept in the host's memory (sharding.offload_optimizer): then it visits the device layer
@@ -39,6 +41,7 @@ from t5x_lite.training.methods import METHODS, GroupConfig, OptimizerConfig, Tra
 
 # Names in a state that are no moments of the transformation.
 _OWN = ("master", "loss_scale")
+EMA = "ema"   # the moment that no transformation reads
 Flat = dict[str, jax.Array]
 
 
@@ -82,6 +85,7 @@ class Optimizer:
     transformation: optax.GradientTransformationExtraArgs
     # path -> what its learning rate is multiplied by for the model's width; {}: 1 for all
     width_rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    ema_decay: float = 0.0   # of the average of the parameters; 0: there is none
 
     @functools.cached_property
     def frozen(self) -> frozenset[str]:
@@ -93,9 +97,11 @@ class Optimizer:
         flat = self._trainable(params)
         master = {path: p.astype(jnp.float32) for path, p in flat.items()}
         moments, rest = optax_state.apart(self.transformation.init(master), flat)
-        assert not {*moments, *rest} & {*_OWN}, (moments.keys(), rest.keys())
+        assert not {*moments, *rest} & {*_OWN, EMA}, (moments.keys(), rest.keys())
         state = {name: tree.unflatten(x) for name, x in moments.items()}
         state |= {"count": jnp.zeros((), jnp.int32), **rest}
+        if self.ema_decay:
+            state[EMA] = tree.unflatten(master)
         if self.policy.master_copy:
             state["master"] = tree.unflatten(master)
         if self.policy.loss_scaling:
@@ -245,12 +251,18 @@ class Optimizer:
         given, new_rest = optax_state.apart(optax_new, old)
         new_moments = {name: {path: place_like(x, moments[name][path]) for path, x in held.items()}
                        for name, held in given.items()}
+        if EMA in moments:
+            new_moments[EMA] = {path: self._averaged(x, new[path]) for path, x in moments[EMA].items()}
         new_rest = {"count": optax.safe_increment(rest["count"]), **new_rest}
         if finite is not None:
             new, new_moments, new_rest = jax.tree.map(
                 lambda a, b: jnp.where(finite, a, b), (new, new_moments, new_rest),
                 (old, moments, rest))
         return new, new_moments, new_rest
+
+    def _averaged(self, average: jax.Array, param: jax.Array) -> jax.Array:
+        """The moving average after a step that gave these parameters."""
+        return average + (1 - self.ema_decay) * (place_like(param, average) - average)
 
     def _change(self, step: jax.Array, param: jax.Array, rate: jax.Array, decay: float
                 ) -> jax.Array:
@@ -293,7 +305,7 @@ def _at(paths, flat: Mapping[str, Any]) -> dict[str, Any]:
 def make_optimizer(config: OptimizerConfig, table: Mapping[str, Any],
                    policy: precision.Policy = precision.POLICIES["float32"],
                    loss_scaling: precision.LossScaleConfig = precision.LossScaleConfig(),
-                   seed: int = 0, width: float = 1.0) -> Optimizer:
+                   seed: int = 0, width: float = 1.0, ema_decay: float = 0.0) -> Optimizer:
     """The optimizer of a model.
 
     Args:
@@ -301,6 +313,7 @@ def make_optimizer(config: OptimizerConfig, table: Mapping[str, Any],
         policy: decides master copies, rounding and loss scaling.
         seed: of stochastic rounding.
         width: over that of the model whose learning rate was tuned, see models/parametrization.py.
+        ema_decay: of a moving average of the parameters; 0: none is kept.
     Raises:
         UserError: an unknown name, a pattern that is no regex or matches nothing, a number
             out of range, or nothing left to train.
@@ -320,7 +333,7 @@ def make_optimizer(config: OptimizerConfig, table: Mapping[str, Any],
     transformation = optax.with_extra_args_support(
         METHODS[config.name].transformation(config, trained))
     return Optimizer(config, policy, loss_scaling, seed, dict(table), group_of, weight_decay,
-                     transformation, width_rates)
+                     transformation, width_rates, ema_decay)
 
 
 def _width_rates(config: OptimizerConfig, trained: Mapping[str, ParamInfo], width: float
