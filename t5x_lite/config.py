@@ -25,6 +25,7 @@ from t5x_lite.errors import Bounds, Count, Rate, Seed, UserError, at_least, near
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.peft import PeftConfig
 from t5x_lite.parallel.sharding import DEFAULT_RULES, MeshConfig
+from t5x_lite.running import profile
 from t5x_lite.running.clock import WatchdogConfig
 from t5x_lite.training.batch_ramp import BatchRampConfig
 from t5x_lite.training.methods import OptimizerConfig
@@ -58,9 +59,12 @@ class TrainConfig:
     # Decay a step of an exponential moving average of the parameters that train, float32, beside the
     # optimizer's moments; 0: none. Evaluation and samples then use it (eval.ema).
     ema_decay: Rate = 0.0
+    # Steps, FIRST:LAST, of which a trace goes to WORKDIR/profile, for xprof or TensorBoard; "": none.
+    profile_steps: str = ""
     watchdog: WatchdogConfig = WatchdogConfig()   # seconds after which a run counts as stuck
 
     def __post_init__(self):
+        profile.parse(self.profile_steps)
         one_of("train.bad_steps", self.bad_steps, BAD_STEPS)
         at_least("train.max_bad_steps", self.max_bad_steps, 1)
         if self.noise_scale and self.accumulation < 2:

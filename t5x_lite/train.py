@@ -57,6 +57,7 @@ from t5x_lite.running.ahead import Ahead
 from t5x_lite.running.clock import LOST, Clock, Watchdog, lost_seconds
 from t5x_lite.running.counts import Counts
 from t5x_lite.running.health import Experts, Fault, Health, Step
+from t5x_lite.running.profile import Profile
 from t5x_lite.running.signals import Stop, Stopped, stopped_status
 from t5x_lite.training import batch_ramp, metrics, schedules, trackers
 from t5x_lite.training.steps import FILLED, FINITE
@@ -208,11 +209,11 @@ def _loop(session: _Session, start: Start, compiled: Callable | None, where: _Wh
     """Steps, evaluations and checkpoints from the state's step to the last."""
     program, config, state = session.program, session.program.config, start.state
     first, last = int(state["step"]), config.train.num_steps
-    evaluator, ramp = session.evaluator, program.jit_train_step()
-    compiled_rows = _rows(config, first + 1)
+    evaluator, ramp, compiled_rows = session.evaluator, program.jit_train_step(), _rows(config, first + 1)
     held_out, stopping, best, patience = {}, False, _best(session, start.record), config.eval.stop_after
     tracked = trackers.Trackers(config.track, session.workdir, json.loads(to_json(config)))
-    with metrics.MetricsWriter(session.workdir, first, tracked) as writer:
+    with (metrics.MetricsWriter(session.workdir, first, tracked) as writer,
+          Profile(config.train.profile_steps, session.workdir) as profile):
         meter = _Meter(session, writer, first, start.record)
         if first == 0:
             held_out = _evaluate_at_start(session, meter, best, state)
@@ -221,6 +222,7 @@ def _loop(session: _Session, start: Start, compiled: Callable | None, where: _Wh
                 log.say(best.why_over(step - 1, patience))
                 break
             where.step, where.rows = step, meter.counts.rows
+            profile.before(step, state)
             train_step = compiled if _rows(config, step) == compiled_rows else ramp
             state = _step(session, meter, train_step, state, step)
             stopping = step < last and session.stop.now(step)
@@ -262,11 +264,9 @@ def _evaluate_at_start(session: _Session, meter: "_Meter", best: Best, state: Ma
                        ) -> dict[str, dict[str, float]]:
     """Held-out metrics of before the first step, where they are asked for. What follows a metric needs
     them: a name that they do not have is refused now."""
-    wanted = session.program.config.eval.at_start or best.metric != ""
-    if not wanted or not session.evaluator.has_data:
+    if not session.evaluator.has_data or not (session.program.config.eval.at_start or best.metric):
         return {}
-    best.check(held_out := _evaluate(session, session.evaluator, meter, state, 0))
-    return held_out
+    return best.check(_evaluate(session, session.evaluator, meter, state, 0))
 
 
 def _best(session: _Session, record: Record | None) -> Best:
@@ -282,11 +282,11 @@ def _best(session: _Session, record: Record | None) -> Best:
 
 def _save(session: _Session, meter: "_Meter", best: Best, state: Mapping, step: int) -> None:
     meter.writer.sync()   # what the checkpoint comes after is there before it
-    config, checkpointer = session.program.config, session.checkpointer
-    checkpointer.keep_best(best.step if config.checkpoint.best else None)
+    config, followed = session.program.config, {BEST: best.memory()} if best.metric else {}
+    session.checkpointer.keep_best(best.step if config.checkpoint.best else None)
     with session.clock.during("save"):
-        checkpointer.save(step, state, session.train_data.state(), to_json(config),
-                          meter.memory() | ({BEST: best.memory()} if best.metric else {}))
+        session.checkpointer.save(step, state, session.train_data.state(), to_json(config),
+                                  meter.memory() | followed)
 
 
 def _due(every: int, step: int, last: int) -> bool:

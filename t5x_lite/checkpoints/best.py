@@ -107,10 +107,11 @@ class Best:
         """What stands in the checkpoint, as JSON values."""
         return dataclasses.asdict(self)
 
-    def check(self, held_out: Mapping[str, Mapping[str, float]]) -> None:
-        """Raises UserError where the evaluation has no such metric."""
+    def check(self, held_out: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+        """The evaluation, as it is. Raises UserError where it has no such metric."""
         if self.metric:
             find(parse(self.metric)[0], held_out)
+        return held_out
 
     def see(self, step: int, held_out: Mapping[str, Mapping[str, float]]) -> bool:
         """Counts the evaluation of a step; whether it is the best so far.
