@@ -20,7 +20,7 @@ if __name__ == "__main__":   # --help is answered before what is slow to import
 import itertools
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read on import
 
@@ -100,11 +100,8 @@ def _lengths(config: DataConfig, name: str, split: str, kind: str, examples: int
         return   # no text-to-text task: it fills whatever lengths it is given
     rows = data_rows.of(kind)
     if rows.compares:
-        limits = rows.task_lengths(task, config.inputs_length, config.targets_length)
-        for feature in ("inputs", "targets", "rejected"):
-            sizes, room = [len(example[feature]) for example in shown], limits[feature]
-            yield (f"{feature} of the first {len(shown)} examples: mean {np.mean(sizes):.1f}, longest "
-                   f"{max(sizes)}; {sum(n > room for n in sizes)} longer than {room} tokens and cut")
+        yield from _lengths_of_answers(
+            shown, rows.task_lengths(task, config.inputs_length, config.targets_length))
         return
     shares = rows.shares_row and "inputs" in shown[0]
     rooms = {"inputs": [config.inputs_length] * len(shown),
@@ -120,6 +117,14 @@ def _lengths(config: DataConfig, name: str, split: str, kind: str, examples: int
         line += f"{feature}_length={getattr(config, f'{feature}_length')} and cut"
         empty = sum(n <= 1 for n in sizes)
         yield line + (f"; {empty} empty" if empty else "")
+
+
+def _lengths_of_answers(shown: Sequence[Mapping], rooms: Mapping[str, int]) -> Iterator[str]:
+    """How long questions, chosen and rejected answers are before they are cut."""
+    for feature in ("inputs", "targets", "rejected"):
+        sizes, room = [len(example[feature]) for example in shown], rooms[feature]
+        yield (f"{feature} of the first {len(shown)} examples: mean {np.mean(sizes):.1f}, longest "
+               f"{max(sizes)}; {sum(n > room for n in sizes)} longer than {room} tokens and cut")
 
 
 def in_flags(message: str) -> str:

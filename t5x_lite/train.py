@@ -58,7 +58,7 @@ from t5x_lite.running.clock import LOST, Clock, Watchdog, lost_seconds
 from t5x_lite.running.counts import Counts
 from t5x_lite.running.health import Experts, Fault, Health, Step
 from t5x_lite.running.profile import Profile
-from t5x_lite.running.signals import Stop, Stopped, stopped_status
+from t5x_lite.running.signals import Stop, stopped_status
 from t5x_lite.training import batch_ramp, metrics, schedules, trackers
 from t5x_lite.training.steps import FILLED, FINITE
 
@@ -243,9 +243,7 @@ def _loop(session: _Session, start: Start, compiled: Callable | None, where: _Wh
             session.checkpointer.wait()
         meter.close()
     if stopping:
-        log.say(f"stopped by {session.stop.name or 'SIGTERM'} after step {step}, which is saved; "
-                f"the same command goes on from there")
-        raise Stopped(stopped_status(os.environ), session.stop.name)
+        raise session.stop.end(step)
     _finish(session, meter, best, state, held_out)
     return held_out
 

@@ -163,4 +163,4 @@ def _agreed(value: float) -> float:
 def is_over(progress: Mapping[str, Any], patience: int) -> bool:
     """Whether the run of a checkpoint's record ended early, by what its progress holds."""
     memory = progress.get(BEST)
-    return bool(memory) and Best(**memory).is_over(patience)
+    return memory is not None and Best(**memory).is_over(patience)

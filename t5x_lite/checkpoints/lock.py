@@ -247,8 +247,9 @@ def _parsed(content: bytes) -> dict[str, Any]:
 
 def _age(holder: dict[str, Any]) -> float:
     alive = holder.get("alive")
-    is_time = isinstance(alive, (int, float)) and abs(alive) < 1e12
-    return time.time() - alive if is_time else float("inf")
+    if not isinstance(alive, (int, float)) or abs(alive) >= 1e12:
+        return float("inf")
+    return time.time() - alive
 
 
 def _is_gone(holder: dict[str, Any]) -> bool:

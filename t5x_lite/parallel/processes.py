@@ -70,7 +70,7 @@ class Processes:
         if self.coordinator_address is not None:
             host, port = _host_and_port(self.coordinator_address, self.source)
         if known:
-            _check_number(self.num_processes, self.process_id, self.source)
+            _check_number(self.num_processes or 0, self.process_id or 0, self.source)
             if self.process_id:
                 _wait_for(host, port)
             change_last_words(

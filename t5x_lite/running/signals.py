@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 import jax
 from jax.experimental import multihost_utils
 
+from t5x_lite import log
 from t5x_lite.errors import refuse
 from t5x_lite.parallel import processes
 
@@ -75,6 +76,12 @@ class Stop:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, lambda *_: None)
         return self
+
+    def end(self, step: int) -> Stopped:
+        """What a run that was asked to stop ends with, said to the user; `step` is saved."""
+        log.say(f"stopped by {self.name or 'SIGTERM'} after step {step}, which is saved; "
+                f"the same command goes on from there")
+        return Stopped(stopped_status(os.environ), self.name)
 
     def __exit__(self, *_) -> None:
         if self._ends is None:

@@ -263,7 +263,7 @@ def test_text_files_under_every_objective(tmp_path, name, objective, packing):
      "takes prefix_lm, span_corruption, word_spans, bart, ul2"),
     ({"denoising": "ul2"}, "mlm", "not 'mlm', which takes bert"),
     ({"denoising": "ul2", "noise_density": 0.3}, "seq2seq", "no setting of data.denoising='ul2'"),
-    ({"denoising": "bart", "noise_density": 1.5}, "seq2seq", "between 0 and 1"),
+    ({"denoising": "bart", "noise_density": 1.5}, "seq2seq", r"must be in \(0, 1\)"),
     ({"denoising": "salient"}, "mlm", "data.denoising='salient': must be one of"),
     ({"inputs_length": 64}, "prefix_lm", "targets_length=64 is the whole row"),
 ])

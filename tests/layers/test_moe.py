@@ -466,7 +466,7 @@ def test_tokens_stay_on_their_slice(dropless):
     ({"expert_groups": 0}, "expert_groups=0: must be at least 1"),
     ({"expert_capacity": -3}, "expert_capacity=-3: must be at least 0"),
     ({"balance_weight": float("nan")}, "balance_weight=nan: must be a finite number at least 0"),
-    ({"jitter": 1.5}, "jitter=1.5: must be below 1"),
+    ({"jitter": 1.5}, r"jitter=1.5: must be in \[0, 1\)"),
     ({"expert_groups": 3}, "expert_groups=3 must divide num_experts=4"),
     ({"expert_groups": 4, "router": "top_2"}, "max_groups=1"),
     ({"capacity_factor": 0.3}, "capacity_factor=0.3: 0.3 . 12 tokens of a group / 4 experts.*"
