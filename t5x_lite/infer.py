@@ -400,8 +400,8 @@ def infer(config: RunConfig, workdir: files.Path | None, step: str, decode: Deco
         UserError: what the items raise, an output of something else, or processes that were
             started differently.
     """
-    processes.check_agree({
-        "--workdir": str(workdir), "--step": step, "--mode": mode, "--output": str(output),
+    processes.check_agree({   # the output is process 0's alone
+        "--workdir": str(workdir), "--step": step, "--mode": mode,
         "--input": source, "config": json.loads(configs.to_json(config)),
         "--decode": json.loads(configs.to_json(decode))})
     program = build(config)

@@ -106,7 +106,7 @@ def test_configs_with_scaled_rotary_positions_and_old_fields():
             old.decoder.position.rotary_scaling.factor) == ("linear", 2.0)
     with pytest.raises(UserError, match="rope scaling 'dynamic'"):
         hf.model_config({**base, "rope_scaling": {"type": "dynamic", "factor": 2.0}})
-    with pytest.raises(UserError, match="activation 'gelu_nwe'.*did you mean 'gelu_new'"):
+    with pytest.raises(UserError, match="no activation is called 'gelu_nwe'.*did you mean 'gelu_new'"):
         hf.model_config({**base, "hidden_act": "gelu_nwe"})
     with pytest.raises(UserError, match="no model_type is called 'lama'.*did you mean 'llama'"):
         hf.model_config({**base, "model_type": "lama"})

@@ -114,7 +114,7 @@ def test_eval_reads_every_checkpoint(whole, capsys):
         for task, values in tasks.items():
             assert logged[step][f"eval/{task}/loss"] == pytest.approx(values["loss"], rel=1e-6)
     assert "bits/byte" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"must be all, last or one of \[4, 6\]"):
+    with pytest.raises(UserError, match=r"must be all, last, best or one of \[4, 6\]"):
         eval_main.steps_to_evaluate(workdir, "5")
 
 

@@ -349,7 +349,7 @@ def check_objective(name: str, objective: str, field: str) -> None:
 def find(name: str) -> Denoiser:
     """The denoiser that data.denoising names; UserError for an unknown one."""
     if name not in DENOISERS:
-        raise UserError(f"{refuse('data.denoising', name, _allowed())}{nearest(name, DENOISERS)}")
+        raise UserError(f"{refuse('data.denoising', name, _allowed())}{nearest(name, (*DENOISERS, 'salient'))}")
     return DENOISERS[name]
 
 

@@ -129,7 +129,7 @@ def test_a_file_that_is_not_there_is_refused_at_the_door(tmp_path):
     (tmp_path / "words.model").touch()
     with pytest.raises(UserError, match="no such file; did you mean 'words.model'"):
         data_vocabulary.check_there(str(tmp_path / "word.model"))
-    for name in ("python", "", "gs://bucket/a.model", str(tmp_path / "words.model")):
+    for name in ("python", "", str(tmp_path / "words.model")):
         data_vocabulary.check_there(name)
 
 

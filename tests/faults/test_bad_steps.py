@@ -108,7 +108,8 @@ def test_a_checkpoint_with_nan_is_not_gone_on_from(config, tmp_path, monkeypatch
     program = build(config)
     wanted = program.abstract_state
     with manager.Checkpointer(tmp_path, config.checkpoint) as checkpointer:
-        state, states, record = manager.restore_or_init(checkpointer, wanted, lambda: None)
+        state, states, record, _ = manager.restore_or_init(
+            checkpointer, wanted, lambda: None)
         path = next(iter(tree.flatten(state["params"])))
         flat = tree.flatten(state["params"])
         flat[path] = flat[path] * np.nan

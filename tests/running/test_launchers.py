@@ -119,6 +119,7 @@ def test_without_slurm_its_absence_is_said(tmp_path, monkeypatch):
         launchers.make("slurm", tmp_path, {})
 
 
+@pytest.mark.slow
 def test_an_experiment_two_runs_at_a_time(tmp_path):
     """The whole command; one of its runs fails."""
     from tests import tiny_config

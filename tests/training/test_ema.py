@@ -77,7 +77,7 @@ def test_split_and_offloaded_equal_one_device(reference, sharding):
         assert x.sharding == like.sharding
 
 
-@pytest.mark.parametrize("precision", ["float32", "fp16"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_a_skipped_step_leaves_it_as_it_was(precision):
     config = of(replace(replace(run_of("adamw"), "train.bad_steps", "skip"), "precision", precision))
     config = dataclasses.replace(config, loss_scale=LossScaleConfig(   # overflows
@@ -136,6 +136,7 @@ def same(a, b):
     return all((a[p] == x).all() for p, x in b.items())
 
 
+@pytest.mark.slow
 def test_resumed_is_uninterrupted_and_another_decay_of_none_is_refused(config, whole, tmp_path, capsys):
     train.run(replace(config, "train.num_steps", 2), tmp_path)
     assert re.search(r"average +of the parameters, decay 0.5 a step.* use it", capsys.readouterr().out)
@@ -155,6 +156,7 @@ def test_a_run_without_it_cannot_go_on_with_it(config, tmp_path):
             checkpointer.restore_latest(averaged.abstract_state)
 
 
+@pytest.mark.slow
 def test_evaluation_conversion_and_init_from_use_it(config, whole, tmp_path, capsys):
     lines = metrics.read_metrics(whole / "metrics.jsonl")
     in_loop = [x["eval/validation_files/loss"] for x in lines if "eval/validation_files/loss" in x][-1]
