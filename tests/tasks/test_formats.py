@@ -135,7 +135,7 @@ def names() -> set[str]:
     from t5x_lite.data import choice_files
     from tasks import big_bench, flan, multilingual
     facts = {"fact_passages", "fact_passages_permuted", "fact_passages_salient",
-             "closed_book_qa", "closed_book_qa_dev"}
+             "closed_book_qa", "closed_book_qa_dev", "fact_wordings", "fact_wordings_dev"}
     languages = {*(f"xnli_{code}" for code in multilingual.XNLI_LANGUAGES),
                  *(f"wikiann_{code}" for code in multilingual.WIKIANN_LANGUAGES)}
     ranked = {*choice_files.PUBLISHED, "copa_ranked", "hellaswag", "winogrande", "arc_easy", "arc_challenge",

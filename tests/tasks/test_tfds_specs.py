@@ -27,6 +27,8 @@ def test_formats_fit_the_specs_of_tfds(registered, tmp_path, monkeypatch):
     tasks = collections.defaultdict(list)
     for name in sorted(registered.names()):
         task = registered.get(name)
+        if name.endswith("_word_spans"):
+            continue   # refuses the bytes that stand in for T5's vocabulary here; test_word_spans has it
         if isinstance(task.source, seqio.TfdsDataSource) and not name.startswith("data_test_"):
             tasks[task.source._tfds_dataset.name].append(task)
     assert len(tasks) > 50 and sum(map(len, tasks.values())) > 90
