@@ -9,7 +9,9 @@ names the dotted field of anything that does not fit.
 
 import ast
 import dataclasses
+import importlib.util
 import json
+import pathlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -274,6 +276,28 @@ def field_names(run: RunConfig) -> list[str]:
         inner = [name for suffix, part in parts for name in visit(part, where + suffix)]
         return inner or [where.removeprefix(".")]
     return visit(json.loads(to_json(run)), "")
+
+
+def module_of(path: str, function: str, instead: str) -> tuple[types.ModuleType, str | None]:
+    """The module of a config file "FILE.py:ARGUMENT", and its argument.
+
+    Args:
+        function: what the module must have.
+        instead: what to do about a file that has it not.
+    Raises:
+        UserError: no such file, or one without the function.
+    """
+    name, _, argument = path.partition(":")
+    if not pathlib.Path(name).is_file():
+        raise UserError(f"--config={name} does not exist: {instead}.")
+    spec = importlib.util.spec_from_file_location(pathlib.Path(name).stem, name)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config={name} is no file of Python: {instead}.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, function):
+        raise UserError(f"--config={name} has no {function}(): {instead}.")
+    return module, argument or None
 
 
 def load(path: files.Path, overrides: Sequence[str] = ()) -> RunConfig:

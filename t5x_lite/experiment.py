@@ -28,11 +28,9 @@ if __name__ == "__main__":   # --help is answered before what is slow to import
 
 import dataclasses
 import functools
-import importlib.util
 import io
 import json
 import os
-import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
@@ -80,15 +78,7 @@ def load(path: str) -> tuple[ModuleType, str | None]:
     Raises:
         UserError: no such file, or one without get_runs.
     """
-    name, _, argument = path.partition(":")
-    if not pathlib.Path(name).is_file():
-        raise UserError(f"--config={name} does not exist.")
-    spec = importlib.util.spec_from_file_location(pathlib.Path(name).stem, name)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_runs"):
-        raise UserError(f"--config={name} has no get_runs(); train it with t5x_lite.train.")
-    return module, argument or None
+    return configs.module_of(path, "get_runs", "train it with t5x_lite.train")
 
 
 def is_finished(workdir: files.Path, config: RunConfig) -> bool:

@@ -11,8 +11,6 @@ and "hidden" and "logits". This module needs JAX; no data is read.
 
 import argparse
 import dataclasses
-import importlib.util
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,14 +62,7 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
 
 def load(path: str) -> RunConfig:
     """The run of a config file and its argument. Raises UserError where there is none."""
-    name, _, argument = path.partition(":")
-    if not pathlib.Path(name).is_file():
-        raise UserError(f"--config={name} does not exist.")
-    spec = importlib.util.spec_from_file_location(pathlib.Path(name).stem, name)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"--config={name} has no get_config(): name the config of one run.")
+    module, argument = configs.module_of(path, "get_config", "name the config of one run")
     given = module.get_config(argument) if argument else module.get_config()
     return configs.from_mapping(RunConfig, given)
 

@@ -17,7 +17,6 @@ N here is kernels with the head, what runs record as params_no_embed_head less n
 """
 
 import dataclasses
-import importlib.util
 import json
 import math
 import pathlib
@@ -372,15 +371,8 @@ def base_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: no such file, one without get_config, or an override that does not fit.
     """
-    name, _, argument = path.partition(":")
-    if not pathlib.Path(name).is_file():
-        raise UserError(f"--config={name} does not exist: a config file such as "
-                        f"configs/experiments/ladder.py:lm.")
-    spec = importlib.util.spec_from_file_location(pathlib.Path(name).stem, name)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"--config={name} has no get_config(), which gives the run to resize.")
+    module, argument = configs.module_of(
+        path, "get_config", "name the run to resize, such as configs/experiments/ladder.py:lm")
     found = module.get_config(argument) if argument else module.get_config()
     return configs.override(configs.from_mapping(RunConfig, found), overrides)
 
