@@ -16,6 +16,10 @@ constraints.txt holds the versions that the tests pass with.
 
 import setuptools
 
+# Where the repository lies. No owner is known yet: `python scripts/set_repository.py URL` puts a release's
+# here and into the notebooks' badges, their install cells and the docs' links, which a test holds equal.
+REPOSITORY = "https://github.com/ORGANISATION/t5x_lite"
+
 # What shows a run; a bare install does without and names the extra where one is used.
 _SHOWN = {"plots": ["matplotlib"], "tensorboard": ["tensorboardX"]}
 
@@ -37,6 +41,7 @@ setuptools.setup(
     version="0.1.0",
     description="Train, evaluate and serve T5s, decoder-only LMs and sparse MoEs in JAX.",
     license="Apache-2.0",
+    url=REPOSITORY,
     python_requires=">=3.11,<3.13",
     packages=setuptools.find_packages(include=["t5x_lite*", "configs*", "tasks*"]),
     # The tables of facts and the vocabularies, whatever their suffix.
