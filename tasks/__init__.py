@@ -4,6 +4,7 @@ Each module imports the library as your own module of tasks does (data.task_modu
 it registers its tasks; `register_all` imports them all.
 
     python_text       docs and source code of the running Python: real text without a download
+    python_parts      parts of that source code, of 8 kB to 2 MB
     c4                C4 through TFDS
     wikipedia         English Wikipedia through TFDS
     closed_book_qa    Natural Questions, WebQuestions, TriviaQA without a context
@@ -16,14 +17,15 @@ it registers its tasks; `register_all` imports them all.
     big_bench         BIG-bench and BIG-Bench Hard
     lm_evaluation     WikiText-103, PG-19, the Pile, LAMBADA
     flan              instructions with options for ten data sets, and their mixture
+    integers          small problems of integers: modular addition, classes with noisy labels
     scan              SCAN's simple split
     p3                P3's mixture of what is at hand (only with data.task_modules=tasks.p3)
 """
 
 import importlib
 
-_MODULES = ("tasks.python_text", "tasks.c4", "tasks.wikipedia", "tasks.closed_book_qa",
-            "tasks.facts_qa", "tasks.salient_spans", "tasks.scan", "tasks.big_bench", "tasks.glue",
+_MODULES = ("tasks.python_text", "tasks.python_parts", "tasks.c4", "tasks.wikipedia", "tasks.closed_book_qa",
+            "tasks.facts_qa", "tasks.salient_spans", "tasks.scan", "tasks.integers", "tasks.big_bench", "tasks.glue",
             "tasks.t5_benchmarks", "tasks.multilingual", "tasks.rank_classification", "tasks.lm_evaluation", "tasks.flan")
 
 

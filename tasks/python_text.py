@@ -83,16 +83,17 @@ def source_documents() -> Iterator[tuple[str, str]]:
             yield split_of(name), source
 
 
-def _key(kind: str) -> str:
+def key(kind: str) -> str:
+    """The name of the cache folder of one kind of documents of this Python."""
     version = "".join(c if c.isalnum() or c == "." else "_" for c in sys.version.split(" (")[0])
     where = hashlib.sha256((sys.version + sysconfig.get_paths()["stdlib"]).encode()).hexdigest()
     return f"python_{kind}-{version}-{where[:8]}-v{_VERSION}"
 
 
 _SOURCES = {
-    "docs": DocumentSource(functools.partial(_key, "docs"), ("train", "validation"),
+    "docs": DocumentSource(functools.partial(key, "docs"), ("train", "validation"),
                            docs_documents),
-    "source": DocumentSource(functools.partial(_key, "source"), ("train", "validation"),
+    "source": DocumentSource(functools.partial(key, "source"), ("train", "validation"),
                              source_documents),
 }
 

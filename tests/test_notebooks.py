@@ -18,7 +18,7 @@ SMALL = {
     "3_closed_book_qa": {"OVERRIDES": ["train.num_steps=4", "eval.every=4", "checkpoint.every=4",
                                        "eval.num_batches=1"], "ARMS": "none"},
     "4_scaling_laws": {"BUDGETS": "1e9,3e9", "SIZES": 3, "PREDICT": 0},
-    "6_compare": {"BUDGETS": ((64, 2), (64, 12)), "SEEDS": (0, 1), "RATES": (0.004,)},
+    "6_compare": {"BUDGETS": ((32, 2), (32, 12)), "SEEDS": (0, 1), "RATES": (0.004,)},
     "5_plan_a_pod": {"TOPOLOGIES": ("v5e:2x2",), "GPUS": ()},
 }
 

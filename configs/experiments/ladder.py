@@ -14,6 +14,7 @@ stand in their place. `python -m t5x_lite.experiment --config=configs/experiment
 same runs without the prediction, and `…ladder.py:RUNS/ladder.json` those that a ladder's folder holds.
 """
 
+import dataclasses
 import pathlib
 
 from t5x_lite.checkpoints.manager import CheckpointConfig
@@ -26,6 +27,7 @@ from t5x_lite.models.config import BlockConfig, ModelConfig, SegmentConfig, Stac
 from t5x_lite.scaling import ladders
 from t5x_lite.training.methods import OptimizerConfig
 from t5x_lite.training.objectives import ObjectiveConfig
+from t5x_lite.training.schedules import ScheduleConfig
 
 SHOWN = ("all/loss",)
 OVER, LOG_AXES = "FLOPs", "xy"
@@ -63,6 +65,22 @@ def run(arg: str | None = "lm") -> RunConfig:
         optimizer=OptimizerConfig("adamw", beta2=0.95, weight_decay=0.1, clip_norm=1.0),
         train=TrainConfig(global_batch_size=16), eval=EvalConfig(num_examples=256, batch_size=64),
         checkpoint=CheckpointConfig(keep_last=1))
+
+
+def small(width: int, layers: int, *, steps: int, seed: int = 0, rows: int = 16, rate: float = 0.01,
+          task: str = "python_source_causal_lm", evaluations: int = 10) -> RunConfig:
+    """A causal LM of another shape for the experiments beside this one: rows of 64 bytes, warm-up over
+    a tenth of the steps, cosine to a tenth of the rate."""
+    config = run("lm")
+    return dataclasses.replace(
+        config, name=f"w{width}_l{layers}", model=ladders.resized(config.model, width, width / layers),
+        data=dataclasses.replace(config.data, train=task),
+        optimizer=dataclasses.replace(config.optimizer, schedule=ScheduleConfig(
+            "constant * linear_warmup * cosine_to_floor", rate, warmup_steps=max(1, steps // 10))),
+        train=TrainConfig(num_steps=steps, global_batch_size=rows, seed=seed,
+                          log_every=max(1, steps // 20)),
+        eval=dataclasses.replace(config.eval, every=max(1, steps // evaluations)),
+        checkpoint=CheckpointConfig(every=steps, keep_last=1))
 
 
 def get_config(arg: str | None = None):

@@ -1,0 +1,67 @@
+"""The critical batch grows as the loss falls: a sweep of batches, each at the best of three rates.
+
+Papers: McCandlish et al. 2018 (arXiv:1812.06162), equation 2.11: steps S = S_min + E_min / batch to one loss,
+B_crit = E_min / S_min; Kaplan et al. 2020 (arXiv:2001.08361), section 5.1: B_crit = B* / L^(1/alpha_B), with
+alpha_B about .21. A causal LM of 25,000 parameters on the bytes of your own Python installation, AdamW at a
+constant rate after warm-up. Runs of 16 rows and more also measure the gradient noise scale.
+Expected: not run yet; one seed.
+Command: python -m t5x_lite.experiment --config=configs/experiments/critical_batch.py \\
+    --workdir=runs/critical_batch
+and then, of each loss L in sweep.csv: python -m t5x_lite.scaling fit --law=steps_of_batch \\
+    --table=runs/critical_batch/sweep.csv --columns=batch=rows,steps=steps --where=loss=L
+"""
+
+import csv
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+from configs.experiments import ladder, switch_vs_dense
+from t5x_lite import config as configs, experiment
+from t5x_lite.experiment import Run
+from t5x_lite.training.schedules import ScheduleConfig
+
+SHOWN = ("all/loss", "all/accuracy")
+OVER, LOG_AXES = "tokens", "x"
+STEPS = {4: 3000, 16: 1500, 64: 600, 256: 240}     # {rows: steps}
+RATES = (0.5, 1.0, 2.0)     # times 0.004 (rows / 16)^1/2
+LOSSES = (3.2, 3.0, 2.8, 2.6, 2.5, 2.4, 2.3)
+
+
+def get_runs() -> tuple[Run, ...]:
+    """Arm "ROWS_FACTOR"."""
+    return tuple(Run(f"{rows}_{factor:g}", 0, _run(rows, steps, factor))
+                 for rows, steps in STEPS.items() for factor in RATES)
+
+
+def _run(rows: int, steps: int, factor: float):
+    rate = 0.004 * factor * (rows / 16) ** 0.5
+    config = ladder.small(32, 1, steps=steps, rows=rows, evaluations=30)
+    config = configs.replace(config, "optimizer.schedule", ScheduleConfig(
+        "constant * linear_warmup", rate, warmup_steps=max(10, 400 // rows)))
+    return dataclasses.replace(config, train=dataclasses.replace(
+        config.train, accumulation=4, noise_scale=True) if rows >= 16 else config.train)
+
+
+def conclude(runs: Sequence[Run], workdir: pathlib.Path) -> str:
+    """Steps of each batch to each loss, at its best rate; writes sweep.csv for the fits."""
+    rows, lines = [], ["Steps to a held-out loss at the best of the rates:", "",
+                       "| loss | " + " | ".join(f"{n} rows" for n in STEPS) + " |",
+                       "|---" * (len(STEPS) + 1) + "|"]
+    for loss in LOSSES:
+        found = {n: _fewest(runs, workdir, n, loss) for n in STEPS}
+        rows += [(loss, n, steps) for n, steps in found.items() if steps]
+        lines.append(f"| {loss} | " + " | ".join(
+            "–" if steps is None else f"{steps:.0f}" for steps in found.values()) + " |")
+    with open(workdir / "sweep.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("loss", "rows", "steps"))
+        writer.writerows(rows)
+    return "\n".join(lines) + "\n"
+
+
+def _fewest(runs: Sequence[Run], workdir: pathlib.Path, rows: int, loss: float) -> float | None:
+    steps = [switch_vs_dense.step_at(experiment.curve(
+        workdir / run.folder / "metrics.jsonl", "eval/*/loss"), loss)
+        for run in runs if run.config.train.global_batch_size == rows]
+    return min((step for step in steps if step is not None), default=None)
