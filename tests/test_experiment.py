@@ -6,6 +6,7 @@ import pytest
 
 from t5x_lite import experiment
 from t5x_lite.errors import UserError
+from t5x_lite.reporting import runs as reporting_runs
 from tests import tiny_config
 from tests.reporting.test_page import write_run
 
@@ -72,13 +73,36 @@ def test_a_plot_has_the_axes_that_are_asked_for(tmp_path, monkeypatch):
         original(*args, **options)) or drawn[-1])
     experiment.draw(runs, tmp_path, "eval/all/loss", tmp_path / "curves.png", "FLOPs", "xy")
     [axes] = drawn[0].axes
-    assert axes.get_xlabel() == "FLOPs (FLOP)"
+    assert axes.get_xlabel() == "FLOPs"
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
     assert axes.lines[0].get_xdata().tolist() == [1e9, 2e9]
     config = tmp_path / "c.py"
     config.write_text("def get_runs():\n    return ()\n")
     with pytest.raises(UserError, match="--over='flops': must be one of step, tokens, FLOPs"):
         experiment.run(str(config), tmp_path, over="flops")
+
+
+@pytest.mark.parametrize("name", ["switch_vs_dense", "precision", "ladder"])
+def test_what_a_shipped_experiment_shows_is_there_with_one_task(name, tmp_path):
+    """A run of one task has no eval/all."""
+    module, _ = experiment.load(f"configs/experiments/{name}.py")
+    runs = [experiment.Run("float32" if name == "precision" else "dense", 0, None)]
+    write_run(tmp_path / runs[0].folder, 0, [3.0, 2.0])
+    file = tmp_path / runs[0].folder / "metrics.jsonl"
+    file.write_text(file.read_text().replace("eval/all/", "eval/text/").replace(
+        '"eval/text/loss": 2.0', '"eval/text/loss": 2.0, "eval/text/accuracy": 0.4'))
+    cells = experiment.summary(runs, tmp_path, module.SHOWN).splitlines()[2]
+    assert "–" not in cells and "| 2 (2 … 2)" in cells
+    if hasattr(module, "conclude"):
+        assert "nats a token" in module.conclude(runs, tmp_path) or "2.0000" in module.conclude(runs, tmp_path)
+    experiment.draw(runs, tmp_path, f"eval/{module.SHOWN[0]}", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").exists()
+
+
+def test_all_tasks_together_come_first():
+    values = {"a/loss": 1.0, "all/loss": 2.0, "b/z_loss": 3.0}
+    assert reporting_runs.value(values, "*/loss") == 2.0
+    assert reporting_runs.value({"a/loss": 1.0, "a/z_loss": 3.0}, "*/loss") == 1.0
 
 
 def test_a_metric_that_no_run_has_is_said_and_not_drawn(tmp_path, capsys):

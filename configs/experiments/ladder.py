@@ -29,7 +29,7 @@ from t5x_lite.training.methods import OptimizerConfig
 from t5x_lite.training.objectives import ObjectiveConfig
 from t5x_lite.training.schedules import ScheduleConfig
 
-SHOWN = ("all/loss",)
+SHOWN = ("*/loss",)
 OVER, LOG_AXES = "FLOPs", "xy"
 LADDER = ladders.Ladder(budgets=(4e9, 1.86e10, 8.6e10, 4e11), ratio=60.0, unit=4)
 _ATTENTION, _MLP = AttentionConfig(num_heads=4, head_dim=8), MLPConfig(mlp_dim=128, gated=False)

@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from configs import python_text
 from t5x_lite import config as configs, experiment
 from t5x_lite.experiment import Run
+from t5x_lite.reporting import runs as reporting_runs
 from t5x_lite.training import precision
 
-SHOWN = ("all/loss", "all/accuracy")
+SHOWN = ("*/loss", "*/accuracy")
 SEEDS = (0, 1, 2)
 _STEPS = 600
 
@@ -46,8 +47,8 @@ def get_runs() -> tuple[Run, ...]:
 
 def conclude(runs: Sequence[Run], workdir: pathlib.Path) -> str:
     """Final held-out loss of each policy less float32's of the same seed."""
-    final = {folder: values["all/loss"] for folder, values in
-             experiment.final_values(runs, workdir).items() if "all/loss" in values}
+    ends = experiment.final_values(runs, workdir)
+    final = {folder: reporting_runs.value(values, SHOWN[0]) for folder, values in ends.items()}
     lines = ["Final held-out loss less float32's of the same seed, nats a token:", ""]
     for name in precision.POLICIES:
         found = [final[run.folder] - final[f"float32/seed_{run.seed}"] for run in runs

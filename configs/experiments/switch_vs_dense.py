@@ -20,7 +20,7 @@ from configs import python_text
 from t5x_lite import config as configs, experiment
 from t5x_lite.experiment import Run
 
-SHOWN = ("all/loss", "all/accuracy")
+SHOWN = ("*/loss", "*/accuracy")
 SEEDS = (0, 1, 2)
 _STEPS = 240
 
@@ -52,7 +52,7 @@ def step_at(curve: Sequence[tuple[int, float]], loss: float) -> float | None:
 def conclude(runs: Sequence[Run], workdir: pathlib.Path) -> str:
     """A table of the steps that each arm and seed needed to the dense arm's mean final loss."""
     def curve(run):
-        return experiment.curve(workdir / run.folder / "metrics.jsonl", "eval/all/loss")
+        return experiment.curve(workdir / run.folder / "metrics.jsonl", "eval/*/loss")
     dense = [curve(r)[-1][1] for r in runs if r.arm == "dense" and curve(r)]
     if not dense:
         return "The dense arm has not run yet.\n"

@@ -51,6 +51,8 @@ def drawn(runs: Sequence[Run], metric: str, axis: str = "step", *, logx: bool = 
     for axes in grid:
         axes.set_xscale("log" if logx else "linear")
         axes.set_yscale("log" if logy else "linear")
+        if logy:
+            _plain_numbers(axes)
         axes.grid(alpha=0.3)
     if not logy:
         _look_below_the_first_point(grid[0], arms)
@@ -72,13 +74,14 @@ def _curves_by_arm(runs: Sequence[Run], metric: str, axis: str) -> dict[str, lis
 
 def _draw_together(grid, arms: Mapping[str, list]) -> None:
     for number, (arm, curves) in enumerate(arms.items()):
-        _draw_arm(grid[0], arm, curves, f"C{number % 10}")
+        _draw_arm(grid[0], arm, curves, f"C{number % 10}", _STYLES[number // 10 % len(_STYLES)])
     _legend(grid[0])
 
 
 # Arms whose shades hide one another: from so many on they stand in panels of their own.
 MANY = 6
 COLUMNS = 4   # of panels
+_STYLES = ("-", "--", ":")   # of the first ten arms, the next ten, and so on: there are ten colours
 
 # The units of what metrics.jsonl holds, by a name's last part.
 _UNITS = {"loss": "nats a token", "accuracy": "share of tokens", "unigram_entropy": "nats a token",
@@ -127,6 +130,16 @@ def _look_below_the_first_point(axes, arms: Mapping[str, Sequence[Mapping[float,
         axes.set_ylim(low - 0.1 * (high - low), high + 0.4 * (high - low))
 
 
+def _plain_numbers(axes) -> None:
+    """Labels a logarithmic y axis of less than a decade by 2.0, 2.5 and 3.0, and not by 2 x 10^0."""
+    from matplotlib import ticker
+    low, high = axes.get_ylim()
+    if high < 10 * low:
+        axes.yaxis.set_major_locator(ticker.AutoLocator())
+        axes.yaxis.set_major_formatter(ticker.ScalarFormatter())
+        axes.yaxis.set_minor_locator(ticker.NullLocator())
+
+
 def _legend(axes) -> None:
     """Beside the curves, in the order in which they end."""
     handles, labels = axes.get_legend_handles_labels()
@@ -142,16 +155,18 @@ def _mean(curves: Sequence[Mapping[float, float]]) -> tuple[list[float], list[fl
     return shared, [statistics.fmean(curve[place] for curve in curves) for place in shared]
 
 
-def _draw_arm(axes, arm: str, curves: Sequence[Mapping[float, float]], color: str) -> None:
+def _draw_arm(axes, arm: str, curves: Sequence[Mapping[float, float]], color: str,
+              style: str = "-") -> None:
     """One arm's lines on matplotlib's axes; curves: {place: value} of each of its seeds."""
     label = f"{arm} ({len(curves)} seeds)" if len(curves) > 1 else arm
     shared, means = _mean(curves)
     if not shared:
         for number, curve in enumerate(curves):
-            axes.plot(list(curve), list(curve.values()), color=color,
+            axes.plot(list(curve), list(curve.values()), color=color, linestyle=style,
                       label=None if number else label)
         return
-    axes.plot(shared, means, color=color, label=label, marker="." if len(shared) < 40 else "")
+    axes.plot(shared, means, color=color, linestyle=style, label=label,
+              marker="." if len(shared) < 40 else "")
     if len(curves) > 1:
         axes.fill_between(shared, [min(curve[place] for curve in curves) for place in shared],
                           [max(curve[place] for curve in curves) for place in shared],

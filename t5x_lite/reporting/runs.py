@@ -15,7 +15,7 @@ from t5x_lite import files
 from t5x_lite.errors import UserError
 
 # The x axes of every curve: name -> (field of a line of metrics.jsonl, unit).
-AXES = {"step": ("step", ""), "tokens": ("tokens_seen", ""), "FLOPs": ("flops", "FLOP"),
+AXES = {"step": ("step", ""), "tokens": ("tokens_seen", ""), "FLOPs": ("flops", ""),
         "parameters": ("params_no_embed_head", "without embeddings, with the head"),
         "hours": ("hours", "h")}
 SIZES = ("parameters",)   # axes on which a run is one point: its last value
@@ -54,9 +54,10 @@ def is_number(value: Any) -> bool:
 
 
 def value(values: Mapping[str, Any], metric: str) -> float | None:
-    """The first finite number of this name, in which "*" stands for anything: "*/metric/em"."""
-    return next((values[name] for name in fnmatch.filter(values, metric)
-                 if is_number(values[name])), None)
+    """The first finite number of this name, in which "*" stands for anything: "*/metric/em"; of several
+    tasks' that of all together comes first, "all/loss" for "*/loss"."""
+    names = sorted(fnmatch.filter(values, metric), key=lambda name: "all" not in name.split("/"))
+    return next((values[name] for name in names if is_number(values[name])), None)
 
 
 def curve(run: Run, metric: str, axis: str = "step") -> dict[float, float]:

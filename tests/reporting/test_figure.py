@@ -93,3 +93,19 @@ def test_outside_a_notebook_nothing_is_shown(tmp_path, capsys, monkeypatch):
     with figure.watching(tmp_path):
         pass
     assert capsys.readouterr().out == ""
+
+
+def test_a_logarithmic_axis_of_less_than_a_decade_has_plain_numbers(tmp_path):
+    write_run(tmp_path / "a", 0, [3.1, 2.4, 1.8])
+    [axes] = figure.curves([tmp_path], logx=True, logy=True).axes
+    axes.figure.draw_without_rendering()
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert len(labels) > 3 and all(float(text) for text in labels), labels
+    assert axes.get_xlabel() == "step" and axes.get_yscale() == "log"
+
+
+def test_more_arms_than_colours_have_other_lines(tmp_path):
+    for number in range(12):
+        write_run(tmp_path / f"arm{number:02}", 0, [3.0, 2.0 + number])
+    [axes] = figure.curves([tmp_path]).axes
+    assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 12
