@@ -86,6 +86,8 @@ _STYLES = ("-", "--", ":")   # of the first ten arms, the next ten, and so on: t
 # The units of what metrics.jsonl holds, by a name's last part.
 _UNITS = {"loss": "nats a token", "accuracy": "share of tokens", "unigram_entropy": "nats a token",
           "bits_per_byte": "bits a byte", "em": "%", "f1": "%", "learning_rate": ""}
+_UNITS |= dict.fromkeys(("spans_exact", "spans_of_words", "spans_most_frequent",
+                         "spans_between_same_words"), "%")
 _WORDS = {"em": "exact match", "f1": "F1"}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from t5x_lite import files
 from t5x_lite.errors import UserError
-from t5x_lite.reporting import runs as reporting_runs, tables
+from t5x_lite.reporting import figure, runs as reporting_runs, tables
 from t5x_lite.reporting.runs import AXES, Run
 
 _TEMPLATE = pathlib.Path(__file__).parent / "page.html.j2"
@@ -29,6 +29,7 @@ def render(runs: Sequence[Run], title: str) -> str:
         final=tables.final(runs, metrics), differing=tables.differing(runs),
         cost=tables.cost(runs), load=tables.expert_load(runs), settings=tables.settings,
         remarks=_remarks(runs), points=script(tables.points(runs, metrics)),
+        words=script({metric: figure.in_words(metric) for metric in metrics}),
         units=script({axis: unit for axis, (_, unit) in AXES.items()}))
 
 

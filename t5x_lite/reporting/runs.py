@@ -157,17 +157,27 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _with_arms(runs: Sequence[Run]) -> list[Run]:
-    """The runs, each with an arm: the experiment's, or one for each setting of what is no seed."""
-    known: dict[str, str] = {}
+    """The runs, each with an arm: the experiment's, or one for each setting of what is no seed. Runs
+    of the same settings and seed are arms of their own, as who names them both compares them."""
+    known: dict[tuple[str, int], str] = {}
+    seen: dict[tuple[str, int], int] = {}   # how many runs had these settings and this seed
     named = []
     for run in runs:
         arm = run.arm
         if not arm:
             key = json.dumps({k: v for k, v in sorted(run.settings.items())
                               if k not in _NOT_SETTINGS}, default=str)
-            arm = known.setdefault(key, _unused(run.folder.resolve().name, known.values()))
+            again = seen[key, run.seed] = seen.get((key, run.seed), -1) + 1
+            arm = known.setdefault((key, again), _unused(_own_name(run.folder), known.values()))
         named.append(dataclasses.replace(run, arm=arm))
     return named
+
+
+def _own_name(folder: files.Path) -> str:
+    """The folder's name, or that of the first one around it that is not a seed's."""
+    folder = folder.resolve()
+    names = [part.name for part in (folder, *folder.parents)]
+    return next((name for name in names if name and not _SEED.fullmatch(name)), folder.name)
 
 
 def _unused(name: str, taken) -> str:
@@ -188,11 +198,14 @@ def by_arm(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def metrics_of(runs: Sequence[Run]) -> list[str]:
-    """Names of what is measured, "eval/all/loss" first, then held-out, then training's."""
+    """Names of what is measured: held-out before training's, of these losses, then what tasks' own
+    metric functions give, accuracies and the rest; over all tasks before one's."""
     names: dict[str, None] = {}
     for run in runs:
         for line in run.lines:
             names |= dict.fromkeys(n for n, v in line.items() if "/" in n and is_number(v))
-    order = {"eval/all/loss": 0}
-    return sorted(names, key=lambda n: (order.get(n, 1), not n.startswith("eval/"),
-                                        not n.endswith("loss"), n))
+    kinds = ("*/loss", "*/metric/*", "*/accuracy", "*")
+    return sorted(names, key=lambda n: (
+        not n.startswith("eval/"), not n.startswith("train/"),
+        next(i for i, kind in enumerate(kinds) if fnmatch.fnmatchcase(n, kind)),
+        not n.startswith("eval/all/"), n))

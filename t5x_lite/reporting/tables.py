@@ -55,15 +55,17 @@ def cost(runs: Sequence[Run]) -> Table:
     seconds went."""
     known = [(field, head, unit) for field, head, unit in _COSTS
              if any(run.last(field) is not None for run in runs)]
-    goodput = sorted({name for run in runs for line in run.lines[-3:] for name in line
-                      if name.startswith("goodput/")})
+    parts = list(dict.fromkeys(name for run in runs for line in run.lines[-3:] for name in line
+                               if name.startswith("seconds/")))
     rows = []
     for run in runs:
         cells = [_quantity(run.last(field), unit) for field, _, unit in known]
-        cells += [_quantity(run.last(name), "s") for name in goodput]
+        share = run.last("goodput")
+        cells += [_NONE if share is None else f"{share:.1%}"] if parts else []
+        cells += [_quantity(run.last(name), "s") for name in parts]
         rows.append([run.name, *cells])
-    heads = [head for _, head, _ in known] + [n.removeprefix("goodput/") for n in goodput]
-    return ["run", *heads], rows
+    heads = [head for _, head, _ in known] + ["goodput"] * bool(parts)
+    return ["run", *heads, *(name.removeprefix("seconds/") for name in parts)], rows
 
 
 def _quantity(value: float | None, unit: str) -> str:
@@ -83,7 +85,8 @@ def expert_load(runs: Sequence[Run]) -> Table:
     """The load entropy of every mixture's layer, 1 where experts share evenly; {} of dense models."""
     names = sorted({name for run in runs for line in run.lines for name in line
                     if name.startswith("train/moe/load_entropy/")})
-    rows = [[run.name, *(_range([run.last(name)]) for name in names)] for run in runs]
+    rows = [[run.name, *(_range([run.last(name)]) for name in names)] for run in runs
+            if any(run.last(name) is not None for name in names)]
     heads = [name.rsplit("/", 1)[1].replace("_", " layer ") for name in names]
     return ["run", *heads], rows if names else []
 

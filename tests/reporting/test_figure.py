@@ -39,7 +39,7 @@ def test_titles_units_and_what_the_shade_is(tmp_path):
     ("eval/closed_book_qa/metric/em", "exact match of closed_book_qa (%)"),
     ("eval/*/metric/f1", "F1 (%)"), ("train/loss", "training loss (nats a token)"),
     ("eval/squad/accuracy", "held-out accuracy of squad (share of tokens)"),
-    ("eval/t/metric/spans_exact", "spans exact of t"), ("train/grad_norm", "training grad norm")])
+    ("eval/t/metric/spans_exact", "spans exact of t (%)"), ("train/grad_norm", "training grad norm")])
 def test_a_metric_in_words(metric, words):
     assert figure.in_words(metric) == words
 

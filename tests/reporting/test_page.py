@@ -63,6 +63,39 @@ def test_any_folders_are_grouped_by_their_settings(tmp_path):
         "a": 2, "c": 1}
 
 
+def test_runs_that_are_named_side_by_side_stay_apart(tmp_path):
+    """Of the same settings and seed; and a seed's folder is called by what is around it."""
+    for name in ("first", "second"):
+        write_run(tmp_path / name, 0, [2.0])
+    for seed in (0, 1):
+        write_run(tmp_path / "wide" / f"seed_{seed}", seed, [1.0], 16)
+    found = reporting_runs.find([str(tmp_path / name) for name in ("first", "second", "wide")])
+    assert [(run.arm, run.seed) for run in found] == [
+        ("first", 0), ("second", 0), ("wide", 0), ("wide", 1)]
+
+
+def test_losses_come_first_then_what_tasks_measure(tmp_path):
+    write_run(tmp_path / "a", 0, [2.0], **{
+        "eval/all/aux_loss": 1.0, "eval/t/loss": 1.0, "eval/t/z_loss": 1.0, "eval/t/metric/em": 1.0,
+        "eval/t/accuracy": 1.0, "seconds/step": 3.0, "goodput": 0.75})
+    found = reporting_runs.find([str(tmp_path / "a")])
+    names = reporting_runs.metrics_of(found)
+    assert names[:4] == ["eval/all/loss", "eval/t/loss", "eval/t/metric/em", "eval/t/accuracy"]
+    assert names[-2:] == ["train/loss", "seconds/step"] and len(names) == 8
+    heads, [row] = tables.cost(found)
+    assert dict(zip(heads, row, strict=True)) | {"goodput": "75.0%", "step": "3 s"} == dict(
+        zip(heads, row, strict=True))
+    text = page.render(found, "t")
+    assert '"eval/t/metric/em": "exact match of t (%)"' in text
+
+
+def test_only_mixtures_have_an_expert_load(tmp_path):
+    write_run(tmp_path / "dense", 0, [2.0], 16)
+    write_run(tmp_path / "moe", 0, [2.0], **{"train/moe/load_entropy/encoder_1": 0.5})
+    found = reporting_runs.find([str(tmp_path)])
+    assert tables.expert_load(found) == (["run", "encoder layer 1"], [["moe, seed 0", "0.5"]])
+
+
 def test_hours_are_carried_over_lines_that_do_not_say(tmp_path):
     write_run(tmp_path / "a", 0, [2.0, 1.0])
     [run] = reporting_runs.find([str(tmp_path / "a")])
