@@ -7,6 +7,7 @@ fields of a config from their dataclasses (config_reference.py). Neither TensorF
     python -m t5x_lite.train --help=model.decoder    any section, or one field
 """
 
+import argparse
 import ast
 import dataclasses
 import functools
@@ -111,6 +112,21 @@ def door_text(door: pathlib.Path) -> str:
         f"(there are {', '.join(_top_sections())}). All fields: {REFERENCE}, or python -m "
         "t5x_lite.config_reference.", _width())]
     return "\n".join(lines)
+
+
+def parser_text(parser: argparse.ArgumentParser, description: str) -> str:
+    """The screen of a command that argparse reads: what it does, and its flags as door_text shows them."""
+    entries: list[str] = []
+    for action in parser._actions:   # argparse shows them to nobody else
+        if action.dest == "help" or not action.option_strings:
+            continue
+        kind = {int: "NUMBER", float: "NUMBER"}.get(action.type, "TEXT")
+        told = action.default not in (None, False, "", 0, []) and action.nargs != 0
+        default = f" (default: {action.default})" if told else ""
+        name = action.option_strings[-1] + (f"={kind}" if action.nargs != 0 else "")
+        entries += _entry(name, f"{action.help or ''}{default}")
+    head = ["", "Flags", ""] if entries else []
+    return "\n".join([description.strip(), *head, *entries]) + "\n"
 
 
 def section_text(where: str) -> str:

@@ -7,6 +7,7 @@ import pytest
 
 from t5x_lite import manual
 from t5x_lite.errors import UserError
+from t5x_lite.scaling import __main__ as scaling
 from tests.test_imports import ROOT
 
 DOORS = ("train", "eval", "infer", "plan", "convert", "experiment", "report", "inspect_task", "audit",
@@ -38,6 +39,25 @@ def test_help_comes_before_what_is_slow_to_import(door):
             "assert not slow, slow")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", ["fit", "compare", "laws", "ladder", "page", "coordinate_check"])
+def test_the_help_of_scaling_looks_as_that_of_the_doors(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        scaling.main(["--help"])
+    screen = capsys.readouterr().out
+    assert ended.value.code == 0 and f"    {command} " in screen and "usage:" not in screen
+    with pytest.raises(SystemExit) as ended:
+        scaling.main([command, "--help"])
+    screen = capsys.readouterr().out
+    assert ended.value.code == 0 and screen.startswith(f"python -m t5x_lite.scaling {command}: ")
+    head, _, flags = screen.partition("\nFlags\n")
+    assert flags and len(head.strip().rpartition(": ")[2]) > 10
+    lines = flags.splitlines()
+    names = [i for i, line in enumerate(lines) if line.startswith("  --")]
+    assert lines[names[-1]].startswith("  --json ")
+    for i in names:   # a text beside each name, or below a long one
+        assert len(lines[i].split(None, 1)) == 2 or lines[i + 1].startswith(" " * 42), lines[i]
 
 
 def test_no_help_is_no_exit():

@@ -54,6 +54,9 @@ def rendered(template: pathlib.Path, **values: Any) -> str:
 def _remarks(runs: Sequence[Run]) -> list[str]:
     remarks = [f"{run.folder}: {run.unreadable} lines of metrics.jsonl could not be read and are "
                "left out." for run in runs if run.unreadable]
+    remarks += [f"{run.folder}: {skipped} of {len(run.lines)} lines tell of steps that were left out "
+                "because they were not finite (train.bad_steps)." for run in runs
+                if (skipped := sum(bool(line.get("train/skipped")) for line in run.lines))]
     return remarks + [f"{run.folder}: config.json could not be read." for run in runs
                       if not run.settings]
 

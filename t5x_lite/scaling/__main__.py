@@ -1,16 +1,19 @@
 """`python -m t5x_lite.scaling COMMAND --flag=…`; fit, compare, laws and page need no JAX.
 
-    fit      a law, or the frontier, to any table of runs
-    compare  two methods: how much compute one saves over the other
+    fit                a law, or the frontier, to any table of runs
+    compare            two methods: how much compute one saves over the other
     coordinate_check   activations' change over a model's width (needs JAX)
-    laws     names, formulas and sources
-    ladder   solve, price, train and fit the runs that identify a law
-    page     a table of runs drawn: frontier, parabolas, optimal N and D, residuals
+    laws               names, formulas and sources
+    ladder             solve, price, train and fit the runs that identify a law
+    page               a table of runs drawn: frontier, parabolas, optimal N and D, residuals
+
+`python -m t5x_lite.scaling COMMAND --help` shows a command's flags.
 """
 
 import argparse
 import importlib
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -21,10 +24,14 @@ from t5x_lite.scaling.numbers_in import numbers
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are UserErrors."""
+    """argparse whose mistakes are UserErrors, and whose help looks as that of the other doors."""
 
     def error(self, message: str):
         raise UserError(f"{message}; see --help.")
+
+    def format_help(self) -> str:
+        from t5x_lite import manual   # reads the config's dataclasses, which fits go without
+        return manual.parser_text(self, self.description or "")
 
 
 def _table(options: argparse.Namespace) -> tables.Table:
@@ -100,20 +107,20 @@ def _add_table(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drop_highest", type=int, default=0, help="leave out the worst losses")
     parser.add_argument("--skip_bad", action="store_true", help="leave out rows without numbers")
     parser.add_argument("--level", type=float, default=0.95, help="of intervals")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn: bootstrap, starts")
 
 
 def _add_fit(parser: argparse.ArgumentParser) -> None:
     _add_table(parser)
-    parser.add_argument("--law", default="hoffmann")
+    parser.add_argument("--law", default="hoffmann", help="a name that `laws` lists, or envelope, parabola, akima")
     parser.add_argument("--objective", default="huber", help=", ".join(fits.OBJECTIVES))
     parser.add_argument("--method", default="bfgs", help="bfgs or varpro")
     parser.add_argument("--delta", type=float, default=1e-3, help="of the Huber loss")
-    parser.add_argument("--starts", type=int, default=500)
+    parser.add_argument("--starts", type=int, default=500, help="points that the search begins at")
     parser.add_argument("--mean", action="store_true", help="average the objective; misleads")
     parser.add_argument("--fix", default="", help="PARAMETER=VALUE,…")
     parser.add_argument("--start", default="", help="PARAMETER=VALUE,…: begin there alone")
-    parser.add_argument("--bootstrap", type=int, default=0)
+    parser.add_argument("--bootstrap", type=int, default=0, help="draws of the runs, for intervals; 0: none")
     parser.add_argument("--noise", type=float, default=0.0, help="spread of log loss over seeds")
     parser.add_argument("--profile", default="", help="parameters whose profile interval to give")
     parser.add_argument("--points", type=int, default=0, help="parabola: runs about each minimum")
@@ -155,12 +162,13 @@ COMMANDS: dict[str, tuple[Callable, Callable, Callable]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 for a UserError."""
-    parser = _Parser(prog="python -m t5x_lite.scaling", description=__doc__,
-                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = _Parser(prog="python -m t5x_lite.scaling", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     argv = sys.argv[1:] if argv is None else list(argv)
     for name, (add, _, _) in COMMANDS.items():
-        chosen = commands.add_parser(name, allow_abbrev=False)
+        about = re.search(rf"^    {name} +(.*)$", __doc__ or "", re.M)
+        chosen = commands.add_parser(name, allow_abbrev=False, description=(
+            f"python -m t5x_lite.scaling {name}: {about.group(1) if about else ''}"))
         if name in argv[:1]:
             add(chosen)
         chosen.add_argument("--json", action="store_true", help="print one JSON object")

@@ -19,7 +19,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--table", default="", help="a CSV or .jsonl")
     parser.add_argument("--columns", default="", help="flops=COL,loss=COL,budget=COL,…")
     parser.add_argument("--where", default="", help="rows to take: COL=VALUE,COL2=A|B")
-    parser.add_argument("--arm_column", default="arm")
+    parser.add_argument("--arm_column", default="arm", help="of a table, that names the arm")
     parser.add_argument("--seed_column", default="", help="runs of one seed are pairs")
     parser.add_argument("--tuned", default="", help="columns that were tuned at each budget: lr,…")
     parser.add_argument("--over", default="flops", help="what is saved: flops, tokens, hours, …")

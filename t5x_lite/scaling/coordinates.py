@@ -41,9 +41,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--override", action="append", default=[], help="FIELD=VALUE of the config")
     parser.add_argument("--parametrization", default="", help="instead of the config's own: "
                         + ", ".join(parametrization.PARAMETRIZATIONS))
-    parser.add_argument("--widths", default="64,128,256,512")
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--widths", default="64,128,256,512", help="embed_dim of each model")
+    parser.add_argument("--steps", type=int, default=4, help="of training, on one batch")
+    parser.add_argument("--seeds", type=int, default=2, help="of parameters, averaged")
 
 
 def command(options: argparse.Namespace) -> dict[str, Any]:

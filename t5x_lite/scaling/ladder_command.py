@@ -34,7 +34,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ratio", type=float, default=20.0, help="tokens a parameter")
     parser.add_argument("--sizes", type=int, default=5, help="models of a budget")
     parser.add_argument("--factor", type=float, default=2.0, help="between one size and the next")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=1, help="of each size")
     parser.add_argument("--aspect", type=float, default=32.0, help="width over layers")
     parser.add_argument("--unit", type=int, default=0, help="of widths; 0: the config's head dim")
     parser.add_argument("--rule", default="deepseek", help="of batch and rate: deepseek, step_law, "
