@@ -30,7 +30,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help.")
 
     def format_help(self) -> str:
-        from t5x_lite import manual   # reads the config's dataclasses, which fits go without
+        from t5x_lite import manual  # reads the config's dataclasses, which fits go without
         return manual.parser_text(self, self.description or "")
 
 
