@@ -48,8 +48,13 @@ setuptools.setup(
     package_data={"tasks": ["**/*"], "t5x_lite": ["py.typed"], "t5x_lite.data": ["vocab/*"],
                   "t5x_lite.corpus": ["lists/*"], "t5x_lite.reporting": ["*.j2"],
                   "t5x_lite.scaling": ["*.j2"]},
-    entry_points={"console_scripts": [
-        f"t5x-lite-{script} = t5x_lite.console:{function}" for script, function in _SCRIPTS.items()]},
+    entry_points={
+        "console_scripts": [f"t5x-lite-{script} = t5x_lite.console:{function}"
+                            for script, function in _SCRIPTS.items()],
+        # `lm_eval --model t5x_lite`: from its next release on, and up to 0.4.13; see harness_name.py
+        "lm_eval.models": ["t5x_lite = t5x_lite.evaluation.harness:HarnessModel"],
+        "torch.backends": ["t5x_lite = t5x_lite.evaluation.harness_name:register"],
+    },
     install_requires=[
         "absl-py",
         "etils[epath]",

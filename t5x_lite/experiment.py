@@ -117,7 +117,6 @@ def launched(runs: Sequence[Run], workdir: files.Path, where: str, arguments: Se
         arguments: of this command, that every run is started with.
         options: of the cluster.
     """
-    files.local(workdir, "--launcher writes its own files: --workdir")
     tasks = [launchers.Task(
         run.folder, (*arguments, f"--only=^{re.escape(run.folder)}$", "--nogather"),
         functools.partial(is_finished, workdir / run.folder, run.config),
@@ -256,7 +255,6 @@ def run(path: str, workdir: str | os.PathLike, *, overrides: Sequence[str] = (),
     if launchers.is_here(launcher):
         execute(chosen, workdir)
     else:
-        files.local(workdir, "--workdir with --launcher")   # what the runs print is read there
         arguments = (f"--config={path}", f"--workdir={workdir}",
                      *(f"--override={text}" for text in overrides))
         of_config = getattr(module, launchers.kind_of(launcher).options or "", {})

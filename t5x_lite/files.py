@@ -5,6 +5,7 @@ kind: /, name, parent, exists, is_file, is_dir, iterdir, glob, read_text, read_b
 not in common stands here, one function for both:
 
     write_whole, write_bytes   a reader sees the old file or the new one, never a part
+    write_new                  the same where there must be none
     append                     adds to a file's end, which no object has: it is written anew
     Growing                    files that a run appends to all the time: of a bucket, kept in a
                                temporary folder and copied there every now and then
@@ -248,6 +249,15 @@ def write_bytes(path: os.PathLike | str, content: bytes) -> None:
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
+
+
+def write_new(path: os.PathLike | str, text: str) -> None:
+    """Writes a text file where there is none. Raises FileExistsError where there is one."""
+    if not is_url(path):
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(text)
+    elif buckets.replace(path, text.encode(), 0) is None:
+        raise FileExistsError(os.fspath(path))
 
 
 def append(path: os.PathLike | str, text: str) -> None:

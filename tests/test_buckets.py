@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.experiments import ladder as ladder_config
 from t5x_lite import (
     buckets,
     cli,
@@ -32,10 +33,12 @@ from t5x_lite.errors import TryAgain, UserError
 from t5x_lite.parallel.sharding import MeshConfig
 from t5x_lite.reporting import runs as reporting_runs
 from t5x_lite.running.clock import Clock, Watchdog, WatchdogConfig
+from t5x_lite.scaling import ladder_page, ladder_results as results, ladders
 from t5x_lite.training import metrics
 from tests import bucket_server, tiny_config
 from tests.faults import mini
 from tests.faults.test_resume import Killed, killed_after
+from tests.scaling import test_ladders
 
 
 @pytest.fixture(scope="module")
@@ -506,3 +509,26 @@ def test_conversions_end_in_a_bucket_and_begin_there(whole, bucket, tmp_path, mo
     buckets.write(f"{bucket}/hf/left.txt", b"")
     convert.run(f"{bucket}/w", f"hf:{bucket}/hf")
     assert not {"left.txt", "UNFINISHED"} & {*files.names(f"{bucket}/hf")}
+
+
+def test_a_ladders_folder_is_in_a_bucket(bucket, tmp_path):
+    """Its plan, its prediction and fits are those of the same folder on the disk."""
+    folder = files.path(f"{bucket}/a ladder=1")
+    test_ladders.write_ladder(tmp_path / "l", noise=1e-3)
+    files.upload_folder(tmp_path / "l", folder, "UNFINISHED")
+    assert results.table_of(folder, {}).columns["loss"].tolist() == results.table_of(
+        tmp_path / "l", {}).columns["loss"].tolist()
+    ladder = ladders.Ladder(budgets=(4e9, 1e10), unit=4, sizes=2)
+    for _ in range(2):
+        ladders.write_plan(folder, test_ladders.BASE, ladder)
+    planned = ladder_config.get_runs(f"{folder}/ladder.json")
+    with pytest.raises(UserError, match="is of another ladder"):
+        ladders.write_plan(folder, test_ladders.BASE, dataclasses.replace(ladder, sizes=3))
+    assert results.read_prediction(folder) is None
+    results.write_prediction(folder, {"params": 5e4, "flops": 4e11})
+    with pytest.raises(UserError, match="was written before"):
+        results.write_prediction(folder, {"params": 1.0, "flops": 1.0})
+    assert results.read_prediction(folder)["params"] == 5e4
+    assert len(ladder_config.get_runs(f"{folder}/ladder.json")) == len(planned) + 1
+    ladder_page.write(str(folder), f"{folder}/ladder.html", laws=("parabola",))
+    assert "<title>a ladder=1" in (folder / "ladder.html").read_text()

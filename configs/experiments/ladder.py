@@ -15,8 +15,8 @@ same runs without the prediction, and `…ladder.py:RUNS/ladder.json` those that
 """
 
 import dataclasses
-import pathlib
 
+from t5x_lite import files
 from t5x_lite.checkpoints.manager import CheckpointConfig
 from t5x_lite.config import EvalConfig, RunConfig, TrainConfig, to_config_dict
 from t5x_lite.data.config import DataConfig
@@ -90,6 +90,6 @@ def get_config(arg: str | None = None):
 
 def get_runs(arg: str | None = None) -> tuple[Run, ...]:
     """The runs of LADDER for lm or t5, or those of a ladder's folder."""
-    found = ladders.planned(pathlib.Path(arg)) if arg and arg.endswith(".json") else \
+    found = ladders.planned(files.path(arg)) if arg and arg.endswith(".json") else \
         ladders.rungs(run(arg or "lm"), LADDER)
     return tuple(Run(r.arm, r.seed, r.config, r.stage, r.after, r.at) for r in found)

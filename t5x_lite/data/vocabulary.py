@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from t5x_lite import files
-from t5x_lite.data import readers
+from t5x_lite.data import readers, sentencepiece_json
 from t5x_lite.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -116,13 +116,12 @@ def tokenizer_files(vocabulary: "seqio.Vocabulary", starts: bool
     if isinstance(vocabulary, seqio.ByteVocabulary):
         return {"tokenizer_config.json": _json({"tokenizer_class": "ByT5Tokenizer"})}, {}
     if isinstance(vocabulary, seqio.SentencePieceVocabulary):
-        whole = _unigram_with_bytes(vocabulary.tokenizer, ends=not starts)
-        if whole:
-            return {"tokenizer.json": whole, "tokenizer_config.json": _json(
-                {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>",
-                 "eos_token": "</s>", "unk_token": "<unk>"})}, {}
-        return {"spiece.model": vocabulary.sp_model, "tokenizer_config.json": _json(
-            {"tokenizer_class": "T5Tokenizer", "extra_ids": vocabulary.extra_ids})}, {}
+        if not starts and sentencepiece_json.is_t5s_kind(vocabulary.tokenizer):
+            return {"spiece.model": vocabulary.sp_model, "tokenizer_config.json": _json(
+                {"tokenizer_class": "T5Tokenizer", "extra_ids": vocabulary.extra_ids})}, {}
+        whole, special = sentencepiece_json.convert(vocabulary.tokenizer, ends=not starts)
+        return ({"tokenizer.json": whole, "tokenizer_config.json": _json(
+            {"tokenizer_class": "PreTrainedTokenizerFast", **special})} if whole else {}), {}
     content = getattr(vocabulary, "content", b"")   # of a tokenizer.json
     if not content:
         return {}, {}
@@ -131,40 +130,6 @@ def tokenizer_files(vocabulary: "seqio.Vocabulary", starts: bool
     return {"tokenizer.json": content, "tokenizer_config.json": _json(
         {"tokenizer_class": "PreTrainedTokenizerFast", **names})}, {
             f"{name}_id": i for name, i in ids.items()}
-
-
-def _unigram_with_bytes(processor, ends: bool) -> bytes:
-    """The tokenizer.json of a SentencePiece model whose unknown characters are bytes; b"" of another.
-
-    transformers' T5Tokenizer would make unknown tokens of them.
-    ends: whether a text ends with EOS, as an encoder's does.
-    """
-    from sentencepiece import sentencepiece_model_pb2
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
-    model = sentencepiece_model_pb2.ModelProto.FromString(processor.serialized_model_proto())
-    trained, text = model.trainer_spec, model.normalizer_spec
-    unigram = trained.model_type == trained.UNIGRAM
-    if not (unigram and trained.byte_fallback) or text.remove_extra_whitespaces:
-        return b""
-    names = [processor.IdToPiece(i) for i in (processor.pad_id(), processor.eos_id(),
-                                              processor.unk_id())]
-    if names != ["<pad>", "</s>", "<unk>"]:
-        return b""
-    tokenizer = Tokenizer(models.Unigram([(p.piece, p.score) for p in model.pieces],
-                                         unk_id=processor.unk_id(), byte_fallback=True))
-    prefix = [normalizers.Prepend("▁")] if text.add_dummy_prefix else []
-    tokenizer.normalizer = normalizers.Sequence(   # type: ignore[assignment]
-        [normalizers.Precompiled(text.precompiled_charsmap), *prefix,
-         normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(   # type: ignore[assignment]
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-         *([decoders.Strip(" ", 1, 0)] if prefix else [])])
-    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names])
-    if ends:
-        tokenizer.post_processor = processors.TemplateProcessing(   # type: ignore[assignment]
-            single="$A </s>", pair="$A </s> $B </s>",
-            special_tokens=[("</s>", processor.eos_id())])
-    return tokenizer.to_str().encode()
 
 
 def _json(value: dict) -> bytes:

@@ -1,12 +1,14 @@
 """A model of ours for lm-evaluation-harness (Gao et al. 2024, doi:10.5281/zenodo.12608602): extra [lm_eval].
 
     python -m t5x_lite.eval --workdir=DIR --harness=hellaswag,lambada_openai
+    lm_eval --model t5x_lite --model_args workdir=DIR --tasks hellaswag
     python -m t5x_lite.evaluation.harness run --model t5x_lite --model_args workdir=DIR --tasks hellaswag
 
-The first stays in our own command and writes WORKDIR/eval.jsonl; the second is the harness's own command
-line, to which this module adds the model (its program `lm_eval` knows its own models alone). What
---model_args takes are the arguments of HarnessModel. Texts become tokens and windows as in the harness's
-own `hf` model, so that a workdir and its export to hf:DIR get the same numbers:
+The first stays in our own command and writes WORKDIR/eval.jsonl; the second is the harness's own program,
+which finds the model where t5x_lite is installed by pip (harness_name.py); the third is that program from
+a checkout, with our messages in one line. What --model_args takes are the arguments of HarnessModel.
+Texts become tokens and windows as in the harness's own `hf` model, so that a workdir and its export to
+hf:DIR get the same numbers:
 
   * A causal LM reads context and continuation as one text, cut at its left to max_length; a start token
     stands in front where the tokenizer's own template puts one, and with other vocabularies as in training.
@@ -31,7 +33,6 @@ from t5x_lite.errors import UserError, one_of
 try:
     from lm_eval import utils as harness_utils
     from lm_eval.api.model import TemplateLM
-    from lm_eval.api.registry import model_registry
     from lm_eval.models.utils import normalize_gen_kwargs
 except ImportError as error:
     raise UserError(f"lm-evaluation-harness cannot be imported ({error}): pip install "
@@ -45,7 +46,7 @@ from t5x_lite.build import Program, build
 from t5x_lite.config import load
 from t5x_lite.data import batches, rows as data_rows, tasks, vocabulary as data_vocabulary
 from t5x_lite.decoding.decode import DecodeConfig
-from t5x_lite.evaluation import predictor
+from t5x_lite.evaluation import harness_name, predictor
 from t5x_lite.training import losses, steps
 
 BOOTSTRAP_SAMPLES = 1000   # of a standard error that has no formula
@@ -433,13 +434,11 @@ def evaluate(model: HarnessModel, names: Sequence[str], folder: str = "", limit:
 
 
 if __name__ == "__main__":
-    # Its own models, which a registry that is not empty keeps it from finding.
-    import lm_eval.models  # noqa: F401
     from lm_eval.__main__ import cli_evaluate
 
     from t5x_lite import cli
 
-    model_registry.register("t5x_lite", target="t5x_lite.evaluation.harness:HarnessModel")
+    harness_name.register()
     cli.show_own_lines()
     try:
         cli_evaluate()

@@ -46,7 +46,8 @@ def _tokenizer(folder: pathlib.Path, vocabulary: Any, written: Mapping[str, Any]
     found, ids = data_vocabulary.tokenizer_files(
         vocabulary, starts=written.get("is_encoder_decoder") is not True)
     if not found:
-        log.say(f"no tokenizer is written: transformers has none for {type(vocabulary).__name__}")
+        log.say(f"no tokenizer is written: transformers has none for this "
+                f"{type(vocabulary).__name__}")
     for name, content in found.items():
         (folder / name).write_bytes(content)
     return ids

@@ -64,15 +64,14 @@ class Processes:
         Raises:
             UserError: an address or a number that cannot be, or where JAX was to find the
                 coordinator and could not.
-            Unreachable: nobody answers at the coordinator's address.
+            Unreachable: nobody answers at the coordinator's address, or nobody knows its name.
         """
         known = None not in (self.coordinator_address, self.num_processes, self.process_id)
         if self.coordinator_address is not None:
             host, port = _host_and_port(self.coordinator_address, self.source)
         if known:
             _check_number(self.num_processes or 0, self.process_id or 0, self.source)
-            if self.process_id:
-                _wait_for(host, port)
+            _wait_for(host, port, here=self.process_id == 0)
             change_last_words(
                 f"error: not all of the {self.num_processes} processes of this run met at "
                 f"{self.coordinator_address} within {SECONDS_TO_JOIN} s. Look whether all of them "
@@ -110,28 +109,38 @@ def _check_number(count: int, index: int, source: str) -> None:
                         "less than the number of processes.")
 
 
-def _wait_for(host: str, port: int) -> None:
-    """Returns once somebody listens there, so that JAX need not give up with a dump of its own.
+def _wait_for(host: str, port: int, here: bool) -> None:
+    """Returns once somebody listens there, or `here`, in process 0 itself, once the name is known: JAX
+    would give up with a dump of its own.
 
     Raises Unreachable after SECONDS_TO_JOIN, with what was the matter.
     """
+    what = f"process 0 of this run does not answer at {host}:{port}"
+    if here:
+        what = f"this is process 0 of the run, and its host does not know the coordinator's name {host}"
     deadline, said = time.monotonic() + SECONDS_TO_JOIN, False
-    while True:
-        try:
-            socket.create_connection((host, port), timeout=5).close()
-            return
-        except OSError as error:   # gaierror: the name does not resolve
-            reason = f"{getattr(error, 'strerror', None) or error}"
-        if time.monotonic() > deadline:
-            raise Unreachable(
-                f"process 0 of this run does not answer at {host}:{port} within {SECONDS_TO_JOIN} s "
-                f"({reason}). Look whether it runs there and whether this host reaches it, correct "
-                f"the coordinator's address, and start all processes again.")
+    while (reason := _not_there(host, port, here)) and time.monotonic() <= deadline:
         if not said:
-            print(f"waiting up to {SECONDS_TO_JOIN} s for process 0 at {host}:{port} ({reason})",
-                  file=sys.stderr, flush=True)
+            print(f"waiting up to {SECONDS_TO_JOIN} s: {what} ({reason})", file=sys.stderr, flush=True)
             said = True
         time.sleep(min(1.0, SECONDS_TO_JOIN / 10))
+    if reason:
+        raise Unreachable(
+            f"{what} within {SECONDS_TO_JOIN} s ({reason}). Look whether it runs there and whether "
+            f"this host reaches it, correct the coordinator's address (JAX_COORDINATOR_ADDRESS="
+            f"host:port), and start all processes again.")
+
+
+def _not_there(host: str, port: int, here: bool) -> str:
+    """Why nobody answers, or the name is not known; "" where all is well."""
+    try:
+        if here:
+            socket.getaddrinfo(host, port)
+        else:
+            socket.create_connection((host, port), timeout=5).close()
+    except OSError as error:   # gaierror: the name does not resolve
+        return f"{getattr(error, 'strerror', None) or error}"
+    return ""
 
 
 def find(environ: Mapping[str, str], has_tpu: bool) -> Processes | None:

@@ -33,7 +33,7 @@ from t5x_lite.running import signals
 
 STOPPED = 77   # the exit status of a task that saved because it was asked to stop
 MODULE = "t5x_lite.experiment"   # what runs a task, by its arguments
-FOLDER = "launched"   # below the experiment's workdir: what tasks print, and which jobs there are
+FOLDER = "launched"   # what tasks print, and which jobs there are
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 
@@ -285,13 +285,21 @@ def options_of(texts: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def make(text: str, workdir: pathlib.Path, options: Mapping[str, Any]) -> Launcher:
+def folder_of(workdir: os.PathLike | str) -> pathlib.Path:
+    """Where the launcher's own files are: WORKDIR/launched, or of a bucket ./launched/BUCKET/PATH, for
+    processes write what they print on a disk."""
+    if files.is_url(workdir):
+        return pathlib.Path(FOLDER, os.fspath(workdir).partition("://")[2]).absolute()
+    return (pathlib.Path(workdir) / FOLDER).absolute()
+
+
+def make(text: str, workdir: os.PathLike | str, options: Mapping[str, Any]) -> Launcher:
     """The launcher that "local:2" or "slurm" names.
 
     Raises:
         UserError: no such launcher, or one that cannot work here.
     """
-    folder = (workdir / FOLDER).absolute()
+    folder = folder_of(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     return kind_of(text).make(folder, text.partition(":")[2], options)
 
@@ -315,13 +323,14 @@ def _signals_raise() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def run_all(tasks: Sequence[Task], launcher: Launcher, workdir: pathlib.Path) -> dict[str, str]:
+def run_all(tasks: Sequence[Task], launcher: Launcher, workdir: os.PathLike | str
+            ) -> dict[str, str]:
     """Starts every task that is not finished as soon as it may, and waits; {name: why it failed}.
 
     Raises:
         SystemExit: a signal asked for the end.
     """
-    watch = _Watch(tasks, launcher, _Ledger(workdir / FOLDER / "jobs.json"))
+    watch = _Watch(tasks, launcher, _Ledger(folder_of(workdir) / "jobs.json"))
     for task, handle in watch.running.items():
         log.say(f"{task.name}: runs since before; see {launcher.log_of(handle)}")
     try:

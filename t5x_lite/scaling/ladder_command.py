@@ -10,7 +10,6 @@
 import argparse
 import importlib.util
 import json
-import pathlib
 import subprocess
 import sys
 from typing import Any
@@ -81,7 +80,7 @@ def ladder(options: argparse.Namespace) -> dict[str, Any]:
     ladder_cost.refuse_above([*rungs, *further], pace, options.max_hours)
     if options.plan_only:
         return ladder_cost.total([*rungs, *further], pace)
-    workdir = files.local(options.workdir, "--workdir")
+    workdir = files.path(files.absolute(options.workdir))
     ladders.write_plan(workdir, base, chosen)
     _train(workdir, say)
     laws = ladders.DESIGNS[chosen.design].laws
@@ -92,16 +91,16 @@ def ladder(options: argparse.Namespace) -> dict[str, Any]:
     found = results.fitted(workdir, laws, columns)
     outcome = results.compared(workdir, columns)
     text = results.summary(found, outcome)
-    (workdir / "fits.md").write_text(text)
+    files.write_whole(workdir / "fits.md", text)
     said = {"fits": results.as_json(found), "prediction": outcome}
-    (workdir / "fits.json").write_text(json.dumps(said, indent=1) + "\n")
+    files.write_whole(workdir / "fits.json", json.dumps(said, indent=1) + "\n")
     ladder_page.write(str(workdir), str(workdir / "ladder.html"), columns=columns, laws=laws)
     print(text, file=say, flush=True)
     return {"workdir": str(workdir), "runs": len(rungs) + len(further), **said} if options.json else \
         {"written": f"{workdir}/fits.md, fits.json, ladder.html"}
 
 
-def _train(workdir: pathlib.Path, say) -> None:
+def _train(workdir: files.Path, say) -> None:
     """The folder's runs, by t5x_lite.experiment in a process of its own.
 
     Raises:

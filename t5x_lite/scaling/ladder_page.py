@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from t5x_lite import files
 from t5x_lite.scaling import frontier, ladder_results as results, tables
 from t5x_lite.scaling.fits import Fit
 from t5x_lite.scaling.frontier import Frontier
@@ -27,19 +28,19 @@ _LINE_POINTS = 40
 
 def write(table: str, output: str, *, columns: Mapping[str, str] = {},
           where: Mapping[str, str] | None = None, skip_bad: bool = False, title: str = "",
-          laws: Sequence[str] = _LAWS) -> pathlib.Path:
+          laws: Sequence[str] = _LAWS) -> files.Path:
     """Writes the page of a folder of workdirs, or of any table of runs; returns its path.
 
     Raises:
         UserError: no such table, rows that cannot be fitted, or what draws is not installed.
     """
     from t5x_lite.reporting import page
-    runs, curves, found, outcome = _read(pathlib.Path(table), columns, where, skip_bad, laws)
+    runs, curves, found, outcome = _read(files.path(table), columns, where, skip_bad, laws)
     charts = charts_of(runs, curves, found)
     counted = "; ".join(f"{name}: {words}" for name, words in runs.counted.items())
     text = page.rendered(
         pathlib.Path(__file__).parent / "ladder_page.html.j2",
-        title=title or pathlib.Path(table).resolve().name,
+        title=title or files.path(files.absolute(table)).name,
         lead=f"{len(runs)} runs of {len(frontier.budgets(runs))} budgets. {counted}.",
         charts=[{"id": name, "title": chart["title"], "note": chart["note"]}
                 for name, chart in charts.items()],
@@ -48,7 +49,7 @@ def write(table: str, output: str, *, columns: Mapping[str, str] = {},
     return page.saved(text, output)
 
 
-def _read(path: pathlib.Path, columns, where, skip_bad, laws):
+def _read(path: files.Path, columns, where, skip_bad, laws):
     """(runs, a row an evaluation where there is one, fits, prediction's outcome)."""
     if path.is_dir() and not where:
         return (results.table_of(path, columns), results.table_of(path, columns, curves=True),

@@ -2,12 +2,12 @@
 
 import datetime
 import json
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from t5x_lite import files
 from t5x_lite.errors import UserError
 from t5x_lite.scaling import fits, frontier, tables
 from t5x_lite.scaling.fits import Fit
@@ -19,7 +19,7 @@ PREDICTION, PREDICTED = "prediction.json", "predicted"   # a file of the folder,
 Found = Fit | Frontier | str     # a fit, or why there is none
 
 
-def table_of(workdir: pathlib.Path, columns: Mapping[str, str], *, curves: bool = False,
+def table_of(workdir: files.Path, columns: Mapping[str, str], *, curves: bool = False,
              predicted: bool = False) -> Table:
     """The ladder's runs without the predicted one, or that one alone."""
     table = tables.read(workdir, columns, labels=("workdir",), curves=curves)
@@ -42,7 +42,7 @@ def seed_noise(table: Table) -> float:
     return float(np.sqrt(squares / sum(len(values) - 1 for values in groups)))
 
 
-def fitted(workdir: pathlib.Path, names: Sequence[str], columns: Mapping[str, str] = {}, *,
+def fitted(workdir: files.Path, names: Sequence[str], columns: Mapping[str, str] = {}, *,
            draws: int = 200) -> dict[str, Found]:
     """{law or approach: its fit with intervals, or in words why there is none}."""
     return fitted_to(table_of(workdir, columns), table_of(workdir, columns, curves=True), names,
@@ -138,7 +138,7 @@ def _of_frontier(name: str, fit: Frontier, compute: float) -> dict[str, dict[str
     return said
 
 
-def write_prediction(workdir: pathlib.Path, said: Mapping[str, Any]) -> None:
+def write_prediction(workdir: files.Path, said: Mapping[str, Any]) -> None:
     """WORKDIR/prediction.json, which nothing writes a second time.
 
     Raises:
@@ -147,20 +147,18 @@ def write_prediction(workdir: pathlib.Path, said: Mapping[str, Any]) -> None:
     path = workdir / PREDICTION
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     try:
-        with open(path, "x") as file:
-            json.dump({"written": now, **said}, file, indent=1)
-            file.write("\n")
+        files.write_new(path, json.dumps({"written": now, **said}, indent=1) + "\n")
     except FileExistsError:
         raise UserError(f"{path} was written before: a prediction is made once.") from None
 
 
-def read_prediction(workdir: pathlib.Path) -> dict[str, Any] | None:
+def read_prediction(workdir: files.Path) -> dict[str, Any] | None:
     """What `write_prediction` wrote; None where nothing is predicted."""
     path = workdir / PREDICTION
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def compared(workdir: pathlib.Path, columns: Mapping[str, str] = {}) -> dict[str, Any] | None:
+def compared(workdir: files.Path, columns: Mapping[str, str] = {}) -> dict[str, Any] | None:
     """The prediction beside what its run measured; None where either is missing."""
     said = read_prediction(workdir)
     if said is None:

@@ -19,12 +19,11 @@ N here is kernels with the head, what runs record as params_no_embed_head less n
 import dataclasses
 import json
 import math
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from t5x_lite import config as configs
+from t5x_lite import config as configs, files
 from t5x_lite.config import RunConfig
 from t5x_lite.cost import flops
 from t5x_lite.data import rows as data_rows
@@ -377,7 +376,7 @@ def base_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     return configs.override(configs.from_mapping(RunConfig, found), overrides)
 
 
-def write_plan(workdir: pathlib.Path, base: RunConfig, ladder: Ladder) -> None:
+def write_plan(workdir: files.Path, base: RunConfig, ladder: Ladder) -> None:
     """WORKDIR/ladder.json, what `read_plan` reads.
 
     Raises:
@@ -390,10 +389,10 @@ def write_plan(workdir: pathlib.Path, base: RunConfig, ladder: Ladder) -> None:
         raise UserError(f"{path} is of another ladder: take another --workdir, or the flags that it "
                         f"was made with.")
     workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    files.write_whole(path, text)
 
 
-def read_plan(path: pathlib.Path) -> tuple[RunConfig, Ladder]:
+def read_plan(path: files.Path) -> tuple[RunConfig, Ladder]:
     """What `write_plan` wrote. Raises UserError where it is none."""
     if not path.is_file():
         raise UserError(f"{path} does not exist: python -m t5x_lite.scaling ladder writes it.")
@@ -407,7 +406,7 @@ def read_plan(path: pathlib.Path) -> tuple[RunConfig, Ladder]:
             from error
 
 
-def planned(path: pathlib.Path) -> list[Rung]:
+def planned(path: files.Path) -> list[Rung]:
     """The runs of WORKDIR/ladder.json, with the predicted one where its prediction is written."""
     base, ladder = read_plan(path)
     found = rungs(base, ladder)

@@ -4,73 +4,28 @@ Two tasks of YAML and JSONL files: multiple choice (loglikelihood) and written a
 (generate_until), and a perplexity (loglikelihood_rolling). No network.
 """
 
-import json
 import os
+import pathlib
 import subprocess
 import sys
 
-import jax
-import numpy as np
 import pytest
 
-from t5x_lite import convert, eval as evaluation, tree
-from t5x_lite.checkpoints.manager import CheckpointConfig, Checkpointer
-from t5x_lite.config import RunConfig, to_json
+from t5x_lite import convert, eval as evaluation
 from t5x_lite.errors import UserError
-from t5x_lite.models.language_model import Model
 from tests.evaluation import models
-from tests.formats import folders
 
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness (extra [lm_eval])")
 pytest.importorskip("transformers", reason="compares with the harness's hf model")
 
-YAML = {
-    "tiny_choice": """output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{answer}}"
-metric_list: [{metric: acc}, {metric: acc_norm}]
-""",
-    "tiny_answer": """output_type: generate_until
-doc_to_text: "{{question}}"
-doc_to_target: "{{choices[0]}}"
-generation_kwargs: {until: ["a"], max_gen_toks: 8}
-metric_list: [{metric: exact_match}]
-""",
-    "tiny_pages": """output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{page}}"
-metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
-"""}
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
-    rng = np.random.default_rng(0)
-    with open(folder / "examples.jsonl", "w") as file:
-        for i in range(11):
-            words = list(rng.choice(models.WORDS, 8))
-            file.write(json.dumps({
-                "question": " ".join(words[:i % 5 + 1]) + ("  " if i == 3 else ""),
-                "choices": [" " + words[5], " " + words[6] + " " + words[0], " é!"],
-                "answer": i % 3, "page": " ".join(words * (i % 4 + 1))}) + "\n")
-    for name, text in YAML.items():
-        (folder / f"{name}.yaml").write_text(
-            f"task: {name}\n{text}dataset_path: json\ntest_split: test\n"
-            f"dataset_kwargs: {{data_files: {{test: {folder}/examples.jsonl}}}}\n")
+    models.write_tasks(folder)
     return folder
-
-
-def write_workdir(folder, run: RunConfig) -> None:
-    """A workdir whose checkpoint has random parameters, of a size that prefers some tokens."""
-    table = Model(run.model).table
-    params = {path: np.float32(0.3) * x + np.float32("norm" in path and x.ndim < 3)
-              for path, x in folders.random_params(run.model).items() if path in table}
-    with Checkpointer(folder, CheckpointConfig(async_save=False)) as checkpointer:
-        checkpointer.save(3, {"params": tree.unflatten(
-            {path: jax.numpy.asarray(x) for path, x in params.items()})}, {}, to_json(run))
-    (folder / "config.json").write_text(to_json(run) + "\n")
 
 
 def of_hf(folder, tasks) -> dict:
@@ -78,9 +33,19 @@ def of_hf(folder, tasks) -> dict:
     from lm_eval import simple_evaluate, utils
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
-    model = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4,
+
+    class Counted(HFLM):
+        """0.4.13 lets an encoder-decoder write as many more tokens than max_gen_toks as its batch's
+        contexts are wide: what it counts is context and text, and of these two rows one alone."""
+
+        def _model_generate(self, context, max_length, stop, **kwargs):
+            if self.backend == "seq2seq":
+                max_length -= context.shape[1] - 1   # the start token counts
+            return super()._model_generate(context, max_length, stop, **kwargs)
+
+    model = Counted(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4,
                  max_length=models.MAX_LENGTH)
-    found = simple_evaluate(model, tasks=list(YAML), task_manager=TaskManager(
+    found = simple_evaluate(model, tasks=list(models.TASKS), task_manager=TaskManager(
         include_path=str(tasks)), log_samples=False,
         bootstrap_iters=0)
     print(f"hf\n{utils.make_table(found)}")
@@ -92,14 +57,14 @@ def test_equal_to_the_harnesss_own_model(kind, tasks, tmp_path, monkeypatch, cap
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     workdir = tmp_path / "workdir"
     run = models.seq2seq() if kind == "seq2seq" else models.causal(models.tokenizer_file(tmp_path))
-    write_workdir(workdir, run)
+    models.write_workdir(workdir, run)
     convert.run(str(workdir), f"hf:{tmp_path / 'hf'}")
-    asked = evaluation.Harness(list(YAML), str(tasks))
+    asked = evaluation.Harness(list(models.TASKS), str(tasks))
     ours = evaluation.run_harness(run, workdir, ["last"], asked)[3]
     said = capsys.readouterr().out
     theirs = of_hf(tmp_path / "hf", tasks)["results"]
     assert "|tiny_choice|" in said and f"max_length={models.MAX_LENGTH}" in said
-    for task in YAML:
+    for task in models.TASKS:
         for metric, value in ours[task].items():
             if "stderr" in metric:   # bootstrapped
                 continue
@@ -107,15 +72,47 @@ def test_equal_to_the_harnesss_own_model(kind, tasks, tmp_path, monkeypatch, cap
             assert value == pytest.approx(expected, rel=1e-4), (task, metric)
 
 
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The environment of a process in which t5x_lite is installed as setup.py says."""
+    folder = tmp_path_factory.mktemp("installed")
+    subprocess.run([sys.executable, "setup.py", "-q", "egg_info", f"--egg-base={folder}"], cwd=ROOT,
+                   check=True, capture_output=True)
+    return {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "HF_DATASETS_OFFLINE": "1",
+            "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+
+
+def command_of(program, tasks, workdir):
+    return [*program, "--model", "t5x_lite", "--tasks", "tiny_choice", "--include_path", str(tasks),
+            "--limit", "2", "--model_args", f"workdir={workdir}"]
+
+
 @pytest.mark.slow
-def test_the_harnesss_own_command(tasks, tmp_path):
-    write_workdir(tmp_path / "workdir", models.seq2seq())
-    command = [sys.executable, "-m", "t5x_lite.evaluation.harness", "run", "--model", "t5x_lite",
-               "--tasks", "tiny_choice", "--include_path", str(tasks), "--limit", "2"]
+def test_the_harnesss_own_program_finds_the_model_of_an_installed_package(tasks, tmp_path, installed):
+    """`lm_eval --model t5x_lite` is an argument of the harness's program, not of one of ours."""
+    models.write_workdir(tmp_path / "workdir", models.seq2seq())
+    program = str(pathlib.Path(sys.executable).parent / "lm_eval")
+    done = subprocess.run(command_of([program], tasks, tmp_path / "workdir"), env=installed,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "|tiny_choice|" in done.stdout, done.stderr
+
+
+def test_the_name_is_for_processes_of_the_harness_alone(installed):
+    """Importing torch with t5x_lite installed imports neither the harness nor JAX."""
+    said = subprocess.run(
+        [sys.executable, "-c", "import sys, torch; print('t5x_lite.evaluation.harness_name' in "
+         "sys.modules, {'jax', 'lm_eval'} & {*sys.modules})"],
+        env=installed, capture_output=True, text=True)
+    assert said.stdout == "True set()\n", said.stdout + said.stderr
+
+
+@pytest.mark.slow
+def test_the_program_from_a_checkout_says_what_is_wrong_in_a_line(tasks, tmp_path):
+    program = [sys.executable, "-m", "t5x_lite.evaluation.harness", "run"]
+    models.write_workdir(tmp_path / "workdir", models.seq2seq())
     environment = {**os.environ, "HF_DATASETS_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    right, wrong = (subprocess.run(
-        [*command, "--model_args", arguments], env=environment, capture_output=True, text=True)
-        for arguments in (f"workdir={tmp_path / 'workdir'}", f"workdir={tmp_path / 'none'}"))
+    right, wrong = (subprocess.run(command_of(program, tasks, tmp_path / name), env=environment,
+                                   capture_output=True, text=True) for name in ("workdir", "none"))
     assert right.returncode == 0 and "|tiny_choice|" in right.stdout, right.stderr
     assert wrong.returncode == 2 and "is that the workdir of a run?" in wrong.stderr.splitlines()[-1]
 
@@ -123,7 +120,7 @@ def test_the_harnesss_own_command(tasks, tmp_path):
 def test_bad_input(tasks, tmp_path):
     from t5x_lite.evaluation import harness
     run = models.seq2seq()
-    write_workdir(tmp_path, run)
+    models.write_workdir(tmp_path, run)
 
     def ask(names, arguments=""):
         evaluation.run_harness(run, tmp_path, ["last"],

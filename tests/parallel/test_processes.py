@@ -99,10 +99,15 @@ def test_nobody_at_the_coordinators_address(monkeypatch, capsys):
         for host in ("127.0.0.1", "no-such-host.invalid"):
             with pytest.raises(processes.Unreachable, match=f"does not answer at {host}:{port} "
                                                             "within 0.3 s"):
-                processes._wait_for(host, port)
-            assert capsys.readouterr().err.count("waiting up to 0.3 s for process 0") == 1
+                processes._wait_for(host, port, here=False)
+            assert capsys.readouterr().err.count("waiting up to 0.3 s: process 0 of") == 1
+        with pytest.raises(processes.Unreachable, match="does not know the coordinator's name "
+                                                        "no-such-host.invalid within 0.3 s"):
+            processes._wait_for("no-such-host.invalid", port, here=True)
+        assert capsys.readouterr().err.count("waiting up to 0.3 s: this is process 0") == 1
+        processes._wait_for("127.0.0.1", port, here=True)   # it will listen there itself
         taken.listen()
-        processes._wait_for("127.0.0.1", port)
+        processes._wait_for("127.0.0.1", port, here=False)
         assert capsys.readouterr().err == ""
 
 

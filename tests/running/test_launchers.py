@@ -108,6 +108,12 @@ def test_bad_input(tmp_path, make, message):
         make(tmp_path)
 
 
+def test_what_runs_in_a_bucket_print_is_on_the_disk(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert launchers.folder_of("gs://b/an exp=1/x") == tmp_path / "launched/b/an exp=1/x"
+    assert launchers.folder_of("runs/x") == tmp_path / "runs/x/launched"
+
+
 def test_options_are_json_or_words():
     assert launchers.options_of(["timeout_min=600", "slurm_partition=gpu"]) == {
         "timeout_min": 600, "slurm_partition": "gpu"}
