@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from t5x_lite.data import sentencepiece_json, vocabulary as data_vocabulary
+from t5x_lite.data import vocabulary as data_vocabulary
 
 seqio = pytest.importorskip("seqio")
 transformers = pytest.importorskip("transformers", reason="reads tokenizer.json as its users do")

@@ -72,6 +72,27 @@ def test_the_job_inside_the_jobset(tmp_path):
 def test_sky_has_what_a_task_needs():
     task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
     assert {"resources", "num_nodes", "setup", "run", "envs"} <= task.keys()
+    # SkyPilot starts again what leaves with one of these, and whatever fails max_restarts_on_errors times.
+    assert task["resources"]["job_recovery"] == {"strategy": "FAILOVER", "recover_on_exit_codes": [77]}
+
+
+@pytest.mark.parametrize(("statuses", "status", "lives"), [
+    ([2, 0], 2, 1), ([0], 0, 1), ([1, 76, 0], 0, 3), ([77, 0], 0, 2)])
+def test_sky_runs_a_command_that_a_mistake_ends(tmp_path, statuses, status, lives):
+    """A node's own command, with a Python that leaves with these statuses one after another."""
+    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+    (tmp_path / "scripts").symlink_to(LAUNCH.parent)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    command_of(tmp_path, tmp_path / ".venv/bin/python", statuses)
+    result = subprocess.run(
+        ["bash", "-c", task["run"]], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        env={**os.environ, **task["envs"], "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+             "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+             "SKYPILOT_NODE_RANK": "1"})
+    assert result.returncode == status, result.stderr
+    said = (tmp_path / "said").read_text().splitlines()
+    assert said == ["10.0.0.1:8476 2 1 77 -u -m t5x_lite.train --workdir=gs://BUCKET/RUN "
+                    "--config=configs/t5_1_1.py:base"] * lives
 
 
 @pytest.mark.parametrize("file", sorted(LAUNCH.iterdir()), ids=lambda file: file.name)
@@ -84,19 +105,25 @@ def test_each_says_how_it_is_used_and_trains_with_flags_that_there_are(file):
 
 # --- restart.sh ---------------------------------------------------------------------------------
 
-def restarting(tmp_path, statuses, retries=2):
-    """(exit status, how often the command ran, what was said) of a command that leaves with these
-    statuses one after another."""
+def command_of(tmp_path, command, statuses):
+    """Writes a command that leaves with these statuses, and says by what it was called."""
     count = tmp_path / "count"
-    command = tmp_path / "command.sh"
     command.write_text(f"""#!/bin/bash
 n=$(cat {count} 2>/dev/null || echo 0); echo $((n + 1)) > {count}
+echo "$JAX_COORDINATOR_ADDRESS $JAX_NUM_PROCESSES $JAX_PROCESS_ID $T5X_LITE_STOPPED_STATUS $*" >> {tmp_path}/said
 statuses=({' '.join(map(str, statuses))}); exit ${{statuses[$n]}}
 """)
     command.chmod(0o755)
     sleep = tmp_path / "sleep"   # pauses are said, not waited for
     sleep.write_text("#!/bin/bash\nexit 0\n")
     sleep.chmod(0o755)
+
+
+def restarting(tmp_path, statuses, retries=2):
+    """(exit status, how often the command ran, what was said) of a command that leaves with these
+    statuses one after another."""
+    command, count = tmp_path / "command.sh", tmp_path / "count"
+    command_of(tmp_path, command, statuses)
     result = subprocess.run(
         [str(LAUNCH / "restart.sh"), str(command)], capture_output=True, text=True, timeout=60,
         env={**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",

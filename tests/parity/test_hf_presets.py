@@ -1,6 +1,7 @@
 """The presets compute what published config.json files say: their checkpoints fit init_from."""
 
 import importlib
+import json
 
 import pytest
 
@@ -73,12 +74,35 @@ PUBLISHED = {
         "num_hidden_layers": 12, "type_vocab_size": 2, "vocab_size": 30522}),
 }
 
+# Pythia's other sizes (EleutherAI/pythia, models/*.yml: the rows are padded by the size of its model
+# parallelism), T5 1.1's as LM-adapted and as Flan (their config.json differ from the small ones in these).
+_PYTHIA = {"14m": (128, 4, 6, 50304), "31m": (256, 8, 6, 50304), "70m": (512, 8, 6, 50304),
+           "410m": (1024, 16, 24, 50304), "1b": (2048, 8, 16, 50304), "1_4b": (2048, 16, 24, 50304),
+           "2_8b": (2560, 32, 32, 50304), "6_9b": (4096, 32, 32, 50432), "12b": (5120, 40, 36, 50688)}
+for _size, (_width, _heads, _layers, _rows) in _PYTHIA.items():
+    PUBLISHED[f"pythia:{_size}"] = (f"EleutherAI/pythia-{_size.replace('_', '.')}", {
+        **PUBLISHED["pythia:160m"][1], "hidden_size": _width, "intermediate_size": 4 * _width,
+        "num_attention_heads": _heads, "num_hidden_layers": _layers, "vocab_size": _rows})
+_T5 = {"small": (512, 1024, 6, 8), "base": (768, 2048, 12, 12), "large": (1024, 2816, 16, 24),
+       "xl": (2048, 5120, 32, 24), "xxl": (4096, 10240, 64, 24)}
+for _size, (_width, _mlp, _heads, _layers) in _T5.items():
+    for _family, _name in (("flan_t5", "google/flan-t5-{}"), ("t5_lm_adapted", "google/t5-{}-lm-adapt")):
+        PUBLISHED[f"{_family}:{_size}"] = (_name.format(_size), {
+            **PUBLISHED["t5_1_1:small"][1], "d_model": _width, "d_ff": _mlp, "num_heads": _heads,
+            "num_layers": _layers, "num_decoder_layers": _layers})
+PUBLISHED["llama:3_2_3b"] = ("meta-llama/Llama-3.2-3B", {
+    **PUBLISHED["llama:3_2_1b"][1], "head_dim": 128, "hidden_size": 3072, "num_attention_heads": 24,
+    "num_hidden_layers": 28})
+
 
 @pytest.mark.parametrize("preset", PUBLISHED)
-def test_preset_is_the_published_model(preset):
+def test_preset_is_the_published_model(preset, tmp_path):
     family, size = preset.split(":")
     model = importlib.import_module(f"configs.{family}").run(size).model
     _, config = PUBLISHED[preset]
     assert differences(model, hf.model_config(config)) == []
+    # --config=hf:DIR has the same shapes by config.json alone.
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert differences(model, importlib.import_module("configs.hf").run(str(tmp_path)).model) == []
     # And back: what we would write for it describes the same model.
     assert hf.hf_config(model, config["model_type"])["vocab_size"] == config["vocab_size"]
