@@ -88,8 +88,9 @@ class Trackers:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Shows them; a tracker that fails is named once and left out from then on."""
+        shown = {name: value for name, value in values.items() if name != "step"}   # each has its own
         for name in list(self._runs):
-            self._guarded(name, lambda run: run.log(dict(values), step=step))
+            self._guarded(name, lambda run: run.log(dict(shown), step=step))
 
     def close(self) -> None:
         """Ends the runs."""

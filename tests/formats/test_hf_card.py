@@ -14,6 +14,7 @@ from t5x_lite.data.config import DataConfig
 from tests import tiny
 from tests.evaluation import models
 from tests.formats import folders
+from tests.parity import hf_cases
 
 transformers = pytest.importorskip("transformers", reason="loads exports")
 
@@ -54,6 +55,44 @@ def test_auto_classes_load_it(name, tmp_path):
         assert tokenizer("a").input_ids == [*map(int, vocabulary.encode("a")), vocabulary.eos_id]
     assert tokenizer.eos_token_id == vocabulary.eos_id == model.config.eos_token_id
     assert model.generation_config.eos_token_id == vocabulary.eos_id
+
+
+def write_words(folder):
+    """A tokenizer of ten words, for models of few rows."""
+    from tokenizers import Tokenizer, models as kinds, pre_tokenizers
+    ids = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *models.WORDS])}
+    tokenizer = Tokenizer(kinds.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "</s>"}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", hf_cases.CASES)
+def test_every_family_comes_back_by_the_auto_classes(name, tmp_path):
+    """hf: to a workdir and back: the same class, tensors and tokenizer."""
+    case = hf_cases.CASES[name]
+    model = hf_cases.make(case)
+    model.save_pretrained(tmp_path / "in")
+    if case.untied and case.config_class != "T5Config":   # as the published files say
+        file = tmp_path / "in" / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "tie_word_embeddings": False}))
+    write_words(tmp_path / "in")
+    convert.run(f"hf:{tmp_path / 'in'}", str(tmp_path / "workdir"))
+    convert.run(str(tmp_path / "workdir"), f"hf:{tmp_path / 'out'}")
+    kind = {"ForConditionalGeneration": "Seq2SeqLM", "ForMaskedLM": "MaskedLM"}
+    auto = getattr(transformers, "AutoModelFor" + next(
+        (found for end, found in kind.items() if case.model_class.endswith(end)), "CausalLM"))
+    again, info = auto.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert type(again).__name__ == case.model_class
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    for path, value in model.state_dict().items():
+        assert again.state_dict()[path].equal(value), path
+    _, info = transformers.AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not {key for key in info["missing_keys"] if "pooler" not in key}   # BERT's, which no MLM has
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("alpha iota").input_ids == [3, 11] and tokenizer.pad_token_id == 0
 
 
 def test_the_card(tmp_path):
