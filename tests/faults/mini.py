@@ -60,8 +60,12 @@ def begin(text, workdir, *flags: str, devices: int = 1, environ=None, **options
                    "PYTHONUNBUFFERED": "1",
                    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
                                 " --xla_backend_optimization_level=0", **(environ or {})}
-    return subprocess.Popen(command(text, workdir, *flags), env=environment, cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)   # under nohup a child would ignore it, too
+    try:
+        return subprocess.Popen(command(text, workdir, *flags), env=environment, cwd=ROOT, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def end(process: subprocess.Popen, seconds: float = 900) -> tuple[int, list[str]]:
