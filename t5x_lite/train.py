@@ -173,7 +173,7 @@ def _introduce(session: _Session, record: Record | None) -> None:
     program, workdir, config = session.program, session.workdir, session.program.config
     if not log.is_main():
         return
-    log.say(report.header(program))
+    log.say(f"{report.header(program)}\nfolder      {workdir}: metrics.jsonl, tensorboard, checkpoints")
     rows = batch_ramp.sequences_before(config.train.batch_ramp, config.train.global_batch_size,
                                        config.train.num_steps)
     mixture = data_tasks.describe_training(config.data, config.objective.rows, rows)

@@ -11,6 +11,7 @@ set -u
 export T5X_LITE_STOPPED_STATUS=77
 retries=${T5X_LITE_RETRIES:-5}
 [ $# -gt 0 ] || { echo "usage: $0 COMMAND…" >&2; exit 2; }
+echo "restart.sh: $*; look at metrics.jsonl in its workdir" >&2
 child=0 stopped=0 tries=0
 stop() { stopped=1; [ "$child" = 0 ] || kill -TERM "$child" 2>/dev/null; }
 trap stop TERM INT HUP

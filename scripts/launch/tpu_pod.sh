@@ -56,6 +56,8 @@ install() {
     python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e '.[tpu,gcs]'"
 }
 
+echo "=== look at gcloud compute tpus queued-resources describe $name ${where[*]}, and at metrics.jsonl in the" \
+  "workdir: $*"
 arguments=$(printf ' %q' "$@")
 for ((life = 0; life <= retries; life++)); do
   echo "=== $(date '+%F %T') life $life"
