@@ -12,6 +12,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from t5x_lite import files
@@ -50,6 +51,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_hours", type=float, default=1.0, help="refuse a dearer ladder")
     parser.add_argument("--watts", type=float, default=0.0, help="of this machine")
     parser.add_argument("--dollars_per_hour", type=float, default=0.0, help="of a chip")
+    parser.add_argument("--launcher", default="local", help="where the runs run, as in "
+                        "t5x_lite.experiment: local, local:N (N at a time) or slurm")
+    parser.add_argument("--slurm", action="append", default=[],
+                        help="option=value of the cluster, over SLURM of the config")
     parser.add_argument("--plan_only", action="store_true", help="print the cost and stop")
 
 
@@ -62,6 +67,7 @@ def ladder(options: argparse.Namespace) -> dict[str, Any]:
     if not options.workdir and not options.plan_only:
         raise UserError("--workdir is missing: the folder of the ladder's runs (or --plan_only).")
     columns = tables.pairs(options.columns, "columns")
+    launch = _launch(options.config, options.launcher, options.slurm)
     chosen = ladders.Ladder(
         options.design, numbers_list(options.budgets, "budgets"), options.sizes, options.factor,
         numbers_list(options.params, "params"), numbers_list(options.tokens, "tokens"),
@@ -82,12 +88,12 @@ def ladder(options: argparse.Namespace) -> dict[str, Any]:
         return ladder_cost.total([*rungs, *further], pace)
     workdir = files.path(files.absolute(options.workdir))
     ladders.write_plan(workdir, base, chosen)
-    _train(workdir, say)
+    _train(workdir, say, launch)
     laws = ladders.DESIGNS[chosen.design].laws
     if options.predict and results.read_prediction(workdir) is None:
         _predict(workdir, base, chosen, options.predict * top, columns, laws)
     if options.predict:
-        _train(workdir, say)
+        _train(workdir, say, launch)
     found = results.fitted(workdir, laws, columns)
     outcome = results.compared(workdir, columns)
     text = results.summary(found, outcome)
@@ -100,7 +106,20 @@ def ladder(options: argparse.Namespace) -> dict[str, Any]:
         {"written": f"{workdir}/fits.md, fits.json, ladder.html"}
 
 
-def _train(workdir: files.Path, say) -> None:
+def _launch(config: str, launcher: str, options: Sequence[str]) -> list[str]:
+    """The flags of t5x_lite.experiment that say where the runs run: of the cluster's options those of
+    FILE:ARG's module, then those given. Raises UserError for an unknown launcher or option."""
+    from t5x_lite.running import launchers
+    from t5x_lite.scaling import ladders
+    name = launchers.kind_of(launcher).options
+    of_config = getattr(ladders.base_module(config)[0], name, {}) if name else {}
+    launchers.options_of(options)
+    return [f"--launcher={launcher}",
+            *(f"--slurm={option}={json.dumps(value)}" for option, value in of_config.items()),
+            *(f"--slurm={text}" for text in options)]
+
+
+def _train(workdir: files.Path, say, launch: Sequence[str]) -> None:
     """The folder's runs, by t5x_lite.experiment in a process of its own.
 
     Raises:
@@ -109,7 +128,7 @@ def _train(workdir: files.Path, say) -> None:
     config = importlib.util.find_spec("configs.experiments.ladder").origin
     status = subprocess.run(
         [sys.executable, "-m", "t5x_lite.experiment", f"--workdir={workdir}",
-         f"--config={config}:{workdir}/ladder.json"], stdout=say).returncode
+         f"--config={config}:{workdir}/ladder.json", *launch], stdout=say).returncode
     if status:
         raise UserError(f"the ladder's runs ended with status {status}, for the reason above; the same "
                         f"command goes on from what is finished.")

@@ -19,6 +19,7 @@ N here is kernels with the head, what runs record as params_no_embed_head less n
 import dataclasses
 import json
 import math
+import types
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -364,14 +365,19 @@ def predicted(base: RunConfig, ladder: Ladder, params: float, compute: float) ->
 
 # --- the plan on disk -------------------------------------------------------------------------------
 
+def base_module(path: str) -> tuple[types.ModuleType, str | None]:
+    """The module of FILE:ARG, and ARG. Raises UserError: no such file, or one without get_config."""
+    return configs.module_of(
+        path, "get_config", "name the run to resize, such as configs/experiments/ladder.py:lm")
+
+
 def base_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The run that FILE:ARG's get_config describes, which a ladder resizes.
 
     Raises:
         UserError: no such file, one without get_config, or an override that does not fit.
     """
-    module, argument = configs.module_of(
-        path, "get_config", "name the run to resize, such as configs/experiments/ladder.py:lm")
+    module, argument = base_module(path)
     found = module.get_config(argument) if argument else module.get_config()
     return configs.override(configs.from_mapping(RunConfig, found), overrides)
 

@@ -15,9 +15,11 @@ from t5x_lite import config as configs
 from t5x_lite.build import build
 from t5x_lite.cost import flops
 from t5x_lite.errors import UserError
+from t5x_lite.running import launchers
 from t5x_lite.scaling import (
     __main__ as command,
     frontier,
+    ladder_command,
     ladder_cost,
     ladder_page,
     ladder_results as results,
@@ -290,11 +292,23 @@ def test_a_browser_draws_the_page_without_network_or_complaint(tmp_path):
     assert shot.stat().st_size > 40_000
 
 
+def test_the_clusters_options_are_the_configs_and_then_those_given(tmp_path):
+    config = tmp_path / "c.py"
+    config.write_text('SLURM = {"timeout_min": 30, "slurm_partition": "gpu"}\ndef get_config(): ...\n')
+    flags = ladder_command._launch(str(config), "slurm", ["timeout_min=600"])
+    assert flags[0] == "--launcher=slurm"
+    assert launchers.options_of([f.removeprefix("--slurm=") for f in flags[1:]]) == {
+        "timeout_min": 600, "slurm_partition": "gpu"}
+    assert ladder_command._launch(str(config), "local:2", []) == ["--launcher=local:2"]
+
+
 @pytest.mark.parametrize("flags, message", [
     (["ladder", "--budgets=1e10,1e11"], "--workdir is missing"),
     (["ladder", "--plan_only", "--budgets=1e10,x"], "'x' must be a number"),
     (["ladder", "--plan_only", "--config=none.py", "--budgets=1e9,1e10"], "none.py does not exist"),
     (["ladder", "--plan_only", "--max_hours=0", "--budgets=1e9,1e10"], "--max_hours=0"),
+    (["ladder", "--plan_only", "--launcher=slrum", "--budgets=1e9,1e10"], "one of local, slurm"),
+    (["ladder", "--plan_only", "--slurm=mem_gb", "--budgets=1e9,1e10"], "must be option=value"),
     (["page"], "--table is missing"),
 ])
 def test_the_commands_name_mistakes(flags, message, capsys):
