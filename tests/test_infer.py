@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
@@ -215,6 +216,42 @@ def test_results_do_not_depend_on_the_neighbours(session):
     together = session.predict_many(inputs)
     assert session.predict_many(inputs[::-1])[::-1] == together
     assert session.predict_many(inputs[:1]) == together[:1]
+
+
+def nothing_but_a(logits_RV, tokens_RT, step):
+    """Allows "a" alone (97 in ByT5's ids, 3 further on) and, from the third token on, the end (1)."""
+    allowed = jnp.where(step < 2, 100, 1)
+    return jnp.where(jnp.arange(logits_RV.shape[1]) == allowed, logits_RV, -1e9)
+
+
+def no_token_twice(logits_RV, tokens_RT, step):
+    """An encoder's input is none of the tokens: these are what the row has emitted."""
+    ids = jnp.arange(logits_RV.shape[1])
+    return jnp.where((tokens_RT[:, :, None] == ids).any(1), -1e9, logits_RV)
+
+
+@pytest.mark.parametrize("decode", [{}, {"method": "beam", "beam_size": 2},
+                                    {"method": "sample", "temperature": 0.7}])
+def test_a_function_of_ones_own_changes_what_is_decoded(run, files, tmp_path, session, decode):
+    """In a session as itself and by its name, and through infer, which writes what the session says."""
+    inputs = ["1+1", "2+2"]
+    assert session.predict(inputs, logits_fn=nothing_but_a, **decode) == ["aa", "aa"]
+    named = "tests.test_infer:nothing_but_a"
+    assert session.predict(inputs, logits_fn=named, **decode) == ["aa", "aa"]
+    assert session.predict(inputs, **decode) != ["aa", "aa"]
+    if decode.get("method") == "sample":
+        return
+    config = dataclasses.replace(run[0].eval.decode, logits_fn=named, **decode)
+    output = tmp_path / "out.jsonl"
+    go(run, items(files / "a.txt")[:2], output, decode=config)
+    assert [line["predictions"][0] for line in written(output)] == ["aa", "aa"]
+
+
+def test_a_function_of_ones_own_sees_what_the_row_holds(session):
+    letters = jnp.zeros(384).at[100:106].set(jnp.arange(6.0) + 50).at[1].set(-1e9)
+    def chosen(logits_RV, tokens_RT, step):
+        return no_token_twice(logits_RV * 0 + letters, tokens_RT, step)
+    assert session.predict(["1+1"], logits_fn=chosen) == ["fedcba"]
 
 
 def test_files_of_all_formats_give_the_same_predictions(run, files, tmp_path):
@@ -459,16 +496,25 @@ def test_inspection_shows_tokens_and_text(run):
 
 
 def test_the_command_reads_standard_input(run, tmp_path):
+    """With a function of one's own from a module on PYTHONPATH: two letters, then the end."""
     output = tmp_path / "out.jsonl"
+    (tmp_path / "own.py").write_text(
+        "import jax.numpy as jnp\n"
+        "def letters(logits, tokens, step):\n"
+        "    ids = jnp.arange(logits.shape[1])\n"
+        "    allowed = jnp.where(step < 2, (ids == 100) | (ids == 101), ids == 1)\n"
+        "    return jnp.where(allowed, logits, -1e9)\n")
     result = subprocess.run(
         [sys.executable, "-m", "t5x_lite.infer", f"--workdir={run[1]}", "--input=-",
          "--format=text", f"--output={output}", "--decode.method=beam", "--decode.max_length=3",
-         "--on_error=skip", "--decode.num_samples=2"],
+         "--on_error=skip", "--decode.num_samples=2", "--decode.logits_fn=own:letters"],
         input=b"1+1\n\n2+2\n", capture_output=True, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300)
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}, timeout=300)
     assert result.returncode == 0, result.stderr.decode()
     assert [r["line"] for r in written(output)] == [1, 3]
-    assert all(len(r["predictions"]) == 2 for r in written(output))
+    for record in written(output):
+        assert len(record["predictions"]) == 2 == len(set(record["predictions"]))
+        assert all(len(text) == 2 and set(text) <= {"a", "b"} for text in record["predictions"])
     assert b"standard input, line 2 is empty" in result.stdout and b"2 lines in" in result.stdout
 
 
