@@ -237,7 +237,9 @@ def _scalar(kind: Any, value: Any, where: str) -> Any:
         except OverflowError:
             raise refuse(where, value, "a number that a float can hold") from None
     if not isinstance(value, kind) or (is_bool and kind is not bool):
-        raise refuse(where, value, f"{kind.__name__}, not {type(value).__name__}")
+        whole = kind is int and isinstance(value, float) and value.is_integer()
+        raise refuse(where, value, f"{kind.__name__}, not {type(value).__name__}"
+                     + (f": write {int(value)}" if whole else ""))
     return value
 
 

@@ -40,8 +40,14 @@ class TryAgain(UserError):
 
 
 def nearest(name: object, names: Iterable[object]) -> str:
-    """' did you mean X?' for the closest of `names`, or '' where none is close."""
-    close = difflib.get_close_matches(str(name), [str(n) for n in names], n=1, cutoff=0.6)
+    """' did you mean X?' for the closest of `names`, or '' where none is close. Capitals count as small
+    letters, unless two names differ in them alone."""
+    known = [str(n) for n in names]
+    small = {text.lower(): text for text in known}
+    if len(small) == len(known):
+        close = difflib.get_close_matches(str(name).lower(), small, n=1, cutoff=0.6)
+        return f" did you mean {small[close[0]]!r}?" if close else ""
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
     return f" did you mean {close[0]!r}?" if close else ""
 
 

@@ -41,10 +41,25 @@ def _lengths(value: Any, run: RunConfig) -> Changes:
     return {names[name]: length for name, length in value.items()}
 
 
-def _dropout(value: Any, run: RunConfig) -> Changes:
-    """Every dropout_rate of the model: of the stacks, their attention and their MLPs."""
-    return {name: value for name in field_names(run)
-            if name.startswith("model.") and name.endswith(".dropout_rate")}
+def _everywhere(field: str) -> Binding:
+    """Every field of the model of this name: of the stacks, their attention and their MLPs."""
+    return Binding(lambda value, run: {
+        name: value for name in field_names(run)
+        if name.startswith("model.") and name.endswith(f".{field}")})
+
+
+def _layers(stack: str) -> Binding:
+    def change(value: Any, run: RunConfig) -> Changes:
+        config = getattr(run.model, stack)
+        if config is None or len(config.segments) != 1 or len(config.segments[0].blocks) != 1:
+            raise UserError(f"--gin binding with the value {value!r}: model.{stack} is not one block "
+                            f"repeated; set model.{stack}.segments[0].repeats and so on.")
+        return {f"model.{stack}.segments[0].repeats": value}
+    return Binding(change)
+
+
+def _microbatches(value: Any, run: RunConfig) -> Changes:
+    return {"train.accumulation": 1 if value is None else value}
 
 
 def _initial(value: Any, run: RunConfig) -> Changes:
@@ -55,7 +70,7 @@ def _initial(value: Any, run: RunConfig) -> Changes:
 def _dtype(value: Any, run: RunConfig) -> Changes:
     names = {"bfloat16": "bf16", "float32": "float32", "float16": "fp16"}
     if value not in names:
-        raise UserError(f"--gin.T5Config.dtype={value!r}: must be one of {', '.join(names)}.")
+        raise UserError(f"--gin binding of a dtype with the value {value!r}: must be one of {', '.join(names)}.")
     return {"precision": names[value]}
 
 
@@ -71,7 +86,18 @@ BINDINGS: Mapping[str, Binding] = {
     "TASK_FEATURE_LENGTHS": Binding(_lengths),
     "TRAIN_STEPS": _field("train.num_steps"),
     "BATCH_SIZE": _field("train.global_batch_size"),
-    "DROPOUT_RATE": Binding(_dropout),
+    "DROPOUT_RATE": _everywhere("dropout_rate"),
+    "NUM_HEADS": _everywhere("num_heads"),
+    "HEAD_DIM": _everywhere("head_dim"),
+    "MLP_DIM": _everywhere("mlp_dim"),
+    "EMBED_DIM": _field("model.embed_dim"),
+    "NUM_ENCODER_LAYERS": _layers("encoder"),
+    "NUM_DECODER_LAYERS": _layers("decoder"),
+    "ACTIVATION_DTYPE": Binding(_dtype),
+    "LEARNING_RATE": _field("optimizer.schedule.base_learning_rate"),
+    "WARMUP_STEPS": _field("optimizer.schedule.warmup_steps"),
+    "EVAL_STEPS": _field("eval.num_batches"),
+    "CHECKPOINT_PERIOD": _field("checkpoint.every"),
     "INITIAL_CHECKPOINT_PATH": Binding(_initial),
     "CHECKPOINT_PATH": Binding(_initial),
     "EVAL_PERIOD": _field("eval.every"),
@@ -94,7 +120,7 @@ BINDINGS: Mapping[str, Binding] = {
     "DatasetConfig.pack": _field("data.packing"),
     "DatasetConfig.seed": _field("data.seed"),
     "DatasetConfig.module": _field("data.task_modules"),
-    "Trainer.num_microbatches": _field("train.accumulation"),
+    "Trainer.num_microbatches": Binding(_microbatches),
     "create_learning_rate_scheduler.factors": _field("optimizer.schedule.factors"),
     "create_learning_rate_scheduler.base_learning_rate": _field(
         "optimizer.schedule.base_learning_rate"),
@@ -106,6 +132,14 @@ BINDINGS: Mapping[str, Binding] = {
     "RestoreCheckpointConfig.path": Binding(_initial),
     "PjitPartitioner.num_partitions": _field("mesh.tensor"),
     "T5Config.dtype": Binding(_dtype),
+    "T5Config.dropout_rate": _everywhere("dropout_rate"),
+    "T5Config.num_heads": _everywhere("num_heads"),
+    "T5Config.head_dim": _everywhere("head_dim"),
+    "T5Config.mlp_dim": _everywhere("mlp_dim"),
+    "T5Config.emb_dim": _field("model.embed_dim"),
+    "T5Config.vocab_size": _field("model.vocab_size"),
+    "T5Config.num_encoder_layers": _layers("encoder"),
+    "T5Config.num_decoder_layers": _layers("decoder"),
 }
 # Bindings that are a flag of the doors and no field.
 FLAGS = {"MODEL_DIR": "workdir", "EVAL_OUTPUT_DIR": "workdir"}

@@ -1,6 +1,7 @@
 """What a user gets wrong: one screen that names the value and the fix, nothing lost."""
 
 import dataclasses
+import re
 import subprocess
 
 import jax
@@ -9,7 +10,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from configs import quickstart
-from t5x_lite import build as build_lib, cli, config as configs, train
+from t5x_lite import build as build_lib, cli, config as configs, errors, train
 from t5x_lite.checkpoints import manager
 from t5x_lite.errors import UserError
 from t5x_lite.parallel.sharding import MeshConfig
@@ -135,7 +136,8 @@ def test_an_unknown_flag_names_the_field_that_it_means(flag, hint):
 
 
 @pytest.mark.parametrize(("name", "ours"), [("bfloat16", "bf16"), ("float16", "fp16"), ("fp32", "float32"),
-                                            ("flaot32", "float32")])
+                                            ("flaot32", "float32"), ("BF16", "bf16"),
+                                            ("bf-16", "bf16"), ("tf32", "float32"), ("fp8_e4m3", "fp8")])
 def test_another_programs_name_of_a_precision_names_ours(name, ours):
     with pytest.raises(UserError, match=f"did you mean '{ours}'"):
         precision.policy(name)
@@ -152,6 +154,13 @@ def test_a_mistyped_field_is_named_in_plain_words(field):
         assert message.startswith(f"the config has no field '{field}'.")
         assert message.endswith(f"(among {override})") and "\\n" not in message
         assert ("num_steps" in message) == (field == "nm_steps")
+
+
+@pytest.mark.parametrize(("value", "end"), [("1e4", "not float: write 10000."), ("1.5", "not float."),
+                                            ("1e999", "not float."), ("1_000", "not str.")])
+def test_a_whole_number_with_a_point_is_told_how_to_be_written(value, end):
+    with pytest.raises(UserError, match=re.escape(end) + "$"):
+        configs.override(quickstart.run(), [f"train.num_steps={value}"])
 
 
 def test_a_config_file_that_is_not_there():
@@ -171,3 +180,11 @@ def test_a_configs_own_complaint_is_shown_without_its_traceback():
     message = str(cli._user_error(wrapped.value))
     assert message.startswith("configs/t5_1_1.py:basee: no such size. did you mean 'base'?")
     assert cli._user_error(ValueError("another")) is None
+
+
+@pytest.mark.parametrize(("name", "names", "hint"), [
+    ("LoRA", ("none", "lora", "ia3"), "lora"), ("ADAMW", ("adamw", "sgd"), "adamw"),
+    ("Embed_Dim", ("embed_dim",), "embed_dim"), ("train_steps", ("TRAIN_STEPS", "BATCH_SIZE"), "TRAIN_STEPS"),
+    ("Ab", ("ab", "AB"), None), ("zzz", ("lora",), None), (3, (2, 30), "30")])
+def test_capitals_hide_no_name_that_is_meant(name, names, hint):
+    assert errors.nearest(name, names) == (f" did you mean {hint!r}?" if hint else "")

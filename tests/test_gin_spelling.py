@@ -5,8 +5,10 @@ import shlex
 
 import pytest
 
+from configs import switch
 from t5x_lite import config as configs, gin_spelling
 from t5x_lite.errors import UserError
+from t5x_lite.layers.config import MoEConfig
 from tests import tiny
 from tests.test_imports import ROOT
 
@@ -31,10 +33,12 @@ def test_every_row_of_the_page_sets_what_it_says(theirs, ours):
     found = bound(f"--gin.{theirs}")
     if "and so on" in ours:
         found_at = configs.field_names(found)
-        rates = [name for name in found_at if name.endswith(".dropout_rate")]
-        assert len(rates) > 4 and found.model.encoder.dropout_rate == 0.1
-        assert found.model.decoder.segments[0].blocks[0].mlp.dropout_rate == 0.1
-        assert found.model.decoder.segments[0].blocks[0].self_attention.dropout_rate == 0.1
+        [path], value = [field.partition("=")[0] for field in fields], float(fields[0].partition("=")[2])
+        field = path.rpartition(".")[2]
+        places = [name for name in found_at if re.fullmatch(rf"model\..*\.{field}", name)]
+        assert path in places and len(places) >= {"dropout_rate": 5, "mlp_dim": 2}.get(field, 3)
+        assert found == configs.override(tiny.seq2seq(), [f"{name}={value:g}" for name in places])
+        assert found != tiny.seq2seq()
         return
     assert found == expected and found != tiny.seq2seq()
 
@@ -57,6 +61,8 @@ def test_our_own_fields_and_several_at_once():
 @pytest.mark.parametrize(("argument", "message"), [
     ("--gin.TRAIN_STEP=3", "did you mean 'TRAIN_STEPS'"),
     ("--gin.utils.SaveCheckpointConfig.periods=3", "did you mean 'SaveCheckpointConfig.period'"),
+    ("--gin.NUM_ENCODER_LAYERS='two'", "segments[0].repeats='two': must be int"),
+    ("--gin.ACTIVATION_DTYPE='int8'", "one of bfloat16"),
     ("--gin.nonsense=3", "docs/from_t5x.md"),
     ("--gin.TRAIN_STEPS=%OTHER", "references of gin"),
     ("--gin.BATCH_SIZE='many'", "config.train.global_batch_size='many': must be int, not str"),
@@ -69,6 +75,14 @@ def test_our_own_fields_and_several_at_once():
 def test_what_does_not_fit_is_named(argument, message):
     with pytest.raises(UserError, match=re.escape(message)):
         bound(argument)
+
+
+def test_what_t5x_says_by_none_and_by_stacks():
+    assert bound("--gin.trainer.Trainer.num_microbatches=None").train.accumulation == 1
+    sparse = switch.sparsify(tiny.seq2seq().model.encoder, MoEConfig(num_experts=2), 2)
+    run = configs.replace(tiny.seq2seq(), "model.encoder", sparse)
+    with pytest.raises(UserError, match=r"model.encoder is not one block repeated"):
+        gin_spelling.apply(run, ["NUM_ENCODER_LAYERS=3"])
 
 
 @pytest.mark.parametrize("argument", ["--gin_file=base.gin", "--gin_bindings=A=3",

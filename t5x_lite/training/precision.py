@@ -58,7 +58,8 @@ POLICIES: dict[str, Policy] = {p.name: p for p in (
 ELSEWHERE = {"bfloat16": "bf16", "bf16_mixed": "bf16", "bf16-mixed": "bf16", "mixed": "bf16",
              "float16": "fp16", "half": "fp16", "16": "fp16", "16-mixed": "fp16",
              "fp32": "float32", "f32": "float32", "float": "float32", "32": "float32",
-             "float8": "fp8", "float8_e4m3fn": "fp8", "bf16_full": "bf16_params"}
+             "float8": "fp8", "float8_e4m3fn": "fp8", "fp8_e4m3": "fp8", "fp8_hybrid": "fp8",
+             "tf32": "float32", "full": "float32", "single": "float32", "bf16_full": "bf16_params"}
 
 
 def policy(name: str) -> Policy:
