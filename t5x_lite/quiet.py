@@ -5,6 +5,7 @@ import dataclasses
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from typing import IO
 
@@ -17,54 +18,80 @@ NO_TPU = (b"Failed to find host bounds", b"Logging before InitGoogle()", b"commo
 
 @dataclasses.dataclass(eq=False)
 class _Held:
-    """Standard error while a block runs: what it was, and where it goes until then."""
+    """Standard error while blocks run, perhaps of several threads: the first begins to hold it, the last
+    gives it back. (Each for itself would give back what the other put in its place.)"""
 
     real: int   # a file descriptor
     file: IO[bytes]
-    is_noise: Callable[[bytes], bool]
+    noises: list[Callable[[bytes], bool]] = dataclasses.field(default_factory=list)
+    blocks: int = 0
+    whole: bool = False   # nothing is dropped
 
-    def end(self, whole: bool = False) -> None:
-        """Puts standard error back and writes to it what was held, without noise unless whole."""
+    def end(self) -> None:
+        """Puts standard error back and writes to it what was held, without noise."""
         sys.stderr.flush()
         os.dup2(self.real, 2)
         os.close(self.real)
         self.file.seek(0)
         for line in self.file:
-            if whole or not self.is_noise(line):
+            if self.whole or not any(is_noise(line) for is_noise in self.noises):
                 os.write(2, line)
         self.file.close()
 
 
-_held: list[_Held] = []
+_lock = threading.RLock()
+_now: _Held | None = None
 
 
 @contextlib.contextmanager
 def holding(is_noise: Callable[[bytes], bool], *, whole_if_failed: bool = False) -> Iterator[None]:
     """Keeps standard error, C++'s and other threads' too, until the block ends, and then drops the noise
     in it; whole_if_failed: none of it where the block fails."""
-    sys.stderr.flush()
-    try:
-        held = _Held(os.dup(2), tempfile.TemporaryFile(), is_noise)
-    except OSError:   # closed, as under pythonw
-        yield
-        return
-    os.dup2(held.file.fileno(), 2)
-    _held.append(held)
+    held = _begin(is_noise)
     failed = True
     try:
         yield
         failed = False
     finally:
-        if held in _held:
-            _held.remove(held)
-            held.end(whole=failed and whole_if_failed)
+        _end(held, failed and whole_if_failed)
+
+
+def _begin(is_noise: Callable[[bytes], bool]) -> _Held | None:
+    global _now
+    with _lock:
+        if _now is None:
+            sys.stderr.flush()
+            try:
+                real = os.dup(2)
+            except OSError:   # closed, as under pythonw
+                return None
+            _now = _Held(real, tempfile.TemporaryFile())
+            os.dup2(_now.file.fileno(), 2)
+        _now.noises.append(is_noise)
+        _now.blocks += 1
+        return _now
+
+
+def _end(held: _Held | None, whole: bool) -> None:
+    global _now
+    with _lock:
+        if held is None or held is not _now:   # given back before
+            return
+        held.blocks -= 1
+        held.whole |= whole
+        if held.blocks == 0:
+            _now = None
+            held.end()
 
 
 def give_back() -> None:
-    """Ends every holding: of a process that leaves with an error while another thread holds it, the
-    error would else be lost."""
-    while _held:
-        _held.pop().end()
+    """Ends the holding at once: of a process that leaves with an error while another thread holds
+    standard error, the error would else be lost."""
+    global _now
+    with _lock:
+        held, _now = _now, None
+        if held is not None:
+            held.end()
 
 
 def stderr(*more: bytes) -> contextlib.AbstractContextManager[None]:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from t5x_lite import quiet
 from tests.test_imports import ROOT
 
 LEAVE = """
@@ -40,7 +41,6 @@ def test_an_error_is_said_while_another_thread_holds_standard_error(busy, error,
 
 
 def test_noise_is_dropped_and_all_is_shown_where_the_block_fails(capfd):
-    from t5x_lite import quiet
     with quiet.holding(lambda line: b"noise" in line):
         os.write(2, b"noise\nnews\n")
     assert capfd.readouterr().err == "news\n"
@@ -49,5 +49,27 @@ def test_noise_is_dropped_and_all_is_shown_where_the_block_fails(capfd):
         os.write(2, b"noise\nnews\n")
         raise KeyError
     assert capfd.readouterr().err == "noise\nnews\n"
+
+
+def test_blocks_of_two_threads_that_overlap_give_back_what_was_there(capfd):
+    first, second = (quiet.holding(lambda line, word=word: word in line) for word in (b"one", b"two"))
+    first.__enter__()
+    second.__enter__()
+    os.write(2, b"one\ntwo\nthree\n")
+    first.__exit__(None, None, None)
+    os.write(2, b"two\nfour\n")
+    assert capfd.readouterr().err == ""
+    second.__exit__(None, None, None)
+    os.write(2, b"one\n")
+    assert capfd.readouterr().err == "three\nfour\none\n"
+
+
+def test_what_is_given_back_stays_given_back(capfd):
+    block = quiet.holding(lambda line: b"noise" in line)
+    block.__enter__()
+    os.write(2, b"noise\nnews\n")
     quiet.give_back()
-    assert not quiet._held
+    quiet.give_back()
+    os.write(2, b"noise\n")
+    block.__exit__(None, None, None)
+    assert capfd.readouterr().err == "news\nnoise\n"
