@@ -15,14 +15,10 @@ import platform
 
 import pytest
 
+from tests.helpers import PARITY, xla_flags
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests compile much and run little: without LLVM's optimisations they take 0.6 of the time, and
-# with XLA's older, quicker way of writing fused loops 0.6 of that.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
 # JAX's tracing makes and drops many objects, over a heap of TensorFlow's and torch's: collect less often.
 gc.set_threshold(50_000, 20, 100)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -93,7 +89,6 @@ def pytest_runtest_protocol(item):
 
 def pytest_terminal_summary(terminalreporter):
     """How many comparisons with the references' own outputs did not run, and what runs instead."""
-    from tests.helpers import PARITY
     skipped = terminalreporter.stats.get("skipped", [])
     reasons = [report.longrepr[2] for report in skipped if isinstance(report.longrepr, tuple)]
     if count := sum(PARITY in reason for reason in reasons):

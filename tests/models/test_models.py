@@ -122,11 +122,6 @@ def close(found, expected, tolerance=1e-5):
         assert worst <= tolerance, f"{path or 'value'}: {worst:.2e}"
 
 
-# Tiny shapes run at once; what these tests cost is LLVM.
-jit = functools.partial(jax.jit, compiler_options={
-    "xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
-
-
 # --- T5X's T5.1.1 ---------------------------------------------------------------------------------
 
 @functools.cache
@@ -180,7 +175,7 @@ def t5x_case():
 def test_t5x_logits(case, scan):
     config, params, cases = t5x_case()
     batch, expected = cases[case]
-    found = jit(functools.partial(logits_of, Model(with_stacks(config, scan=scan))))(
+    found = jax.jit(functools.partial(logits_of, Model(with_stacks(config, scan=scan))))(
         params, batch)
     # T5X gives padded targets other logits (it lets them see the whole row); nobody reads them.
     real = np.asarray(batch["decoder_target_tokens"]) != 0
@@ -190,7 +185,7 @@ def test_t5x_logits(case, scan):
 def test_t5x_logits_bfloat16():
     config, params, cases = t5x_case()
     batch, expected = cases["plain"]
-    found = jit(functools.partial(logits_of, Model(config, jnp.bfloat16)))(params, batch)
+    found = jax.jit(functools.partial(logits_of, Model(config, jnp.bfloat16)))(params, batch)
     real = np.asarray(batch["decoder_target_tokens"]) != 0
     assert found.dtype == jnp.float32
     # These weights amplify: rounding them alone to bfloat16 moves the logits by 0.045.
@@ -213,7 +208,7 @@ def test_relative_position_buckets():
 def value_and_grad(config, params, batch, key=None, dtype=jnp.float32):
     """Loss and gradients, compiled."""
     model = Model(config, dtype)
-    return jit(lambda p, b: jax.value_and_grad(
+    return jax.jit(lambda p, b: jax.value_and_grad(
         lambda p: loss_of(model, p, b, key))(p))(params, batch)
 
 
@@ -222,7 +217,7 @@ def reference(name):
     """(config, params, batch, loss, gradients) of a small model on one device."""
     config = {"encoder_decoder": encoder_decoder(), "decoder_only": decoder_only(kv_heads=2),
               "mixtures": mixtures(decoder_only(), 1.5)}[name]
-    params = jit(Model(config).init)(jax.random.key(0))
+    params = jax.jit(Model(config).init)(jax.random.key(0))
     batch = make_batch(config, packed=name == "encoder_decoder")
     return config, params, batch, *value_and_grad(config, params, batch)
 
@@ -281,7 +276,7 @@ def test_attention_by_chunks_over_a_mesh_equals_plain(name, kind, sizes):
     make = {"encoder_decoder": encoder_decoder, "decoder_only": decoder_only}[name]
     plain, chunked = (make(position=PositionConfig(kind), attention=AttentionConfig(
         4, 8, implementation=implementation, chunk=3)) for implementation in ("plain", "chunked"))
-    params = jit(Model(plain).init)(jax.random.key(0))
+    params = jax.jit(Model(plain).init)(jax.random.key(0))
     batch = make_batch(plain)
     loss, grads = value_and_grad(plain, params, batch)
     rules, model = sharding.Rules(), Model(plain)
@@ -304,12 +299,12 @@ def test_kv_heads_that_do_not_split_are_refused():
 
 def test_dropout_is_the_same_scanned_and_unrolled():
     config = decoder_only(dropout=0.3)
-    params = jit(Model(config).init)(jax.random.key(0))
+    params = jax.jit(Model(config).init)(jax.random.key(0))
     batch = make_batch(config)
 
     def loss(key, **changes):
         model = Model(with_stacks(config, **changes))
-        return jit(functools.partial(loss_of, model))(params, batch, key)
+        return jax.jit(functools.partial(loss_of, model))(params, batch, key)
 
     keys = [jax.random.key(7), jax.random.key(8), None]
     scanned = [loss(key) for key in keys]
@@ -367,10 +362,10 @@ CACHED = {
 def test_cached_decoding_equals_teacher_forcing(name):
     config = CACHED[name]
     model = Model(config)
-    params = jit(model.init)(jax.random.key(1))
+    params = jax.jit(model.init)(jax.random.key(1))
     batch = make_batch(config, rows=3, target=7)
-    expected = jit(functools.partial(logits_of, model))(params, batch)
-    found = jit(lambda p, b: decoded_logits(model, p, b, (3, 1, 5)))(params, batch)
+    expected = jax.jit(functools.partial(logits_of, model))(params, batch)
+    found = jax.jit(lambda p, b: decoded_logits(model, p, b, (3, 1, 5)))(params, batch)
     close(found, expected)
 
 
@@ -380,13 +375,13 @@ def test_cached_decoding_in_bfloat16_keeps_what_a_cpu_reads(name):
     met as closely as that type can."""
     config = CACHED[name]
     model = Model(config, jnp.bfloat16)
-    params = jit(model.init)(jax.random.key(1))
+    params = jax.jit(model.init)(jax.random.key(1))
     batch = make_batch(config, rows=3, target=7)
-    expected = jit(functools.partial(logits_of, model))(params, batch)
-    found = jit(lambda p, b: decoded_logits(model, p, b, (3, 1, 5)))(params, batch)
+    expected = jax.jit(functools.partial(logits_of, model))(params, batch)
+    found = jax.jit(lambda p, b: decoded_logits(model, p, b, (3, 1, 5)))(params, batch)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, atol=0.03 * float(np.abs(expected).max()))
-    cache = jit(lambda p, b: model.bind(p).init_cache(b, 4))(params, batch)
+    cache = jax.jit(lambda p, b: model.bind(p).init_cache(b, 4))(params, batch)
     kept = [x for x in jax.tree.leaves(cache["layers"])]
     assert {x.dtype for x in kept} == {jnp.dtype("float32")}
     for x in kept:
@@ -398,7 +393,7 @@ def test_cached_decoding_over_a_mesh(axis):
     config, params, batch, _, _ = reference("encoder_decoder")
     model = Model(config)
     batch = {k: v for k, v in batch.items() if not k.endswith(("ids", "positions"))}
-    expected = jit(functools.partial(logits_of, model))(params, batch)
+    expected = jax.jit(functools.partial(logits_of, model))(params, batch)
     mesh = sharding.make_mesh(sharding.MeshConfig(**{"data": 1, axis: 2, "fsdp": 2, "tensor": 2}))
     rules = sharding.Rules()
     params = tree.map_with_path(lambda p, x: jax.device_put(x, sharding.named_sharding(
@@ -407,7 +402,7 @@ def test_cached_decoding_over_a_mesh(axis):
              for k, x in batch.items()}
 
     with sharding.activate(mesh, rules):
-        found = jit(lambda p, b: decoded_logits(model, p, b, (3, 1, 5, 2) * 2))(params, batch)
+        found = jax.jit(lambda p, b: decoded_logits(model, p, b, (3, 1, 5, 2) * 2))(params, batch)
     close(found, expected)
 
 
@@ -416,11 +411,11 @@ def test_cached_decoding_of_one_row_goes_by_chunks_too():
     config = decoder_only(attention=AttentionConfig(4, 8, implementation="chunked", chunk=3))
     model, mesh, rules = Model(config), sharding.make_mesh(
         sharding.MeshConfig(), jax.devices()[:1]), sharding.Rules()
-    params = jit(model.init)(jax.random.key(1))
+    params = jax.jit(model.init)(jax.random.key(1))
     batch = make_batch(config, rows=1, target=7)
     with sharding.activate(mesh, rules):
-        expected = jit(functools.partial(logits_of, model))(params, batch)
-        found = jit(lambda p, b: decoded_logits(model, p, b, (2,)))(params, batch)
+        expected = jax.jit(functools.partial(logits_of, model))(params, batch)
+        found = jax.jit(lambda p, b: decoded_logits(model, p, b, (2,)))(params, batch)
     close(found, expected)
 
 
@@ -440,7 +435,7 @@ def test_take_rows_moves_whole_rows():
         _, cache = module.decode(tokens[before, :2], cache)
         return module.decode(tokens[before][after, 2:3], take_rows(cache, after))[0]
 
-    step, same = jit(third_step), jnp.arange(8)
+    step, same = jax.jit(third_step), jnp.arange(8)
     close(step(params, same, rows), step(params, rows, same))
 
 

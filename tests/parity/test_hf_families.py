@@ -32,9 +32,7 @@ def ours(config, params, data):
                         totals(ObjectiveConfig(z_loss=0.0), data))
         return value, module.head(module.head_params(), module(data)[0])
 
-    run = jax.jit(jax.value_and_grad(run, has_aux=True), compiler_options={
-        "xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
-    (value, logits), grads = run(params)
+    (value, logits), grads = jax.jit(jax.value_and_grad(run, has_aux=True))(params)
     return np.asarray(logits), float(value), jax.tree.map(np.asarray, grads)
 
 
