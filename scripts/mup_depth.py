@@ -8,7 +8,8 @@ least depth (m = depth / least depth):
     standard   x + f(norm(x))
     root       x + m^-1/2 f(norm(x)), rates of the blocks times m^-1/2: depth-mup (Yang et al. 2023,
                arXiv:2310.02244), proven there for blocks of one layer; ours are attention and an MLP
-    whole      x + m^-1 f(norm(x)), the same rates: CompleteP (Dey et al. 2025, arXiv:2505.01618)
+    whole      x + m^-1 f(norm(x)), the same rates: CompleteP (Dey et al. 2025, arXiv:2505.01618), which
+               model.parametrization=mup has by model.base_depth
 
 Prints the mean loss of the last ten steps by rate, the best rate, and the root mean square of how much the
 last hidden states have changed after four steps at a rate of 2^-8, with its slope over the depth.
@@ -23,7 +24,6 @@ import numpy as np
 
 from t5x_lite.build import build
 from t5x_lite.config import RunConfig
-from t5x_lite.models import blocks
 from t5x_lite.models.config import SegmentConfig
 from t5x_lite.scaling import coordinates
 from t5x_lite.training.methods import GroupConfig
@@ -33,26 +33,13 @@ KINDS = {"standard": (0.0, 0.0), "root": (0.5, 0.5), "whole": (1.0, 0.0)}   # po
 _STEPS_OF_CHANGE, _RATE_OF_CHANGE = 4, 2.0 ** -8
 
 
-def _scaled(x, sublayers, alpha):
-    """x + alpha f(norm(x))."""
-    outs = []
-    for run, pre_norm, _ in sublayers:
-        y, out = run(pre_norm(x))
-        x = x + alpha * y
-        outs.append(out)
-    return x, outs
-
-
-blocks.RESIDUALS["scaled"] = blocks.Residual(_scaled, "each", "none")
-
-
 def run_config(kind: str, depth: int, least: int, width: int, rows: int, length: int) -> RunConfig:
     """The run of mup_learning_rates.py with `depth` layers."""
     run = rates_of.run_config("adamw", width, 0, rows, length)
     branch, rate = ((depth / least) ** -power for power in KINDS[kind])
     block = run.model.decoder.segments[0].blocks
     decoder = dataclasses.replace(run.model.decoder, segments=(SegmentConfig(block, depth),),
-                                  residual="scaled", residual_alpha=branch)
+                                  branch_scale=branch)
     groups = (GroupConfig("decoder/segment.*kernel", learning_rate_multiplier=rate),)
     return dataclasses.replace(run, model=dataclasses.replace(run.model, decoder=decoder),
                                optimizer=dataclasses.replace(run.optimizer, groups=groups))

@@ -207,7 +207,9 @@ class Block(nnx.Module):
                 y = tag(y, "mlp_output" if name == "mlp" else "attention_output")
                 y = dropout(y, self.stack.dropout_rate, keys[name], *RESIDUAL_AXES,
                             broadcast_dims=(1,))
-                return (getattr(self, f"{name}_adapter")(y) if self.stack.adapter_dim else y), out
+                y = getattr(self, f"{name}_adapter")(y) if self.stack.adapter_dim else y
+                scale = self.stack.branch_scale
+                return (y if scale == 1.0 else scale * y), out
             return run
 
         sublayers = [(with_dropout(n), getattr(self, f"pre_{n}_norm", None),

@@ -42,6 +42,7 @@ class StackConfig:
     norm: NormConfig = NormConfig()
     residual: str = "pre"           # a row of blocks.RESIDUALS
     residual_alpha: float = 1.0     # deepnorm: weight of the skip path, see blocks.deepnorm_constants
+    branch_scale: float = 1.0       # on what each sub-layer adds to the residual stream
     embedding_norm: bool = False    # a norm on the embeddings, positions included (BERT, BART)
     final_norm: bool = True
     dropout_rate: Rate = 0.0       # on embeddings, sub-layer outputs and the final norm
@@ -82,3 +83,4 @@ class ModelConfig:
     parametrization: str = "standard"
     base_width: int = 0                     # mup: embed_dim of the model that was tuned
     base_head_dim: int = 0                  # mup: its head_dim; 0: the same as here
+    base_depth: int = 0                     # mup: layers of each of its stacks; 0: as many as here

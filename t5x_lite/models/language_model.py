@@ -409,6 +409,7 @@ def validate(config: ModelConfig) -> None:
         if stack is not None:
             crosses = name == "decoder" and config.encoder is not None
             _validate_stack(f"model.{name}", stack, crosses)
+            _validate_branches(f"model.{name}", stack, config.base_depth)
 
 
 def _validate_start(config: ModelConfig) -> None:
@@ -435,6 +436,16 @@ def _validate_stack(where: str, stack: StackConfig, crosses: bool) -> None:
             if (block.cross_attention is not None) != crosses:
                 raise UserError(f"{here}.cross_attention must be "
                                 f"{'given' if crosses else 'None'} here.")
+
+
+def _validate_branches(where: str, stack: StackConfig, base_depth: int) -> None:
+    """Raises UserError where a norm behind the branches would undo their scale."""
+    if RESIDUALS[stack.residual].post == "none" or (stack.branch_scale == 1.0 and not base_depth):
+        return
+    field = f"model.base_depth={base_depth}" if base_depth else f"{where}.branch_scale={stack.branch_scale:g}"
+    fitting = [name for name, row in RESIDUALS.items() if row.post == "none"]
+    raise UserError(f"{field} scales what sub-layers add; {where}.residual={stack.residual!r} has norms "
+                    f"behind them. Use one of {', '.join(fitting)}, or leave it out.")
 
 
 def _validate_block(where: str, block: BlockConfig, causal: bool) -> None:
