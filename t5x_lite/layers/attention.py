@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from t5x_lite.errors import UserError, at_least, one_of
-from t5x_lite.layers import attention_implementations, dot_product
+from t5x_lite.layers import attention_implementations, dot_product, norm
 from t5x_lite.layers.attention_implementations import FUSED_KERNELS, IMPLEMENTATIONS
-from t5x_lite.layers.config import AttentionConfig, InitConfig, NormConfig, PositionConfig
+from t5x_lite.layers.config import AttentionConfig, InitConfig, PositionConfig
 from t5x_lite.layers.linear import Dense, RowKey, dropout, kernel_std
 from t5x_lite.layers.masks import Masking, Terms
 from t5x_lite.layers.norm import Norm
@@ -33,9 +33,17 @@ def validate(config: AttentionConfig, where: str) -> None:
         raise UserError(f"{where}: num_heads={config.num_heads} must be a multiple of "
                         f"num_kv_heads={config.kv_heads}.")
     one_of(f"{where}.implementation", config.implementation, IMPLEMENTATIONS)
+    one_of(f"{where}.qk_norm_over", config.qk_norm_over, ("head", "all"))
+    norm.validate(config.qk_norm_config, f"{where}.qk_norm_config")
     at_least(f"{where}.window", config.window, 0)
     at_least(f"{where}.logit_softcap", config.logit_softcap, 0)
     at_least(f"{where}.chunk", config.chunk, 1)
+
+
+def cache_dims(config: AttentionConfig) -> dict[str, tuple[int, int, str | None]]:
+    """{entry: (heads, features of each, logical axis of heads)} of a token."""
+    each = (config.kv_heads, config.head_dim, "act_kv_heads")
+    return {"key": each, "value": each}
 
 
 def attend(name: str, q: jax.Array, k: jax.Array, v: jax.Array, terms: Terms, masking: Masking,
@@ -117,8 +125,8 @@ class Attention(nnx.Module):
         self.out = Dense(keys[3], heads * head_dim, embed_dim, ("heads", "embed"), std=std_out,
                          use_bias=config.use_out_bias, dtype=dtype, units=(heads, embed_dim))
         if config.qk_norm:
-            self.query_norm = Norm(keys[4], head_dim, NormConfig(), dtype)
-            self.key_norm = Norm(keys[5], head_dim, NormConfig(), dtype)
+            self.query_norm = _qk_norm(keys[4], heads, "heads", config, dtype)
+            self.key_norm = _qk_norm(keys[5], kv_heads, "kv_heads", config, dtype)
         if parameters := POSITIONS[position.kind].parameters:
             for name, value in parameters(keys[6:], embed_dim, config, std, dtype).items():
                 setattr(self, name, value)
@@ -137,13 +145,19 @@ class Attention(nnx.Module):
                              "act_batch", "act_length", axis, None)
         return x.transpose(0, 2, 1, 3)
 
+    def _normed_heads(self, x: jax.Array, name: str, heads: int, axis: str) -> jax.Array:
+        """x_BL(NH) -> BNLH, under the norm of queries or keys where there is one."""
+        over = self.config.qk_norm_over if self.config.qk_norm else ""
+        if over == "all":
+            x = getattr(self, name)(x)
+        x = self.split_heads(x, heads, axis)
+        return getattr(self, name)(x) if over == "head" else x
+
     def project_kv(self, x: jax.Array, positions: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """x_BSD -> keys and values [B, K, S, H]; positions_BS of self-attention's, or None."""
         flat = ("act_batch", "act_length", "act_kv_heads")
-        k = self.split_heads(self.key(x, flat), self.config.kv_heads, "act_kv_heads")
+        k = self._normed_heads(self.key(x, flat), "key_norm", self.config.kv_heads, "act_kv_heads")
         v = self.split_heads(self.value(x, flat), self.config.kv_heads, "act_kv_heads")
-        if self.config.qk_norm:
-            k = self.key_norm(k)
         turn = POSITIONS[self.position.kind].turn
         if positions is not None and turn is not None:
             k = turn(k, positions, self.position)
@@ -161,9 +175,7 @@ class Attention(nnx.Module):
         flat_query = self.query(x, ("act_batch", "act_length", "act_heads"))
         if own_keys and kind.queries is not None:
             return kind.queries(self, flat_query, masking.k_positions.shape[1], x.shape[-1])
-        q = self.split_heads(flat_query, config.num_heads, "act_heads")
-        if config.qk_norm:
-            q = self.query_norm(q)
+        q = self._normed_heads(flat_query, "query_norm", config.num_heads, "act_heads")
         if own_keys and kind.turn is not None:
             q = kind.turn(q, masking.q_positions, self.position)
         return tag(q * self.scale, "query"), None
@@ -209,6 +221,14 @@ class Attention(nnx.Module):
         y = sharding.reshape(y, (*y.shape[:2], config.num_heads * config.head_dim), *flat)
         y = tag(y, "context")
         return self.out(y, ("act_batch", "act_norm_length", "act_embed")), cache
+
+
+def _qk_norm(key: jax.Array, heads: int, axis: str, config: AttentionConfig, dtype: jnp.dtype
+             ) -> Norm:
+    """The norm of queries or keys: over each head's features, or over those of all heads."""
+    if config.qk_norm_over == "head":
+        return Norm(key, config.head_dim, config.qk_norm_config, dtype)
+    return Norm(key, heads * config.head_dim, config.qk_norm_config, dtype, axis, (heads,))
 
 
 def _for_queries(k: jax.Array, v: jax.Array, config: AttentionConfig):

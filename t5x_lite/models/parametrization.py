@@ -150,8 +150,9 @@ def grown(model: ModelConfig, width: int) -> ModelConfig:
 
     def block(b: BlockConfig) -> BlockConfig:
         moe = None if b.moe is None else dataclasses.replace(b.moe, mlp=mlp(b.moe.mlp))
-        return BlockConfig(attention(b.self_attention), attention(b.cross_attention), mlp(b.mlp),
-                           moe)
+        return dataclasses.replace(b, self_attention=attention(b.self_attention),
+                                   cross_attention=attention(b.cross_attention), mlp=mlp(b.mlp),
+                                   moe=moe)
 
     def stack(config: StackConfig | None) -> StackConfig | None:
         if config is None:

@@ -70,6 +70,7 @@ DEFAULT_RULES: dict[str, tuple[str, ...]] = {
     "buckets": (),
     "position": (),
     "lora": (),
+    "latent": ("fsdp",),       # what latent attention makes queries, keys and values of
     # activations
     # Outside its stacks of layers a pipeline splits the batch over its stages too.
     "act_batch": ("slice", "stage", "data", "fsdp", "expert"),

@@ -14,6 +14,7 @@ from t5x_lite.errors import UserError
 from t5x_lite.layers.config import (
     AttentionConfig,
     InitConfig,
+    LatentConfig,
     MLPConfig,
     MoEConfig,
     NormConfig,
@@ -216,7 +217,7 @@ def value_and_grad(config, params, batch, key=None, dtype=jnp.float32):
 def reference(name):
     """(config, params, batch, loss, gradients) of a small model on one device."""
     config = {"encoder_decoder": encoder_decoder(), "decoder_only": decoder_only(kv_heads=2),
-              "mixtures": mixtures(decoder_only(), 1.5)}[name]
+              "mixtures": mixtures(decoder_only(), 1.5), "latent": CACHED["latent"]}[name]
     params = jax.jit(Model(config).init)(jax.random.key(0))
     batch = make_batch(config, packed=name == "encoder_decoder")
     return config, params, batch, *value_and_grad(config, params, batch)
@@ -240,6 +241,7 @@ MESHES = [
     ("encoder_decoder", {"sequence": 2, "fsdp": 2, "tensor": 2}),
     ("decoder_only", {"slice": 2, "fsdp": 2, "tensor": 2}),
     ("decoder_only", {"data": 2, "tensor": 4}),   # more ways than key/value heads
+    ("latent", {"sequence": 2, "fsdp": 2, "tensor": 2}),
 ]
 
 
@@ -342,7 +344,17 @@ def decoded_logits(model, params, batch, prompts):
 
 WINDOWED, FANCY = AttentionConfig(4, 8, window=3, use_bias=True), AttentionConfig(
     4, 8, num_kv_heads=1, qk_norm=True, logit_softcap=3.0)
+LATENT = AttentionConfig(4, 8, kind="latent", latent=LatentConfig(6, 10, 2, 5))
+LOCAL = BlockConfig(WINDOWED, position=PositionConfig("rotary", rotary_base=20.0))
 CACHED = {
+    # Two kinds of latent attention, a window in the second.
+    "latent": decoder_only(segments=(SegmentConfig((BlockConfig(LATENT), BlockConfig(
+        dataclasses.replace(LATENT, window=3, latent=LatentConfig(12, 0, 4, 9)))), 1),)),
+    "local_and_global": decoder_only(
+        norm=NormConfig(scale_offset=1.0), residual="sandwich",
+        segments=(SegmentConfig((LOCAL, BlockConfig(FANCY)), 1),)),
+    "norms_over_all_heads": decoder_only(residual="post_inside", attention=AttentionConfig(
+        4, 8, num_kv_heads=2, qk_norm=True, qk_norm_over="all")),
     "encoder_decoder": encoder_decoder(),
     "grouped_rotary_parallel": decoder_only(kv_heads=2, residual="parallel"),
     "learned_with_alternating_window": decoder_only(
@@ -388,9 +400,19 @@ def test_cached_decoding_in_bfloat16_keeps_what_a_cpu_reads(name):
         np.testing.assert_array_equal(x, x.astype(jnp.bfloat16).astype(jnp.float32))
 
 
-@pytest.mark.parametrize("axis", ["data", "stage"])
-def test_cached_decoding_over_a_mesh(axis):
-    config, params, batch, _, _ = reference("encoder_decoder")
+def test_the_cache_of_latent_attention_holds_the_latents_alone():
+    config = CACHED["latent"]
+    cache = jax.eval_shape(lambda p, b: Model(config).bind(p).init_cache(b, 7),
+                           *jax.eval_shape(lambda: (Model(config).init(jax.random.key(0)),
+                                                    make_batch(config, rows=3))))
+    bytes_ = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache["layers"]))
+    assert bytes_ == 3 * 7 * ((6 + 2) + (12 + 4)) * 4   # rows, slots, latents and shared keys
+
+
+@pytest.mark.parametrize("name,axis", [("encoder_decoder", "data"), ("encoder_decoder", "stage"),
+                                       pytest.param("latent", "data", marks=pytest.mark.slow)])
+def test_cached_decoding_over_a_mesh(name, axis):
+    config, params, batch, _, _ = reference(name)
     model = Model(config)
     batch = {k: v for k, v in batch.items() if not k.endswith(("ids", "positions"))}
     expected = jax.jit(functools.partial(logits_of, model))(params, batch)
