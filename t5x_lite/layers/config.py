@@ -68,7 +68,7 @@ class PositionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LatentConfig:
-    """Latent attention, see latent_attention.py; defaults are DeepSeek-V2's."""
+    """Latent attention, see attention.LatentAttention; defaults are DeepSeek-V2's."""
 
     rank: Count = 512            # features of the latent that keys and values are made of
     query_rank: int = 0          # features of the one that queries are made of; 0: none
@@ -96,7 +96,7 @@ class AttentionConfig:
     dropout_rate: Rate = 0.0
     implementation: str = "auto"   # of attention_implementations.IMPLEMENTATIONS; decoding is plain
     chunk: Count = 1024              # chunked: queries, and keys, at a time
-    kind: str = "heads"            # a row of attention_kinds.ATTENTIONS
+    kind: str = "heads"            # a row of attention.ATTENTIONS
     latent: LatentConfig = LatentConfig()   # of kind=latent
 
     @property

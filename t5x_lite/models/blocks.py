@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from t5x_lite.layers import attention_implementations
-from t5x_lite.layers.attention_kinds import ATTENTIONS
+from t5x_lite.layers.attention import ATTENTIONS
 from t5x_lite.layers.config import InitConfig, PositionConfig
 from t5x_lite.layers.linear import RowKey, dropout
 from t5x_lite.layers.masks import Masking

@@ -11,7 +11,7 @@ told that it is to predict. The modules are no part of decoding.
 Shape letters: B batch, L length, D model.
 """
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +19,11 @@ from flax import nnx
 
 from t5x_lite.errors import UserError, at_least
 from t5x_lite.layers.config import InitConfig
-from t5x_lite.layers.linear import Dense, RowKey, kernel_std
+from t5x_lite.layers.linear import Dense, kernel_std
 from t5x_lite.layers.norm import Norm
 from t5x_lite.layers.position import POSITIONS
-from t5x_lite.models.blocks import Block, BlockInputs
 from t5x_lite.models.config import ModelConfig, StackConfig
 from t5x_lite.parallel import remat, sharding
-
-if TYPE_CHECKING:
-    from t5x_lite.layers.masks import Masking
 
 
 def validate(config: ModelConfig) -> None:
@@ -51,24 +47,23 @@ def validate(config: ModelConfig) -> None:
 class FurtherToken(nnx.Module):
     """One module: from the hidden states of the one before to those that predict a token more."""
 
-    def __init__(self, key: jax.Array, embed_dim: int, stack: StackConfig, init: InitConfig,
-                 dtype: jnp.dtype = jnp.float32):
-        keys = jax.random.split(key, 5)
+    def __init__(self, key: jax.Array, embed_dim: int, block: nnx.Module, stack: StackConfig,
+                 init: InitConfig, dtype: jnp.dtype = jnp.float32):
+        """block: a new one like the decoder's last."""
+        keys = jax.random.split(key, 4)
         self.hidden_norm = Norm(keys[0], embed_dim, stack.norm, dtype)
         self.token_norm = Norm(keys[1], embed_dim, stack.norm, dtype)
         self.merge = Dense(keys[2], 2 * embed_dim, embed_dim, ("embed", None), dtype=dtype,
                            std=kernel_std(init, 2 * embed_dim, embed_dim))
-        self.block = Block(keys[3], embed_dim, stack.segments[-1].blocks[-1], stack, init, dtype)
-        self.final_norm = Norm(keys[4], embed_dim, stack.norm, dtype)
+        self.block = block
+        self.final_norm = Norm(keys[3], embed_dim, stack.norm, dtype)
         self.stack = stack
 
-    def __call__(self, hidden: jax.Array, embedded: jax.Array, masking: "Masking",
-                 key: RowKey | None, tokens: jax.Array, real: jax.Array
+    def __call__(self, hidden: jax.Array, embedded: jax.Array, inputs: Any
                  ) -> tuple[jax.Array, dict]:
-        """h^(k-1)_BLD and the embedded tokens_BLD t_(i+k) -> (h^k_BLD, aux); others as in Stack."""
+        """h^(k-1)_BLD, the embedded tokens_BLD t_(i+k) and blocks.BlockInputs -> (h^k_BLD, aux)."""
         both = jnp.concatenate([self.hidden_norm(hidden), self.token_norm(embedded)], axis=-1)
         x = self.merge(both, ("act_batch", "act_norm_length", "act_embed"))
-        inputs = BlockInputs(masking, None, None, None, key, tokens, real)
 
         def run(x, block, inputs):
             return block(x, inputs, inputs.key)

@@ -15,14 +15,14 @@ from flax import nnx
 
 from t5x_lite import tree
 from t5x_lite.errors import UserError, at_least, one_of
-from t5x_lite.layers import attention_kinds, mlp, moe, norm, position
+from t5x_lite.layers import attention, mlp, moe, norm, position
 from t5x_lite.layers.embed import HeadTransform, LogitsBias, Prompt, TokenEmbedding, TokenTypes
 from t5x_lite.layers.linear import INIT_KERNELS, Dense, RowKey, kernel_std
 from t5x_lite.layers.masks import Masking
 from t5x_lite.layers.routing import EXPERT_LOAD
 from t5x_lite.models import further_tokens, parametrization
 from t5x_lite.models.ahead import ahead
-from t5x_lite.models.blocks import RESIDUALS, Stack, add_aux
+from t5x_lite.models.blocks import RESIDUALS, Block, BlockInputs, Stack, add_aux
 from t5x_lite.models.config import BlockConfig, ModelConfig, StackConfig
 from t5x_lite.models.further_tokens import FurtherToken
 from t5x_lite.models.params import ParamInfo
@@ -58,9 +58,11 @@ class LanguageModel(nnx.Module):
             self.head_transform = HeadTransform(keys[5], config.embed_dim, config.head_transform,
                                                 stack.norm, config.init, dtype)
         for step in range(1, config.further_tokens + 1):
-            setattr(self, f"further_token_{step}", FurtherToken(
-                jax.random.fold_in(key, 6 + step), config.embed_dim, config.decoder,
-                config.decoder.init or config.init, dtype))
+            own, stack = jax.random.split(jax.random.fold_in(key, 6 + step)), config.decoder
+            rest = (stack, stack.init or config.init, dtype)
+            block = Block(own[0], config.embed_dim, stack.segments[-1].blocks[-1], *rest)
+            setattr(self, f"further_token_{step}",
+                    FurtherToken(own[1], config.embed_dim, block, *rest))
         if config.prompt_length:
             self.prompt = Prompt(jax.random.fold_in(key, 6), config.prompt_length,
                                  config.embed_dim, config.init.embedding_std, dtype)
@@ -303,9 +305,9 @@ class DecoderOnly(LanguageModel):
         for step in range(1, self.config.further_tokens + 1):
             tokens = ahead(batch["decoder_input_tokens"], step)
             site = self.config.decoder.num_layers + 1 + step
-            hidden, own = getattr(self, f"further_token_{step}")(
-                hidden, self.embed(tokens), masking, tokens=tokens, real=real,
-                key=None if key is None else key.fold_in(site))
+            inputs = BlockInputs(masking, None, key=None if key is None else key.fold_in(site),
+                                 tokens=tokens, real=real)
+            hidden, own = getattr(self, f"further_token_{step}")(hidden, self.embed(tokens), inputs)
             found.append(hidden)
             # Loads are shown by layer, and this is none of the decoder's.
             total = add_aux(total, {name: x for name, x in own.items() if name != EXPERT_LOAD})
@@ -485,11 +487,11 @@ def _validate_block(where: str, block: BlockConfig, stack: StackConfig) -> None:
     if block.position is not None:
         position.validate(block.position, f"{where}.position")
         position.validate_own(block.position, stack.position, f"{where}.position")
-    attention_kinds.validate(block.self_attention, f"{where}.self_attention")
-    if attention_kinds.ATTENTIONS[block.self_attention.kind].turns_only:
+    attention.validate(block.self_attention, f"{where}.self_attention")
+    if attention.ATTENTIONS[block.self_attention.kind].turns_only:
         position.validate_own(block.position or stack.position, stack.position, f"{where}.position")
     if block.cross_attention is not None:
-        attention_kinds.validate(block.cross_attention, f"{where}.cross_attention", crosses=True)
+        attention.validate(block.cross_attention, f"{where}.cross_attention", crosses=True)
     if block.moe is not None:
         moe.validate(block.moe, f"{where}.moe", causal=stack.causal)
     dense = block.mlp if block.moe is None else block.moe.mlp

@@ -132,7 +132,8 @@ def test_lamda_counts_without_embeddings():
     ("3_4b", "3209M"), ("3_12b", "10759M"), ("3_27b", "25600M")])
 def test_gemma_counts_without_embeddings(size, published):
     run, table = table_of(gemma, size)
-    assert agrees(flops.parameter_counts(run.model, table).non_embedding, published)
+    count = flops.parameter_counts(run.model, table).non_embedding
+    assert abs(count / 1e6 - int(published[:-1])) < 1, count   # one is cut off, the others rounded
 
 
 @pytest.mark.parametrize("family,size,published", [
