@@ -313,7 +313,7 @@ def local_bytes(x: jax.Array | jax.ShapeDtypeStruct) -> int:
     return x.dtype.itemsize * math.prod(-(-size // n) for size, n in zip(x.shape, ways, strict=True))
 
 
-def split_of(x: jax.Array) -> list[tuple[str, ...]]:
+def split_of(x: jax.Array | jax.ShapeDtypeStruct) -> list[tuple[str, ...]]:
     """The mesh axes that each dim of an array, or of its tracer, is split over."""
     partitions = jax.typeof(x).sharding.spec.partitions
     return [*map(mesh_axes_of, partitions), *[()] * (x.ndim - len(partitions))]
