@@ -21,7 +21,6 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from t5x_lite.data import vocabulary as data_vocabulary
 from t5x_lite.data.config import DataConfig
 from t5x_lite.data.rows import FIXES, Rows
 from t5x_lite.errors import UserError
@@ -49,20 +48,17 @@ class Weighted(NamedTuple):
 
 # --- rows ---------------------------------------------------------------------------------
 
-def _finish_row(sides: dict[str, dict], lengths: dict[str, int], start: int = 0,
-                mark: bool = False) -> dict:
-    """Flat, zero-padded model features [L], shifted input tokens of the sides with targets among
-    them.
+def _finish_row(sides: dict[str, dict], lengths: dict[str, int], start: int = 0) -> dict:
+    """Flat, zero-padded model features [L], with what rows.py says that sides gain.
 
-    start: what a decoder reads first. mark: whether an encoder's row has segment ids even where
-    it is not packed, because id 0 stands in texts and cannot tell padding.
+    start: what a decoder reads first.
     """
     row = {}
-    if mark and "encoder" in sides and "encoder_segment_ids" not in sides["encoder"]:
-        tokens = sides["encoder"]["encoder_input_tokens"]
-        sides["encoder"]["encoder_segment_ids"] = tf.ones_like(tokens)
     for side, features in sides.items():
-        for name, value in features.items():
+        read = features.get(f"{side}_input_tokens")
+        masked = read is not None and f"{side}_segment_ids" not in features
+        made = {f"{side}_mask": tf.ones_like(read, tf.int32)} if masked else {}
+        for name, value in (features | made).items():
             value = value[:lengths[side]]
             row[name] = tf.ensure_shape(
                 tf.pad(value, [[0, lengths[side] - tf.size(value)]]), [lengths[side]])
@@ -237,10 +233,7 @@ def rows_dataset(mixture: Sequence[Weighted], split: str, kind: Rows, config: Da
     if config.packing:
         dataset = pack(dataset, row_lengths)
     start = 0 if "encoder" in row_lengths else getattr(vocabulary, "start_id", 0)
-    read = mixture[0].task.output_features.get(
-        "inputs", mixture[0].task.output_features["targets"]).vocabulary
-    mark = data_vocabulary.zero_in_rows(read)
-    dataset = dataset.map(_plain(lambda sides: _finish_row(sides, row_lengths, start, mark)))
+    dataset = dataset.map(_plain(lambda sides: _finish_row(sides, row_lengths, start)))
     dataset = dataset.batch(BLOCK_ROWS).prefetch(2 + read_ahead // BLOCK_ROWS)
     check_saveable(dataset, ", ".join(task.name for task, _ in mixture))
     options = tf.data.Options()

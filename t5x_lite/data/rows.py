@@ -8,7 +8,9 @@ evaluation/predictor.py makes them of texts, inspect_task.py shows them.
 A row has sides, each of a length that the config fixes: "encoder" and "decoder" are what the model
 reads; others (a rejected answer beside a chosen one, say) carry arrays of the names that their
 objective's loss asks for. The first array of a side holds its tokens. A side with an array
-SIDE_target_tokens gains SIDE_input_tokens, the targets shifted right by one.
+SIDE_target_tokens gains SIDE_input_tokens, the targets shifted right by one. A side that is read as
+it stands gains SIDE_mask, 1 on tokens and 0 on padding, or, packed, SIDE_segment_ids: what was padded
+travels with the row, and no id tells it.
 
 TensorFlow is imported by the functions that convert, so that a config can be built and planned
 without it.
@@ -83,9 +85,9 @@ class Rows:
         return self.shares_row and "decoder_segment_ids" in self.made["decoder"]
 
     @property
-    def token_arrays(self) -> list[str]:
-        """The array of each side that holds its tokens."""
-        return [next(iter(arrays)) for arrays in self.made.values()]
+    def reading_sides(self) -> list[str]:
+        """The sides that are read as they stand, and whose attention looks both ways."""
+        return [side for side, arrays in self.made.items() if f"{side}_input_tokens" in arrays]
 
     def weighted(self, sides: Sides, loss_on_inputs: bool) -> Sides:
         """What `convert` made, with the inputs predicted as well as the targets where asked for.
@@ -120,6 +122,8 @@ class Rows:
                 dtypes[f"{side}_input_tokens"] = "int32"
             if config.packing:
                 dtypes |= {f"{side}_segment_ids": "int32", f"{side}_positions": "int32"}
+            elif side in self.reading_sides:
+                dtypes[f"{side}_mask"] = "int32"
             held |= {name: (length, dtype) for name, dtype in dtypes.items()}
         return held
 

@@ -23,6 +23,7 @@ import jinja2
 import jinja2.sandbox
 from jinja2 import nodes
 
+from t5x_lite.data import readers
 from t5x_lite.errors import UserError
 
 MAX_CHARACTERS = 1 << 20
@@ -218,9 +219,11 @@ def render(source: str, values: Mapping[str, Any], drawn: random.Random, where: 
     except jinja2.TemplateError as error:
         raise UserError(f"{where} is no template of Jinja ({error})") from error
     except (TypeError, ValueError, LookupError, ArithmeticError, RecursionError, AttributeError,
-            MemoryError) as error:
+            MemoryError, SyntaxError) as error:   # the last: blocks nested beyond Python's own bounds
         raise UserError(f"{where} fails ({type(error).__name__}: {str(error)[:200]})") from error
-    return "".join(parts)
+    text = "".join(parts)
+    readers.check_text([text], where)
+    return text
 
 
 def _most_frequent(items: Sequence[Any]) -> list[Any]:

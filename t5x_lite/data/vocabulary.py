@@ -50,8 +50,8 @@ def zero_in_rows(vocabulary: "seqio.Vocabulary") -> bool:
     """Whether id 0 may stand in a row that is not padded there, so that it cannot tell padding.
 
     It is "!" in GPT-2's, the end of a text in NeoX's, and unknown words in many a tokenizer.json
-    and in LLaMA's SentencePiece model. Rows then carry encoder_segment_ids, 1 on tokens and 0 on
-    padding. A vocabulary of your own says it by an attribute zero_in_rows.
+    and in LLaMA's SentencePiece model. Rows carry what was padded (rows.py); this is for what has ids
+    alone. A vocabulary of your own says it by an attribute zero_in_rows.
     """
     import seqio
     if hasattr(vocabulary, "zero_in_rows"):

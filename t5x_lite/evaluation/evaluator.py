@@ -175,7 +175,7 @@ class Evaluator:
         texts = []
         for i, row in enumerate(rows):
             inputs, asked = row["encoder_input_tokens"], row["decoder_loss_weights"] > 0
-            used = row.get("encoder_segment_ids", inputs) > 0
+            used = row.get("encoder_segment_ids", row.get("encoder_mask")) > 0
             texts.append(tuple(self._text(ids[used]) for ids in (
                 inputs, np.where(asked, tokens[i], inputs),
                 np.where(asked, row["decoder_target_tokens"], inputs))))
@@ -187,7 +187,7 @@ class Evaluator:
 
 def _example(row: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """(inputs, target) tokens of the first example of a row [L]."""
-    def first(side: str, tokens: np.ndarray, used: np.ndarray) -> np.ndarray:
+    def first(side: str, tokens: np.ndarray, used: np.ndarray | None) -> np.ndarray:
         if f"{side}_segment_ids" in row:
             used = row[f"{side}_segment_ids"] == 1
         return tokens[:np.flatnonzero(used)[-1] + 1 if used.any() else 0]
@@ -195,8 +195,7 @@ def _example(row: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     asked = row["decoder_loss_weights"] > 0
     targets = first("decoder", row["decoder_target_tokens"], asked)
     if "encoder_input_tokens" in row:
-        inputs = row["encoder_input_tokens"]
-        return first("encoder", inputs, inputs != 0), targets
+        return first("encoder", row["encoder_input_tokens"], row.get("encoder_mask")), targets
     begin = int(np.argmax(asked))
     cut = begin or len(targets) // 2
     return targets[:cut], targets[cut:]

@@ -323,10 +323,8 @@ class HarnessModel(TemplateLM):
 
     def _encoder_rows(self, contexts: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
         contexts = [list(ids)[-self.max_length:] for ids in contexts]
-        batch = {"encoder_input_tokens": self._pad(contexts)}
-        if data_vocabulary.zero_in_rows(self._vocabulary):
-            batch["encoder_segment_ids"] = self._pad([[1] * len(ids) for ids in contexts])
-        return batch
+        return {"encoder_input_tokens": self._pad(contexts),
+                "encoder_mask": self._pad([[1] * len(ids) for ids in contexts])}
 
     def _in_batches(self, items: Sequence, length: Callable, run: Callable, done: str) -> list:
         """What run(at most batch_size items) gives of all, in their order; the longest go first."""

@@ -211,10 +211,8 @@ class Predictor:
         return batch
 
     def _encoder_rows(self, ids: Sequence[Sequence[int]], width: int) -> dict[str, np.ndarray]:
-        batch = {"encoder_input_tokens": self._pad(ids, width)}
-        if data_vocabulary.zero_in_rows(self._vocabulary):
-            batch["encoder_segment_ids"] = self._pad([[1] * len(row) for row in ids], width)
-        return batch
+        return {"encoder_input_tokens": self._pad(ids, width),
+                "encoder_mask": self._pad([[1] * len(row) for row in ids], width)}
 
     def _inputs(self, text: Text, room: int) -> list[int]:
         """At most `room` tokens, with EOS but for a causal LM."""

@@ -77,7 +77,7 @@ class LanguageModel(nnx.Module):
     def with_prompt(self, batch: Batch) -> Batch:
         """The batch with room for the prompt: tokens of id 1 that `embed_row` does not look up."""
         length = self.config.prompt_length
-        names = [f"{self.prompted_side}_{n}" for n in ("input_tokens", "segment_ids")]
+        names = [f"{self.prompted_side}_{n}" for n in ("input_tokens", "segment_ids", "mask")]
         longer = {}
         for name in (n for n in names if length and n in batch):
             x = sharding.shard(batch[name], "act_batch", None)
@@ -184,11 +184,26 @@ def _row_masking(batch: Batch, side: str, causal: bool) -> tuple[Masking, jax.Ar
     index = jnp.arange(tokens.shape[1])[None]
     segments = batch.get(f"{side}_segment_ids")
     if segments is None and not causal:
-        segments = (tokens != 0).astype(jnp.int32)   # padding is id 0
+        segments = read_segments(batch, side)
     prefix = batch.get(f"{side}_prefix")
     masking = Masking(index, index, segments, _as_keys(segments),
                       None if prefix is None else _as_keys(prefix.astype(bool)), causal)
     return masking, batch.get(f"{side}_positions", index)
+
+
+def read_segments(batch: Batch, side: str) -> jax.Array:
+    """int32 [B, L] of a side that is read as it stands: the packed example of each token, or 1, and 0
+    on padding. Batches from elsewhere may come without: their id 0 is padding."""
+    for name in (f"{side}_segment_ids", f"{side}_mask"):
+        if name in batch:
+            return batch[name]
+    return (batch[f"{side}_input_tokens"] != 0).astype(jnp.int32)
+
+
+def up_to_the_last(weights_BL: jax.Array) -> jax.Array:
+    """bool [B, L]: the targets up to the last that is asked for, behind which padding begins."""
+    asked_BL = _as_keys(weights_BL > 0)   # whole rows, also where the length is split over devices
+    return jnp.cumsum(asked_BL[:, ::-1], axis=1)[:, ::-1] > 0
 
 
 def _as_keys(x: jax.Array | None) -> jax.Array | None:
@@ -199,20 +214,16 @@ def _as_keys(x: jax.Array | None) -> jax.Array | None:
 def _real(batch: Batch, side: str, start: int = 0, *, training: bool = True) -> jax.Array:
     """bool [B, L], False where padding. A decoder's first input, at `start`, is a real token of
     id 0, but in the rows without targets that fill evaluation's last batch."""
-    if f"{side}_segment_ids" in batch:
-        return batch[f"{side}_segment_ids"] != 0
+    if f"{side}_segment_ids" in batch or side != "decoder":
+        return read_segments(batch, side) != 0
     tokens = batch[f"{side}_input_tokens"]
-    if side != "decoder":
-        return tokens != 0
     first = jnp.arange(tokens.shape[1]) == start
     weights = batch.get("decoder_loss_weights")
     if weights is None:
         return (tokens != 0) | first
-    asked_BL = _as_keys(weights > 0)   # whole rows, also where the length is split over devices
+    ends_BL = up_to_the_last(weights)   # of vocabularies whose id 0 is a token
     if not training:
-        first = first & jnp.any(asked_BL, axis=1, keepdims=True)
-    # Of vocabularies whose id 0 is a token: what stands before the last target that is asked for.
-    ends_BL = jnp.cumsum(asked_BL[:, ::-1], axis=1)[:, ::-1] > 0
+        first = first & ends_BL[:, :1]
     before = tokens.shape[1] - ends_BL.shape[1]   # a trained prompt's places
     read_BL = jnp.pad(ends_BL, ((0, 0), (before, 0)), constant_values=True) | first
     return (tokens != 0) | sharding.shard(read_BL, "act_batch", "act_length")
@@ -272,7 +283,7 @@ class EncoderDecoder(LanguageModel):
         encoded, _ = self.encode(batch)
         tokens = batch["encoder_input_tokens"]
         return {"position": jnp.zeros_like(tokens[:, 0]),
-                "segments": batch.get("encoder_segment_ids", (tokens != 0).astype(jnp.int32)),
+                "segments": read_segments(batch, "encoder"),
                 "layers": self.decoder.init_cache(tokens.shape[0], length, encoded)}
 
 

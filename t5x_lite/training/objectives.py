@@ -171,15 +171,7 @@ def _choices(module: BoundModel, hidden: jax.Array, batch: Batch,
 
 def _target_log_probs(module: BoundModel, hidden_BLD: jax.Array, batch: Batch, chunk: int
                       ) -> jax.Array:
-    """float32 log p(target)_BL of rows that hold preferences.
-
-    Raises:
-        UserError: rows whose encoder side has segments.
-    """
-    if "encoder_segment_ids" in batch:   # the rejected answer would read none of the prompt
-        raise UserError("objective.name=seq2seq_dpo: the id 0 of data.vocabulary stands in texts, "
-                        "so that an encoder's row is marked as one of several; use a vocabulary whose "
-                        "id 0 is padding.")
+    """float32 log p(target)_BL of rows that hold preferences."""
     return losses.target_log_probs(module.head, module.head_params(), hidden_BLD,
                                    batch["decoder_target_tokens"], chunk=chunk)
 

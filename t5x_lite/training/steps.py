@@ -19,6 +19,7 @@ from t5x_lite.decoding import decode as decoding
 from t5x_lite.decoding.decode import DecodeConfig, Decoded
 from t5x_lite.decoding.logits_fn import LogitsFn, load as load_logits_fn
 from t5x_lite.layers.linear import RowKey
+from t5x_lite.models import language_model
 from t5x_lite.models.cache import take_rows
 from t5x_lite.models.params import ModelDefinition
 from t5x_lite.models.peft import Tuning
@@ -217,7 +218,8 @@ def make_train_step(of: Differentiated, optimizer: Optimizer, seed: int, *,
 
     Args:
         skip_bad: leave parameters and optimizer as they were where the update is not finite, the
-            loss is not, or it is above loss_bound; the metric "skipped" is then 1.
+            loss or the gradients' norm is not, or the loss is above loss_bound; the metric "skipped"
+            is then 1.
     """
     def train_step(state, batch, loss_bound=jnp.inf):
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
@@ -230,6 +232,8 @@ def make_train_step(of: Differentiated, optimizer: Optimizer, seed: int, *,
             nats, tokens = sums["loss"]
             loss = nats / tokens
             good = finite & jnp.isfinite(loss) & (loss <= loss_bound)
+            if "loss_scale" not in info:   # whose overflows are the optimizer's own business
+                good &= jnp.isfinite(info["grad_norm"])
             params, opt_state = _choose(good, (params, opt_state),
                                         (state["params"], state["opt_state"]))
             info = {**info, "skipped": jnp.maximum(info.get("skipped", 0.0), 1.0 - good)}
@@ -243,12 +247,13 @@ def make_train_step(of: Differentiated, optimizer: Optimizer, seed: int, *,
 
 
 def _filled(objective: ObjectiveConfig, batch: Batch) -> jax.Array:
-    """int32 scalar: the positions of all sides that hold a token or bear loss."""
-    total = jnp.int32(0)
-    for name in data_rows.of(objective.rows).token_arrays:
-        held = batch[name] != 0
-        if name == "decoder_target_tokens":   # a vocabulary's id 0 may be a token like others
-            held |= batch["decoder_loss_weights"] > 0
+    """int32 scalar: the positions of all sides that are not padding."""
+    rows, total = data_rows.of(objective.rows), jnp.int32(0)
+    for side in rows.made:
+        if side in rows.reading_sides or f"{side}_segment_ids" in batch:
+            held = language_model.read_segments(batch, side) != 0
+        else:
+            held = language_model.up_to_the_last(batch["decoder_loss_weights"])
         total += jnp.sum(held, dtype=jnp.int32)
     return total
 
@@ -330,7 +335,7 @@ def make_decode_step(model: ModelDefinition, config: DecodeConfig,
             lengths = jnp.ones_like(inputs[:, 0])
         slots = prompt.shape[1] + config.max_length
         read = {"encoder_input_tokens": inputs, "decoder_input_tokens": prompt}
-        for name in ("decoder_prefix", "encoder_segment_ids"):
+        for name in ("decoder_prefix", "encoder_segment_ids", "encoder_mask"):
             if name in batch:
                 read[name] = batch[name]
         cache = module.init_cache(read, slots)

@@ -31,7 +31,8 @@ def test_what_prompts_do():
     "{{ cycler.__init__.__globals__.os.popen('echo owned').read() }}",
     "{{ lipsum.__globals__ }}", "{% set _ = items.append(1) %}", "{% include '/etc/passwd' %}",
     "{% import 'os' as os %}", "{{ ''|attr('format')|attr('__self__') }}{{ x() }}", "{{", "{{ 1/0 }}",
-    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"])
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ '\\ud83d' }} ||| x",
+    "{% for i in [1] %}" * 30 + "{% endfor %}" * 30, "{% if 1 %}" * 150 + "{% endif %}" * 150])
 def test_what_a_template_must_not_do(source):
     with pytest.raises(UserError, match="^the template "):
         assert "owned" not in render(source, items=[], x=render)

@@ -166,7 +166,7 @@ def test_a_run_over_pairs_can_be_resumed(files, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, [next(again) for _ in range(15)], expected)
     vocabulary = vocabularies.load(files("gpt2"))
     for row, segments in zip(expected[0][0]["encoder_input_tokens"],
-                             expected[0][0]["encoder_segment_ids"], strict=True):
+                             expected[0][0]["encoder_mask"], strict=True):
         used = int(segments.sum())
         assert row[used - 1] == vocabulary.eos_id and not segments[used:].any()
         assert data_vocabulary.text_of(vocabulary, row[:used]).endswith("!!")

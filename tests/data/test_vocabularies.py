@@ -46,7 +46,7 @@ def test_an_unknown_word_of_id_0_is_read_and_padding_is_not(tmp_path):
         sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     batch = {name: np.asarray(x).tolist() for name, x in batch.items()}
     assert batch["encoder_input_tokens"] == [[3, 0, 4, 1, 0, 0], [0] * 6]
-    assert batch["encoder_segment_ids"] == [[1, 1, 1, 1, 0, 0], [0] * 6]
+    assert batch["encoder_mask"] == [[1, 1, 1, 1, 0, 0], [0] * 6]
     assert batch["decoder_target_tokens"] == [[0, 5, 1, 0, 0], [0] * 5]
     assert batch["decoder_loss_weights"] == [[1, 1, 1, 0, 0], [0] * 5]
 

@@ -11,8 +11,10 @@ from t5x_lite import config as configs, train, tree
 from t5x_lite.build import build
 from t5x_lite.checkpoints import manager
 from t5x_lite.errors import UserError
+from t5x_lite.models.peft import PeftConfig
+from t5x_lite.parallel.pipeline_schedules import PipelineConfig
 from t5x_lite.parallel.sharding import MeshConfig
-from t5x_lite.training import metrics
+from t5x_lite.training import metrics, steps
 from t5x_lite.training.steps import FINITE
 from tests import tiny_config
 from tests.faults import mini
@@ -80,12 +82,43 @@ def test_retention_keeps_the_newest_verified_one_while_steps_are_skipped(config,
     assert manager.all_steps(tmp_path)[-1] == 8
 
 
-def test_a_skipped_step_leaves_parameters_and_moments_as_they_were(config):
-    program = build(with_(config, train__bad_steps="skip"))
+def one_batch(program):
+    return {name: jax.device_put(np.ones(x.shape, x.dtype), x.sharding)
+            for name, x in program.abstract_batch().items()}
+
+
+def layers(config, number, **stack):
+    """The run with so many layers, scanned."""
+    decoder = config.model.decoder
+    segment = dataclasses.replace(decoder.segments[0], repeats=number)
+    return dataclasses.replace(config, model=dataclasses.replace(
+        config.model, decoder=dataclasses.replace(decoder, segments=(segment,), scan=True, **stack)))
+
+
+# What makes a step of parts: {field: value}, and what the run is like.
+KINDS = {
+    "plain": lambda run: run,
+    "accumulated": lambda run: with_(run, train__accumulation=2, train__global_batch_size=16),
+    "pipelined": lambda run: dataclasses.replace(
+        layers(run, 2, pipeline=PipelineConfig("1f1b", 4)), mesh=MeshConfig(stage=2, data=4)),
+    "split over slices": lambda run: dataclasses.replace(
+        with_(run, train__accumulation=2, train__global_batch_size=16),
+        mesh=MeshConfig(slice=2, fsdp=4)),
+    "LoRA with an average": lambda run: dataclasses.replace(
+        with_(run, optimizer__name="adamw", train__ema_decay=0.9),
+        peft=PeftConfig("lora", rank=2, alpha=4.0)),
+    "fp16": lambda run: with_(run, precision="fp16"),
+    "master copies": lambda run: with_(run, precision="bf16_sr_forward", optimizer__name="muon"),
+}
+SLOW = {"split over slices", "fp16", "master copies"}
+
+
+@pytest.mark.parametrize("kind", [
+    pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW)) for kind in KINDS])
+def test_a_skipped_step_leaves_parameters_and_moments_as_they_were(config, kind):
+    program = build(with_(KINDS[kind](config), train__bad_steps="skip"))
     step = program.jit_train_step()
-    state = program.init_state()
-    batch = {name: jax.device_put(np.ones(x.shape, x.dtype), x.sharding)
-             for name, x in program.abstract_batch().items()}
+    state, batch = program.init_state(), one_batch(program)
     before = jax.tree.map(np.asarray, state)
     with program.activate():
         state, sums = step(state, batch, np.float32(1e-3))   # no loss is that low
@@ -100,6 +133,22 @@ def test_a_skipped_step_leaves_parameters_and_moments_as_they_were(config):
     moved = [not np.array_equal(a, b) for a, b in zip(
         jax.tree.leaves(state["params"]), jax.tree.leaves(before["params"]), strict=True)]
     assert any(moved)
+
+
+def test_gradients_whose_norm_overflows_are_skipped(config):
+    """Clipped they are zeros, so that loss and state stay finite."""
+    run = with_(config, train__bad_steps="skip", optimizer__clip_norm=1.0, optimizer__name="adamw")
+    program = build(run)
+    state = program.init_state()
+    before = jax.tree.map(np.asarray, state["params"])
+    steep = dataclasses.replace(program.differentiated, objective=dataclasses.replace(
+        run.objective, z_loss=1e30))
+    step = jax.jit(steps.make_train_step(steep, program.optimizer, 0, skip_bad=True))
+    with program.activate():
+        state, sums = step(state, one_batch(program))
+    assert np.isfinite(float(sums["loss"][0])) and not np.isfinite(float(sums["grad_norm"][0]))
+    assert float(sums["skipped"][0]) == 1
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, state["params"]), before)
 
 
 def test_a_checkpoint_with_nan_is_not_gone_on_from(config, tmp_path, monkeypatch, caplog):

@@ -22,6 +22,14 @@ def text(tmp_path_factory):
     return tiny_config.write_text(tmp_path_factory.mktemp("text") / "words.txt")
 
 
+@pytest.fixture(autouse=True)
+def as_in_a_shell():
+    """Under nohup this process ignores SIGHUP, and what it starts would inherit that."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def stuck(workdir, process, phase, lines=None):
     status, rest = mini.end(process) if lines is None else lines
     shown = "\n".join(rest)

@@ -243,11 +243,10 @@ def test_a_prompt_of_token_embeddings_is_those_tokens(architecture):
              for s in ("encoder", "decoder")}
     params = random_params(config)
     params["prompt"]["embedding"] = params["token_embedding"]["embedding"][tokens[0, :6]]
-    if side == "encoder":   # where id 0 is text, segments tell the padding
-        marks = (batch["encoder_input_tokens"] != 0).astype(jnp.int32)
-        batch["encoder_segment_ids"] = marks
+    if side == "encoder":
+        batch["encoder_mask"] = (batch["encoder_input_tokens"] != 0).astype(jnp.int32)
     found, _ = Model(config).bind(params)({**batch})
-    batch.pop("encoder_segment_ids", None)
+    batch.pop("encoder_mask", None)
     plain = dataclasses.replace(config, prompt_length=0)
     del params["prompt"]
     expected, _ = Model(plain).bind(params)({**batch, f"{side}_input_tokens": jnp.asarray(tokens)})

@@ -11,13 +11,14 @@ import pytest
 
 from t5x_lite.build import build
 from t5x_lite.config import RunConfig, TrainConfig
-from t5x_lite.data import batches as data_batches, rows as data_rows
+from t5x_lite.data import batches as data_batches, rows as data_rows, tasks as data_tasks
 from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError
 from t5x_lite.evaluation.evaluator import Evaluator
 from t5x_lite.layers.config import AttentionConfig, InitConfig, MLPConfig, PositionConfig
 from t5x_lite.models.config import BlockConfig, ModelConfig, SegmentConfig, StackConfig
-from t5x_lite.training import metrics, objectives
+from t5x_lite.models.language_model import Model
+from t5x_lite.training import metrics, objectives, steps
 from t5x_lite.training.methods import OptimizerConfig
 from t5x_lite.training.objectives import OBJECTIVES, ObjectiveConfig
 from t5x_lite.training.schedules import ScheduleConfig
@@ -168,3 +169,45 @@ def test_held_out_loss_is_plain_however_training_smooths(texts):
     plain = -jnp.sum(log_p * batch["decoder_loss_weights"])
     np.testing.assert_allclose(found["loss"][0], plain, rtol=1e-5)
     assert abs(float(trained["loss"][0] / plain) - 1) > 0.01
+
+
+ZERO = {"inputs": [5, 0, 6, 1], "targets": [0, 7, 1, 8, 0, 1], "rejected": [0, 4, 1],
+        "reference": [-1.5, -2.5]}
+
+
+def with_9_for_0(tokens: list) -> list:
+    return [9 if token == 0 else token for token in tokens]
+
+
+def padded_row(name: str, example: dict, start: int) -> tuple[dict, int]:
+    """(a batch of this example and an empty row, as the pipeline makes it; its positions that are
+    not padding), of an objective."""
+    import tensorflow as tf
+    kind = data_rows.of(ObjectiveConfig(name, reference="rows").rows)
+    if not kind.pairs:   # inputs where nothing is asked, -1
+        example = {**example, "targets": [-1, *example["inputs"][1:3], -1]}
+    sides = kind.convert({n: tf.constant(tokens) for n, tokens in example.items()}, 1)
+    used = sum(int(tf.size(sides[side][next(iter(made))])) for side, made in kind.made.items())
+    row = data_tasks.tensorflow_side()._finish_row(
+        sides, kind.lengths(DataConfig(inputs_length=7, targets_length=20)), start)
+    return {n: jnp.stack([x.numpy(), 0 * x.numpy()]) for n, x in row.items()}, used
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_id_0_in_a_text_is_a_token_like_others(name):
+    """The loss is that of a vocabulary in which another token has its id, and padding is neither."""
+    config = ObjectiveConfig(name, reference="rows")
+    model = Model(tiny_model(*OBJECTIVES[name].architectures))
+    params = jax.jit(model.init)(jax.random.key(0))
+    order = jnp.arange(259).at[jnp.array([0, 9])].set(jnp.array([9, 0]))
+    renamed = {**params, "token_embedding": {
+        "embedding": params["token_embedding"]["embedding"][order]}}
+    named = {n: with_9_for_0(x) if n != "reference" else x for n, x in ZERO.items()}
+    found = {}
+    for what, values, example, start in (("0", params, ZERO, 0), ("9", renamed, named, 9)):
+        batch, used = padded_row(name, example, start)
+        total, sums = jax.jit(lambda p, b: objectives.loss(
+            model.bind(p), b, None, config, objectives.totals(config, b)))(values, batch)
+        found[what] = [float(total), *jax.tree.leaves(jax.device_get(sums))]
+        assert int(steps._filled(config, batch)) == used
+    np.testing.assert_allclose(found["0"], found["9"], rtol=1e-5)

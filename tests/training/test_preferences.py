@@ -260,12 +260,6 @@ def test_without_a_reference_anything_may_train(pairs):
         next(ShardedRows(config, objective="preferences", global_batch_size=2, seed=0, shards=[0]))
 
 
-def test_an_id_0_in_texts_is_refused():
-    batch = {"encoder_segment_ids": jnp.ones((1, 2))}
-    with pytest.raises(UserError, match="whose id 0 is padding"):
-        objectives._target_log_probs(None, None, batch, 0)
-
-
 def test_every_preference_objective_has_both_kinds_of_rows():
     for name in NAMES:
         row = objectives.OBJECTIVES[name]
