@@ -19,6 +19,7 @@ Features of a batch, int32 [B, L] but for the float32 weights. L is inputs_lengt
 encoder's side and targets_length on the decoder's. Padding is 0, with weight 0.
 
     encoder_input_tokens                            seq2seq, mlm
+    encoder_mask                                    the same, unpacked: 1 on tokens, 0 on padding
     decoder_input_tokens                            seq2seq, lm, prefix_lm: targets shifted right
     decoder_target_tokens, decoder_loss_weights     all (mlm: [B, inputs_length])
     decoder_segment_ids, decoder_positions          choices: the number of each choice from 1

@@ -103,7 +103,7 @@ def raw_lines(file, name: str, on_error: OnError = refuse) -> Iterator[tuple[int
             if number == 1:
                 raw = raw.removeprefix(_BOM)
                 if raw.startswith(_UTF_16):
-                    on_error(_utf_16(name))
+                    on_error(_wide(name, raw))
                     return
                 if not raw:
                     continue
@@ -135,8 +135,10 @@ def _explained(error: Exception, name: str, number: int) -> UserError:
                      "`gzip -t` tells whether it is whole")
 
 
-def _utf_16(name: str) -> UserError:
-    return UserError(f"{name} is not UTF-8 text but UTF-16; convert it with iconv -f utf-16 -t utf-8")
+def _wide(name: str, raw: bytes) -> UserError:
+    bits = 32 if raw.startswith(b"\xff\xfe\0\0") else 16
+    return UserError(f"{name} is not UTF-8 text but UTF-{bits}; convert it with iconv -f utf-{bits} "
+                     "-t utf-8")
 
 
 def _bounded(file) -> Iterator[bytes]:
@@ -180,7 +182,7 @@ def whole_of(file, name: str) -> str:
         raise _explained(error, name, 0) from error
     raw = raw.removeprefix(_BOM)
     if raw.startswith(_UTF_16):
-        raise _utf_16(name)
+        raise _wide(name, raw)
     return text_of(raw, name)
 
 

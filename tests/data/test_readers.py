@@ -87,10 +87,10 @@ def test_byte_order_marks(read, tmp_path):
     plain, marked = (list(read(write(tmp_path / name, mark + GOOD * 2)))
                      for name, mark in (("a.jsonl", b""), ("b.jsonl", b"\xef\xbb\xbf")))
     assert plain == marked and len(plain) == 2
-    for encoding in ("utf-16", "utf-16-be"):
-        text = ("\ufeff" * (encoding != "utf-16") + GOOD.decode()).encode(encoding)
+    for encoding in ("utf-16", "utf-16-be", "utf-32"):
+        text = ("\ufeff" * (encoding == "utf-16-be") + GOOD.decode()).encode(encoding)
         count, message = taken(read(write(tmp_path / "c.jsonl", text)))
-        assert count == 0 and "c.jsonl is not UTF-8 text but UTF-16" in message
+        assert count == 0 and f"c.jsonl is not UTF-8 text but {encoding.upper()[:6]};" in message
 
 
 def test_plain_text_without_its_mark(tmp_path):
