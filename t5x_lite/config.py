@@ -187,6 +187,8 @@ def from_mapping(kind: Any, value: Any, where: str = "config") -> Any:
     if origin is tuple:
         return _tuple(args, value, where)
     if origin is dict:
+        if not isinstance(value, (Mapping, ml_collections.ConfigDict)):
+            raise refuse(where, value, "a section of names and their values")
         return {k: from_mapping(args[1], v, f"{where}.{k}") for k, v in value.items()}
     return _scalar(kind, value, where)
 
@@ -211,6 +213,10 @@ def _section(kind: Any, value: Any, where: str) -> Any:
         field = f"{where}.{name}"
         fields[name] = from_mapping(hints[name], value[name], field)
         errors.check(fields[name], field, hints[name])
+    lacking = [f.name for f in dataclasses.fields(kind) if f.name not in fields
+               and f.default is f.default_factory is dataclasses.MISSING]
+    if lacking:
+        raise refuse(where, dict(value), f"a section with {' and '.join(lacking)}, which it lacks")
     return kind(**fields)
 
 
@@ -315,7 +321,11 @@ def load(path: files.Path, overrides: Sequence[str] = ()) -> RunConfig:
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}). The checkpoints of the run hold its config, "
                         "too: checkpoints/STEP/record/record.json.") from error
-    return override(saved(mapping), overrides)
+    try:
+        run = saved(mapping)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return override(run, overrides)
 
 
 def read(path: files.Path) -> dict[str, Any]:

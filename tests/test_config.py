@@ -46,6 +46,9 @@ def test_the_config_dict_is_locked_and_typed():
     ({"model": {"encoder": {"segments": [{"repeats": "2"}]}}},
      "config.model.encoder.segments[0].repeats='2': must be int, not str"),
     ({"optimizer": 3}, "config.optimizer=3: must be a section with the fields name"),
+    ({"sharding": {"rules": [1]}}, "config.sharding.rules=[1]: must be a section of names"),
+    ({"optimizer": {"groups": [{"frozen": True}]}},
+     "config.optimizer.groups[0]={'frozen': True}: must be a section with pattern, which it lacks"),
 ])
 def test_what_does_not_fit_is_named(mapping, message):
     with pytest.raises(UserError) as error:
