@@ -44,12 +44,16 @@ _IDS_A_LINE = 8
 _FLAGS = {"objective.name": "--objective", "data.validation": "--task"}   # other fields keep names
 
 
-def side_by_side(ids: Sequence[int], vocabulary) -> Iterator[str]:
-    """Lines of token ids with the text they stand for; padding at the end is only counted."""
+def _used(batch: Mapping, side: str, row: int) -> int:
+    """The positions of a row that stand before its padding."""
+    names = (f"{side}_segment_ids", f"{side}_mask", "decoder_loss_weights")
+    marks = np.asarray(batch[next(n for n in names if n in batch)][row])
+    return int(np.flatnonzero(marks).max(initial=-1)) + 1
+
+
+def side_by_side(ids: Sequence[int], used: int, vocabulary) -> Iterator[str]:
+    """Lines of token ids with the text they stand for; padding, behind `used`, is only counted."""
     ids = [int(i) for i in ids]
-    used = len(ids)
-    while used and not ids[used - 1]:
-        used -= 1
     for start in range(0, used, _IDS_A_LINE):
         part = ids[start:min(start + _IDS_A_LINE, used)]
         shown = " ".join(f"{i:>5}" for i in part)
@@ -83,7 +87,8 @@ def describe(config: DataConfig, name: str, split: str, objective: str, rows: in
         for feature in ("encoder_input_tokens", "decoder_target_tokens"):
             if feature in batch:
                 lines.append(f"  {feature}")
-                lines += side_by_side(np.asarray(batch[feature][row]), vocabulary)
+                used = _used(batch, feature.split("_")[0], row)
+                lines += side_by_side(np.asarray(batch[feature][row]), used, vocabulary)
         weights = np.asarray(batch["decoder_loss_weights"][row])
         first = int(np.argmax(weights > 0))
         lines.append(f"  loss on {int((weights > 0).sum())} of {len(weights)} targets, the first "

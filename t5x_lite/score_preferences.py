@@ -109,6 +109,8 @@ if __name__ == "__main__":
             if not flags.FLAGS[name].value:
                 raise UserError(f"--{name} is missing: the .jsonl file of preferences to "
                                 f"{'read' if name == 'input' else 'write'}.")
+        if not files.path(_INPUT.value).is_file():
+            raise UserError(f"--input={_INPUT.value}: there is no such file.")
         config, workdir = cli.saved_or_given(_WORKDIR.value, _CONFIG)
         step = int(_STEP.value) if _STEP.value.isdigit() else _STEP.value
         program = build(as_scorer(config, _INPUT.value))

@@ -1,6 +1,8 @@
 """What inspect_task says of lengths, unknown names and errors; test_infer.py has its batches."""
 
+import numpy as np
 import pytest
+import seqio
 
 from t5x_lite import inspect_task
 from t5x_lite.data import tasks as data_tasks
@@ -32,6 +34,14 @@ def test_the_commands_own_lengths_fit_every_task(name, objective):
     config = DataConfig(inputs_length=512, targets_length=targets_length)
     example = next(data_tasks.eval_examples(config, name, objective=objective, split="train")[1])
     assert example["targets"].size and "inputs" in example
+
+
+def test_padding_is_told_by_no_id():
+    batch = {"encoder_mask": np.array([[1, 1, 1, 0, 0]]),
+             "decoder_loss_weights": np.array([[0.0, 0, 1, 0]])}
+    assert inspect_task._used(batch, "encoder", 0) == inspect_task._used(batch, "decoder", 0) == 3
+    lines = list(inspect_task.side_by_side([7, 0, 0, 0, 0], 3, seqio.ByteVocabulary()))
+    assert "7      0      0" in lines[0] and lines[1].endswith("2 x padding")
 
 
 def test_errors_name_the_commands_flags():

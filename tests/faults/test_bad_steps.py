@@ -100,7 +100,8 @@ KINDS = {
     "plain": lambda run: run,
     "accumulated": lambda run: with_(run, train__accumulation=2, train__global_batch_size=16),
     "pipelined": lambda run: dataclasses.replace(
-        layers(run, 2, pipeline=PipelineConfig("1f1b", 4)), mesh=MeshConfig(stage=2, data=4)),
+        with_(layers(run, 2, pipeline=PipelineConfig("1f1b", 4)), train__global_batch_size=16),
+        mesh=MeshConfig(stage=2, data=4)),
     "split over slices": lambda run: dataclasses.replace(
         with_(run, train__accumulation=2, train__global_batch_size=16),
         mesh=MeshConfig(slice=2, fsdp=4)),
