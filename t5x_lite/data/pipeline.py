@@ -366,6 +366,12 @@ class ShardReader:
                             "data are others:\n  " + "\n  ".join(changed) + "\nGo back to the "
                             "run's own data settings, or start a new workdir with init_from.")
         iterator = arrays.pop("iterator").tobytes()
+        names = self._iterator.element_spec.keys()
+        if arrays and arrays.keys() != names:
+            raise UserError(
+                f"the checkpoint's rows hold {', '.join(sorted(arrays))}, and those read now "
+                f"{', '.join(sorted(names))}: another version of t5x_lite wrote it. Finish the run with "
+                "that one, or start a new workdir with init_from.")
         try:
             tf.raw_ops.DeserializeIterator(
                 resource_handle=self._iterator._iterator_resource,

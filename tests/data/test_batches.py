@@ -519,6 +519,15 @@ def test_a_place_in_other_data_is_refused(changes):
         make_rows(dataclasses.replace(SMALL, **changes)).restore(states)
 
 
+def test_a_place_of_another_version_is_refused():
+    rows = make_rows(batch=12)   # 3 of a block of 8: rows wait to be handed out
+    next(rows)
+    reader = rows._readers[0]
+    assert reader._pending.pop("encoder_mask").size
+    with pytest.raises(UserError, match="another version of t5x_lite wrote it"):
+        make_rows(batch=12)._readers[0].restore(reader.state())
+
+
 def test_vocabulary_larger_than_the_embedding():
     vocabulary = data_tasks.vocabulary_of(DataConfig(vocabulary="python"))
     data_vocabulary.check_vocabulary(vocabulary, 4096)
