@@ -332,7 +332,8 @@ def _row(objective, example, inputs_length, targets_length):
 def test_rows_of_each_objective_by_hand():
     example = {"inputs": [5, 6], "targets": [7, 8, 1]}
     assert _row("seq2seq", example, 3, 4) == {
-        "encoder_input_tokens": [5, 6, 0], "decoder_target_tokens": [7, 8, 1, 0],
+        "encoder_input_tokens": [5, 6, 0], "encoder_mask": [1, 1, 0],
+        "decoder_target_tokens": [7, 8, 1, 0],
         "decoder_input_tokens": [0, 7, 8, 1], "decoder_loss_weights": [1, 1, 1, 0]}
     assert _row("lm", {"targets": [7, 8, 1]}, 3, 4) == {
         "decoder_target_tokens": [7, 8, 1, 0], "decoder_input_tokens": [0, 7, 8, 1],
@@ -346,7 +347,8 @@ def test_rows_of_each_objective_by_hand():
         "decoder_input_tokens": [0, 5, 6, 7, 8, 1, 0],
         "decoder_loss_weights": [0, 0, 1, 1, 1, 0, 0], "decoder_prefix": [1, 1, 1, 0, 0, 0, 0]}
     assert _row("mlm", {"inputs": [5, 3, 7], "targets": [0, 6, 0]}, 4, 9) == {
-        "encoder_input_tokens": [5, 3, 7, 0], "decoder_target_tokens": [0, 6, 0, 0],
+        "encoder_input_tokens": [5, 3, 7, 0], "encoder_mask": [1, 1, 1, 0],
+        "decoder_target_tokens": [0, 6, 0, 0],
         "decoder_loss_weights": [0, 1, 0, 0]}
 
 
