@@ -111,7 +111,7 @@ KINDS = {
     "fp16": lambda run: with_(run, precision="fp16"),
     "master copies": lambda run: with_(run, precision="bf16_sr_forward", optimizer__name="muon"),
 }
-SLOW = {"split over slices", "fp16", "master copies"}
+SLOW = {"split over slices", "LoRA with an average", "fp16", "master copies"}
 
 
 @pytest.mark.parametrize("kind", [
