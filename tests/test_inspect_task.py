@@ -41,7 +41,7 @@ def test_padding_is_told_by_no_id():
              "decoder_loss_weights": np.array([[0.0, 0, 1, 0]])}
     assert inspect_task._used(batch, "encoder", 0) == inspect_task._used(batch, "decoder", 0) == 3
     lines = list(inspect_task.side_by_side([7, 0, 0, 0, 0], 3, seqio.ByteVocabulary()))
-    assert "7      0      0" in lines[0] and lines[1].endswith("2 x padding")
+    assert "7     0     0" in lines[0] and lines[1].endswith("2 x padding")
 
 
 def test_errors_name_the_commands_flags():
