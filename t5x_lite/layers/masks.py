@@ -6,7 +6,7 @@ Shape letters: B batch (or 1 where all rows agree), L query length, S key length
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -80,3 +80,23 @@ def allowed(masking: Masking) -> jax.Array | None:
         same = masking.q_segments[:, :, None] == keys(masking.k_segments)
         mask = same if mask is None else mask & same
     return None if mask is None else mask[:, None]
+
+
+def read_segments(batch: Mapping[str, jax.Array], side: str) -> jax.Array:
+    """int32 [B, L] of a side that is read as it stands: the packed example of each token, or 1, and 0
+    on padding. Batches from elsewhere may come without: their id 0 is padding."""
+    for name in (f"{side}_segment_ids", f"{side}_mask"):
+        if name in batch:
+            return batch[name]
+    return (batch[f"{side}_input_tokens"] != 0).astype(jnp.int32)
+
+
+def up_to_the_last(weights_BL: jax.Array) -> jax.Array:
+    """bool [B, L]: the targets up to the last that is asked for, behind which padding begins."""
+    asked_BL = as_keys(weights_BL > 0)   # whole rows, also where the length is split over devices
+    return jnp.cumsum(asked_BL[:, ::-1], axis=1)[:, ::-1] > 0
+
+
+def as_keys(x: jax.Array | None) -> jax.Array | None:
+    """[B, S] as attention reads it: keys are whole even where queries' length is sharded."""
+    return None if x is None else sharding.shard(x, "act_batch", "act_keys")

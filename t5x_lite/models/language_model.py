@@ -15,7 +15,7 @@ from flax import nnx
 
 from t5x_lite import tree
 from t5x_lite.errors import UserError, at_least, one_of
-from t5x_lite.layers import attention, mlp, moe, norm, position
+from t5x_lite.layers import attention, masks, mlp, moe, norm, position
 from t5x_lite.layers.embed import HeadTransform, LogitsBias, Prompt, TokenEmbedding, TokenTypes
 from t5x_lite.layers.linear import INIT_KERNELS, Dense, RowKey, kernel_std
 from t5x_lite.layers.masks import Masking
@@ -184,44 +184,24 @@ def _row_masking(batch: Batch, side: str, causal: bool) -> tuple[Masking, jax.Ar
     index = jnp.arange(tokens.shape[1])[None]
     segments = batch.get(f"{side}_segment_ids")
     if segments is None and not causal:
-        segments = read_segments(batch, side)
+        segments = masks.read_segments(batch, side)
     prefix = batch.get(f"{side}_prefix")
-    masking = Masking(index, index, segments, _as_keys(segments),
-                      None if prefix is None else _as_keys(prefix.astype(bool)), causal)
+    masking = Masking(index, index, segments, masks.as_keys(segments),
+                      None if prefix is None else masks.as_keys(prefix.astype(bool)), causal)
     return masking, batch.get(f"{side}_positions", index)
-
-
-def read_segments(batch: Batch, side: str) -> jax.Array:
-    """int32 [B, L] of a side that is read as it stands: the packed example of each token, or 1, and 0
-    on padding. Batches from elsewhere may come without: their id 0 is padding."""
-    for name in (f"{side}_segment_ids", f"{side}_mask"):
-        if name in batch:
-            return batch[name]
-    return (batch[f"{side}_input_tokens"] != 0).astype(jnp.int32)
-
-
-def up_to_the_last(weights_BL: jax.Array) -> jax.Array:
-    """bool [B, L]: the targets up to the last that is asked for, behind which padding begins."""
-    asked_BL = _as_keys(weights_BL > 0)   # whole rows, also where the length is split over devices
-    return jnp.cumsum(asked_BL[:, ::-1], axis=1)[:, ::-1] > 0
-
-
-def _as_keys(x: jax.Array | None) -> jax.Array | None:
-    """[B, S] as attention reads it: keys are whole even where queries' length is sharded."""
-    return None if x is None else sharding.shard(x, "act_batch", "act_keys")
 
 
 def _real(batch: Batch, side: str, start: int = 0, *, training: bool = True) -> jax.Array:
     """bool [B, L], False where padding. A decoder's first input, at `start`, is a real token of
     id 0, but in the rows without targets that fill evaluation's last batch."""
     if f"{side}_segment_ids" in batch or side != "decoder":
-        return read_segments(batch, side) != 0
+        return masks.read_segments(batch, side) != 0
     tokens = batch[f"{side}_input_tokens"]
     first = jnp.arange(tokens.shape[1]) == start
     weights = batch.get("decoder_loss_weights")
     if weights is None:
         return (tokens != 0) | first
-    ends_BL = up_to_the_last(weights)   # of vocabularies whose id 0 is a token
+    ends_BL = masks.up_to_the_last(weights)   # of vocabularies whose id 0 is a token
     if not training:
         first = first & ends_BL[:, :1]
     before = tokens.shape[1] - ends_BL.shape[1]   # a trained prompt's places
@@ -283,7 +263,7 @@ class EncoderDecoder(LanguageModel):
         encoded, _ = self.encode(batch)
         tokens = batch["encoder_input_tokens"]
         return {"position": jnp.zeros_like(tokens[:, 0]),
-                "segments": read_segments(batch, "encoder"),
+                "segments": masks.read_segments(batch, "encoder"),
                 "layers": self.decoder.init_cache(tokens.shape[0], length, encoded)}
 
 

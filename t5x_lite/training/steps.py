@@ -18,8 +18,8 @@ from t5x_lite.data import rows as data_rows
 from t5x_lite.decoding import decode as decoding
 from t5x_lite.decoding.decode import DecodeConfig, Decoded
 from t5x_lite.decoding.logits_fn import LogitsFn, load as load_logits_fn
+from t5x_lite.layers import masks
 from t5x_lite.layers.linear import RowKey
-from t5x_lite.models import language_model
 from t5x_lite.models.cache import take_rows
 from t5x_lite.models.params import ModelDefinition
 from t5x_lite.models.peft import Tuning
@@ -251,9 +251,9 @@ def _filled(objective: ObjectiveConfig, batch: Batch) -> jax.Array:
     rows, total = data_rows.of(objective.rows), jnp.int32(0)
     for side in rows.made:
         if side in rows.reading_sides or f"{side}_segment_ids" in batch:
-            held = language_model.read_segments(batch, side) != 0
+            held = masks.read_segments(batch, side) != 0
         else:
-            held = language_model.up_to_the_last(batch["decoder_loss_weights"])
+            held = masks.up_to_the_last(batch["decoder_loss_weights"])
         total += jnp.sum(held, dtype=jnp.int32)
     return total
 
