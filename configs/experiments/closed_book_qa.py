@@ -105,8 +105,9 @@ def _model(vocabulary: str) -> ModelConfig:
                             causal=True, scan=False))
 
 
-def _stage(name: str, data: DataConfig, seed: int, steps: int, batch: int, rate: float,
-           evaluation: EvalConfig) -> RunConfig:
+def stage(name: str, data: DataConfig, seed: int, steps: int, batch: int, rate: float,
+          evaluation: EvalConfig) -> RunConfig:
+    """One stage of training: this model, Adafactor, warm-up and a linear decay."""
     schedule = ScheduleConfig("constant * linear_warmup * linear_to_floor", rate,
                               warmup_steps=steps // 20, floor_fraction=0.05)
     return RunConfig(
@@ -131,7 +132,7 @@ def _pretrain(chosen: Options, arm: str, seed: int) -> RunConfig:
     else:
         data = DataConfig(train=chosen.salient if arm == "salient" else chosen.passages, **lengths)
     data = dataclasses.replace(data, vocabulary=chosen.vocabulary)
-    return _stage(f"pretrain_{arm}", data, seed, _PRETRAIN_STEPS, 128, 0.03,
+    return stage(f"pretrain_{arm}", data, seed, _PRETRAIN_STEPS, 128, 0.03,
                   EvalConfig(every=_PRETRAIN_STEPS, num_batches=8))
 
 
@@ -140,7 +141,7 @@ def _finetune(chosen: Options, seed: int) -> RunConfig:
                       inputs_length=30, targets_length=14, vocabulary=chosen.vocabulary)
     if chosen.passages:
         data = dataclasses.replace(data, inputs_length=64, targets_length=24)
-    return _stage("finetune", data, seed, _FINETUNE_STEPS, 128, 0.003,
+    return stage("finetune", data, seed, _FINETUNE_STEPS, 128, 0.003,
                   EvalConfig(every=50, at_start=True, decode=DecodeConfig(max_length=data.targets_length)))
 
 

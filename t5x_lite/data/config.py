@@ -18,8 +18,10 @@ class DataConfig:
     # "a=1,b=3"; without shares, in proportion to their numbers of examples. With a published
     # mixture's shares: "gpt3(common_crawl=a,wikipedia=b)" (published_mixtures.py).
     # The path of a .jsonl, .json or .tsv file of examples is a task too (example_files.py).
+    # "train_files=3,qa.jsonl=1" mixes the text files below with tasks.
     train: str = ""
-    # Tasks or mixtures whose "validation" split is evaluated, each task on its own.
+    # Tasks or mixtures whose "validation" split is evaluated, each task on its own;
+    # "validation_files,qa.jsonl" evaluates the text files below beside tasks.
     validation: str = ""
     # Solved examples before every input of them, k-shot (demonstrations.py): how many, of
     # "train" where a task has it, and which.
@@ -30,11 +32,18 @@ class DataConfig:
     validation_files: str = ""
     text_document: str = "line"         # a document of a .txt file: line, paragraph or file
     # What is hidden of text files: causal_lm, prefix_lm, span_corruption, word_spans, bert, bart or
-    # ul2 (denoising.py), or salient (dates and names, tasks/salient_spans.py); "": the
+    # ul2 (denoising.py), or salient or salient_kept (dates and names, salient_spans.py); "": the
     # objective's usual one. Registered tasks are made for one each: c4_ul2, python_bart.
     denoising: str = ""
     noise_density: Rate = 0.0          # share of the tokens that it hides …
     mean_span_length: float = 0.0       # … in spans of so many; 0: its own figure
+    # How text files are rewritten first: steps in order (rewriting.py) …
+    rewriting: str = ""                 # sentences or lines, named, headed, reorder, thinned
+    rewrites: Count = 1                 # versions of every document, each drawn anew
+    rewriting_seed: Seed = 0
+    # Of denoising=salient…: hide only what looks like the answers of these questions, a .jsonl, .json
+    # or .tsv file with or without a slice (salient_choice.py). Give it training questions.
+    salient_like: str = ""
     # Folders that seqio_cache_tasks wrote: tasks are read from there, tokenised (cached.py).
     cached_tasks: str = ""
     task_modules: str = ""              # your Python modules that register seqio tasks

@@ -11,10 +11,11 @@ import importlib
 import math
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from t5x_lite import packages, quiet
+from t5x_lite import packages
 from t5x_lite.data import paths, rows as data_rows, vocabulary as data_vocabulary
 from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError, nearest
@@ -32,9 +33,7 @@ def tensorflow_side():
     """data_pipeline, which needs TensorFlow: about 4 s on first use."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     packages.keep_lazy_imports_apart()
-    # What others than TensorFlow's C++ say meanwhile is of other threads, and is shown.
-    with quiet.holding(lambda line: bool(_TENSORFLOWS.match(line)),
-                       whole_if_failed=True), packages.lean("sklearn", "matplotlib", "torch"):
+    with _captured_stderr(), packages.lean("sklearn", "matplotlib", "torch"):
         import seqio
         import tensorflow as tf
         import tensorflow_datasets as tfds
@@ -51,6 +50,26 @@ def tensorflow_side():
 
 # Lines of TensorFlow's C++, such as "I0000 00:00:1795960912.532685    9553 port.cc:153] …".
 _TENSORFLOWS = re.compile(rb"[IWEF]\d{4} [\d:. ]+[\w.]+:\d+\]|WARNING: All log messages before absl")
+
+
+@contextlib.contextmanager
+def _captured_stderr():
+    """Holds back what is printed during TensorFlow's import, and then drops what its C++ says unless
+    the import fails. The rest is of other threads."""
+    with tempfile.TemporaryFile() as file:
+        saved = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            file.seek(0)
+            for line in file:
+                if failed or not _TENSORFLOWS.match(line):
+                    os.write(2, line)
 
 
 # --- which tasks ----------------------------------------------------------------------------
@@ -132,25 +151,35 @@ def mixing_rates(sizes: Sequence[float], temperature: float, cap: float) -> list
 def train_mixture(config: DataConfig, objective: str) -> tuple["data_pipeline.Weighted", ...]:
     """What data.train or data.train_files means: tasks and their shares, summing to one."""
     pipeline = tensorflow_side()
-    if config.train_files:
+    own = _names_files(config.train, "train")
+    if config.train_files and not own:
         return (pipeline.Weighted(_text_task(config, "train", objective), 1.0),)
+    if own and not config.train_files:
+        raise UserError(f"data.train={config.train!r} mixes in train_files, and data.train_files is empty")
     if not config.train:
         raise UserError("nothing to train on: set data.train to a task or mixture, or "
                         "data.train_files to text files")
     weights: dict = {}
-    for provider, share in _shares(config):
+    for provider, share in _shares(config, objective):
         for task, part in _subtasks(provider).items():
             weights[task] = weights.get(task, 0.0) + share * part
-    mixture = tuple(pipeline.Weighted(_adapted(task, config, objective, "data.train"), weight)
-                    for task, weight in weights.items() if weight)
+    mixture = tuple(pipeline.Weighted(
+        task if task.name == "train_files" else _adapted(task, config, objective, "data.train"), weight)
+        for task, weight in weights.items() if weight)
     _check_mixture(mixture, data_rows.of(objective).features)
     return mixture
 
 
-def _shares(config: DataConfig) -> list[tuple["seqio.Task | seqio.Mixture", float]]:
+def _names_files(text: str, split: str) -> bool:
+    """Whether data.train or data.validation lists the split's text files among its tasks."""
+    return f"{split}_files" in (paths.share(entry)[0] for entry in paths.split(text))
+
+
+def _shares(config: DataConfig, objective: str) -> list[tuple["seqio.Task | seqio.Mixture", float]]:
     """The tasks and mixtures that data.train lists, each with its share of the rows."""
     entries = _entries(config)
-    providers = [find(name, "data.train", config) for name, _, _ in entries]
+    providers = [_text_task(config, "train", objective) if name == "train_files" else
+                 find(name, "data.train", config) for name, _, _ in entries]
     if config.temperature <= 0 or config.rate_cap < 0:
         raise UserError(f"data.temperature={config.temperature} must be positive and "
                         f"data.rate_cap={config.rate_cap} not negative")
@@ -280,10 +309,13 @@ def _shots_of(config: DataConfig) -> str:
 
 def validation_tasks(config: DataConfig) -> tuple[str, ...]:
     """Names to hand to eval_batches, a mixture taken apart into its tasks: NAME, or NAME_4shot."""
-    if config.validation_files:
+    own = _names_files(config.validation, "validation")
+    if config.validation_files and not own:
         return ("validation_files",)
-    names: dict[str, None] = {}
+    names: dict[str, None] = {"validation_files": None} if own else {}
     for part in paths.split(config.validation):
+        if part == "validation_files":
+            continue
         for task in _subtasks(find(part, "data.validation", config)):
             names[task.name + _shots_of(config)] = None
     return tuple(names)
@@ -334,7 +366,7 @@ def _text_task(config: DataConfig, split: str, objective: str) -> "seqio.Task":
     """data.train_files or data.validation_files as a task with the objective's features."""
     kind = data_rows.of(objective)
     _registered(config)
-    from t5x_lite.data import denoising, salient_spans, text_files, tokenized
+    from t5x_lite.data import denoising, rewriting, salient_spans, text_files, tokenized
     field = f"data.{split}_files"
     if not kind.takes:
         able = [name for name, other in data_rows.ROWS.items() if other.takes]
@@ -342,16 +374,17 @@ def _text_task(config: DataConfig, split: str, objective: str) -> "seqio.Task":
                         f"from; use {', '.join(able)}, or a task made for it in data.{split}.")
     name = config.denoising or kind.denoiser
     files = text_files.find_files(getattr(config, f"{split}_files"), field)
-    if name == "salient" and kind.pairs:
+    if name in salient_spans.KINDS and kind.pairs:
         return tokenized.ahead(salient_spans.task(
-            f"{split}_files", files, split, config.text_document, vocabulary_of(config)))
+            f"{split}_files", files, split, config.text_document, vocabulary_of(config),
+            salient_spans.settings_of(config, name)))
     denoiser = denoising.find(name)
     denoising.check_objective(name, objective, "data.denoising")
-    settings = {s: getattr(config, s) for s in ("noise_density", "mean_span_length")
+    settings = {s: getattr(config, s) for s in ("noise_density", "mean_span_length", "salient_like")
                 if getattr(config, s)}
     return tokenized.ahead(text_files.task(
         f"{split}_files", files, split, config.text_document, vocabulary_of(config),
-        denoiser.features, denoising.steps(name, **settings)))
+        denoiser.features, denoising.steps(name, **settings), rewriting.of(config)))
 
 
 # --- vocabularies ---------------------------------------------------------------------------
@@ -362,7 +395,7 @@ def vocabulary_of(config: DataConfig) -> "seqio.Vocabulary":
     from t5x_lite.data import vocabularies
     if config.vocabulary:
         return vocabularies.load(config.vocabulary)
-    if not config.train:
+    if not _first_of_train(config):
         raise UserError("which vocabulary? set data.vocabulary to python, byt5, t5 or the path of "
                         "a SentencePiece model (scripts/train_tokenizer.py makes one) or of a "
                         "tokenizer.json")
@@ -371,7 +404,9 @@ def vocabulary_of(config: DataConfig) -> "seqio.Vocabulary":
 
 
 def _first_of_train(config: DataConfig) -> str:
-    return _entries(config)[0][0].strip()
+    """The first task that data.train names; "" where there is none."""
+    named = (name.strip() for name, _, _ in _entries(config))
+    return next((name for name in named if name != "train_files"), "")
 
 
 def _adapted(task: "seqio.Task", config: DataConfig, objective: str, field: str) -> "seqio.Task":
@@ -404,10 +439,10 @@ def _adapted(task: "seqio.Task", config: DataConfig, objective: str, field: str)
 
 def _check_same_vocabulary(task: "seqio.Task", config: DataConfig, field: str) -> None:
     """Raises UserError for a held-out task in other tokens than the run's."""
-    if config.vocabulary or not config.train:
+    name = _first_of_train(config)
+    if config.vocabulary or not name:
         return
     from t5x_lite.data import vocabularies
-    name = _first_of_train(config)
     ours = find(name, "data.train", config).output_features
     for feature in sorted(ours.keys() & task.output_features.keys()):
         run, own = ours[feature].vocabulary, task.output_features[feature].vocabulary

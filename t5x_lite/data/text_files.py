@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import seqio
 
 from t5x_lite import files as file_lib
-from t5x_lite.data import paths, readers
+from t5x_lite.data import paths, readers, rewriting
 from t5x_lite.data.document_cache import DocumentSource
 from t5x_lite.errors import UserError, nearest
 
@@ -79,10 +79,12 @@ def _json_texts(path: str) -> Iterator[str]:
 
 def task(name: str, files: Sequence[str], split: str, document: str,
          vocabulary: seqio.Vocabulary, features: Sequence[str],
-         preprocessors: Sequence[Callable]) -> seqio.Task:
+         preprocessors: Sequence[Callable],
+         rewrite: rewriting.Rewriting = rewriting.NONE) -> seqio.Task:
     """A task over `files` with the one split; it is not registered.
 
     features: its output features; preprocessors: from {"text": document} to those.
+    rewrite: what happens to the documents first.
     """
     if document not in DOCUMENTS:
         raise UserError(f"data.text_document={document!r}: one of {', '.join(DOCUMENTS)};"
@@ -90,11 +92,14 @@ def task(name: str, files: Sequence[str], split: str, document: str,
 
     def key() -> str:
         stats = [file_lib.state_of(file) for file in files]
-        digest = hashlib.sha256(repr((stats, document, split)).encode()).hexdigest()
+        how = (rewrite, rewriting.VERSION) if rewrite.steps else ()
+        digest = hashlib.sha256(repr((stats, document, split, *how)).encode()).hexdigest()
         return f"text_files-{digest[:16]}"
 
     def documents() -> Iterator[tuple[str, str]]:
-        return ((split, text) for text in read_documents(files, document))
+        for number in range(rewrite.rewrites):
+            for text in read_documents(files, document):
+                yield split, rewriting.version(rewriting.whole(text), rewrite, number).text
 
     return seqio.Task(
         name, source=DocumentSource(key, (split,), documents),

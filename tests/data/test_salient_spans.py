@@ -11,8 +11,8 @@ from tests.tasks.test_formats import batches
 
 
 def spans(sentence):
-    from t5x_lite.data import salient_spans
-    return [sentence[s:e] for s, e in salient_spans.salient_spans(sentence)]
+    from t5x_lite.data import names
+    return [sentence[s:e] for s, e in names.salient_spans(sentence)]
 
 
 @pytest.mark.parametrize("sentence, expected", [
@@ -30,14 +30,14 @@ def test_spans_by_hand(sentence, expected):
 
 
 def test_sentences():
-    from t5x_lite.data import salient_spans
-    assert salient_spans.sentences('Dr. Smith met J. Doe.  "He sang!" She\nleft? 3 stayed.') == [
+    from t5x_lite.data import names
+    assert names.sentences('Dr. Smith met J. Doe.  "He sang!" She\nleft? 3 stayed.') == [
         "Dr. Smith met J. Doe.", '"He sang!"', "She left?", "3 stayed."]
 
 
 def test_a_sentence_gives_an_example_a_span():
     from t5x_lite.data import salient_spans
-    assert list(salient_spans.examples("it began in Rome. Then, in 1066, all ended.")) == [
+    assert list(salient_spans.examples(["it began in Rome. Then, in 1066, all ended."])) == [
         ("nem: it began in _X_.", "Rome"), ("nem: Then, in _X_, all ended.", "1066")]
 
 
@@ -47,7 +47,7 @@ def test_names_that_people_marked_are_found():
     found = total = 0
     with open(shared_data("corpora/gap-development.tsv"), newline="") as file:
         for row in list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[:400]:
-            targets = " | ".join(t for _, t in salient_spans.examples(row["Text"]))
+            targets = " | ".join(t for _, t in salient_spans.examples([row["Text"]]))
             for name in (row["A"], row["B"]):
                 total += 1
                 found += name in targets
