@@ -3,8 +3,9 @@
 Papers: Hoffmann et al. 2022 (arXiv:2203.15556), approaches 1 to 3; Porian et al. 2024
 (arXiv:2406.19146): what is counted, warm-up in proportion; Bi et al. 2024 (arXiv:2401.02954): batch and
 learning rate from the budget.
-Expected: 9 CPU-minutes on 2 cores; N* ~ C^.43 (.22 to .60) by parabolas. docs/experiments.md has
-the other approaches, and a prediction that was written down before its run was trained.
+Expected: lm 9 CPU-minutes on 2 cores, N* ~ C^.43 (.22 to .60) by parabolas; t5 12 CPU-minutes, N* ~ C^.39
+(.25 to .55). docs/experiments.md has the other approaches, and predictions that were written down before
+their runs were trained.
 Command: python -m t5x_lite.scaling ladder --config=configs/experiments/ladder.py:lm \\
     --budgets=4e9,1.86e10,8.6e10,4e11 --ratio=60 --unit=4 --predict=4 --max_hours=2 \\
     --workdir=runs/ladder
