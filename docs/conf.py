@@ -24,6 +24,8 @@ myst_enable_extensions = ["dollarmath", "deflist"]
 nb_execution_mode = "cache" if os.environ.get("T5X_LITE_DOCS_EXECUTE") == "1" else "off"
 nb_execution_timeout = 900
 nb_execution_raise_on_error = True
+nb_render_markdown_format = "myst"   # tables that a cell shows are tables
+nb_merge_streams = True   # a run prints line by line; cells tagged scroll-output keep to a box
 
 html_theme = "sphinx_book_theme"
 html_title = "t5x_lite"

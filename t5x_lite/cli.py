@@ -205,7 +205,11 @@ def _run_among(others: processes.Processes, main: Callable[[], None]) -> None:
 
 def _guarded(fn: Callable[[], None]) -> None:
     try:
-        fn()
+        try:
+            fn()
+        except BaseException:
+            quiet_lib.give_back()   # what is wrong is said where it is read
+            raise
         gc.freeze()   # the process ends: no search for garbage among millions of objects
     except UserError as error:
         _exit(error)

@@ -7,6 +7,7 @@ that `make test` spends its time on:
     awk '{s[$1] += $2} END {for (f in s) print s[f], f}' FILE | sort -rn | head
 """
 
+import gc
 import hashlib
 import os
 import pathlib
@@ -14,12 +15,12 @@ import platform
 
 import pytest
 
+from tests.helpers import PARITY, xla_flags
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests compile much and run little: without LLVM's optimisations they take 0.6 of the time.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    " --xla_backend_optimization_level=0"
-)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
+# JAX's tracing makes and drops many objects, over a heap of TensorFlow's and torch's: collect less often.
+gc.set_threshold(50_000, 20, 100)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("EPATH_USE_TF", "0")   # which etils reads once in a process; see t5x_lite/buckets.py
@@ -88,7 +89,6 @@ def pytest_runtest_protocol(item):
 
 def pytest_terminal_summary(terminalreporter):
     """How many comparisons with the references' own outputs did not run, and what runs instead."""
-    from tests.helpers import PARITY
     skipped = terminalreporter.stats.get("skipped", [])
     reasons = [report.longrepr[2] for report in skipped if isinstance(report.longrepr, tuple)]
     if count := sum(PARITY in reason for reason in reasons):

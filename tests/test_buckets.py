@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import pathlib
+import re
 import threading
 import time
 
@@ -32,6 +33,7 @@ from t5x_lite.data import paths, readers, text_files, vocabulary
 from t5x_lite.errors import TryAgain, UserError
 from t5x_lite.parallel.sharding import MeshConfig
 from t5x_lite.reporting import runs as reporting_runs
+from t5x_lite.running import profile
 from t5x_lite.running.clock import Clock, Watchdog, WatchdogConfig
 from t5x_lite.scaling import ladder_page, ladder_results as results, ladders
 from t5x_lite.training import metrics
@@ -158,6 +160,14 @@ def test_files_are_written_read_listed_and_renamed(bucket):
     assert bucket_server.listed() == ["a b=c/run/" + name for name in (
         "checkpoints/metrics.jsonl", "leg/seed_0/metrics.jsonl", "new.jsonl", "x.txt")]
     assert files.absolute(folder) == f"{bucket}/a b=c/run" == str(folder)
+
+
+def test_a_trace_goes_to_the_bucket(bucket):
+    with profile.Profile("1:1", f"{bucket}/run") as traced:
+        for step in (1, 2):
+            traced.before(step, jnp.ones(3) * step)
+    (key,) = bucket_server.listed("run/profile/")
+    assert re.fullmatch(r"run/profile/plugins/profile/steps_1_1/.+_0\.xplane\.pb", key)
 
 
 def test_two_that_append_lose_nothing(bucket):

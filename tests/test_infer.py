@@ -36,6 +36,7 @@ from t5x_lite.evaluation.predictor import Predictor
 from t5x_lite.parallel.sharding import MeshConfig
 from t5x_lite.training import steps
 from tests import tiny_config
+from tests.helpers import xla_flags
 from tests.test_train import free_port
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -557,7 +558,7 @@ def test_two_processes_killed_and_restarted_write_each_line_once(run, files, tmp
          f"--coordinator_address={address}", "--num_processes=2", f"--process_id={i}"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-             "XLA_FLAGS": "--xla_force_host_platform_device_count=4"})
+             "XLA_FLAGS": xla_flags(4)})
         for i, folder in enumerate((tmp_path, tmp_path / "elsewhere"))]
     outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -56,3 +57,24 @@ def test_it_runs(file, tmp_path):
     assert any("image/png" in output.get("data", {}) for output in shown), "nothing was drawn"
     errors = [o for o in shown if o.output_type == "stream" and "Traceback" in o.text]
     assert not errors
+
+
+OWN = """
+import logging, warnings
+mine = logging.getLogger("mine")
+before = (logging.getLogger().level, mine.level, mine.handlers[:], warnings.showwarning)
+from t5x_lite import experiment, interactive, train
+from t5x_lite.planning import chart
+from t5x_lite.reporting import figure, page
+interactive.cli.show_own_lines()
+assert (logging.getLogger().level, mine.level, mine.handlers[:], warnings.showwarning) == before
+warnings.warn("a warning of one's own")
+mine.warning("a line of one's own")
+"""
+
+
+def test_a_notebooks_own_warnings_and_loggers_are_as_they_were():
+    done = subprocess.run([sys.executable, "-c", OWN], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "JAX_PLATFORMS": "cpu"}, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "UserWarning: a warning of one's own" in done.stderr and "a line of one's own" in done.stderr

@@ -64,10 +64,8 @@ def one_step(config, devices):
     spread = lambda p, x: jax.device_put(
         np.asarray(x) + np.linspace(-0.1, 0.1, x.size, dtype=x.dtype).reshape(x.shape), x.sharding)
     start["params"] = tree.map_with_path(spread, start["params"])
-    step = jax.jit(program.train_step, compiler_options={   # tiny: what costs is LLVM
-        "xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
     with program.activate():
-        after, _ = step(start, batch)
+        after, _ = jax.jit(program.train_step)(start, batch)
     assert tree.flatten(after["params"]).keys() == program.trainable.keys()
     return jax.tree.map(np.asarray, after["params"])
 

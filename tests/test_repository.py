@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import runpy
 import shutil
 
 import pytest
@@ -30,6 +31,18 @@ def test_all_places_name_the_one_setting():
         cells = ["".join(cell["source"]) for cell in json.loads(file.read_text())["cells"]]
         assert f"https://colab.research.google.com/github/{name}/blob/main/notebooks/{file.name})" in cells[0]
         assert f"@ git+https://github.com/{name}\"" in cells[1]
+
+
+def test_install_cells_and_docs_name_extras_that_there_are(monkeypatch):
+    given = {}
+    monkeypatch.setattr("setuptools.setup", lambda **settings: given.update(settings))
+    monkeypatch.chdir(ROOT)
+    runpy.run_path(str(ROOT / "setup.py"))
+    named = {extra for file in set_repository.places(ROOT)
+             for found in re.findall(r"(?:t5x_lite|\\.)\[([a-z_,]+)\]", file.read_text())
+             for extra in found.split(",")}
+    assert {"cpu", "report", "plan"} <= named <= set(given["extras_require"])
+    assert given["url"] == f"https://github.com/{set_repository.current(ROOT)}"
 
 
 @pytest.mark.parametrize("new", ["lab/t5x_lite", "a.b-c/t5x_lite"])

@@ -23,6 +23,7 @@ from t5x_lite.evaluation.evaluator import Evaluator
 from t5x_lite.parallel.sharding import MeshConfig
 from t5x_lite.training import metrics
 from tests import tiny_config
+from tests.helpers import xla_flags
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -138,7 +139,7 @@ def test_a_finished_run_started_again_changes_nothing(whole):
 def command(text_file, workdir, *overrides, devices=1):
     environment = {
         **os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        "XLA_FLAGS": xla_flags(devices)}
     return ([sys.executable, "-m", "t5x_lite.train",
              f"--config={ROOT}/tests/tiny_config.py:{text_file}", f"--workdir={workdir}",
              *overrides], environment)

@@ -7,7 +7,8 @@ your own Python installation, and is then trained on 8 kB to 2 MB of its source,
 each size the lowest held-out loss of the run counts.
 Expected: not run yet.
 Command: python -m t5x_lite.experiment --config=configs/experiments/transfer.py --workdir=runs/transfer
-and then: python -m t5x_lite.scaling fit --law=power … see docs/experiments.md
+and then: python -m t5x_lite.scaling fit --law=hernandez --table=runs/transfer/transferred.csv \\
+    --fix=beta=0 --bootstrap=200
 """
 
 import csv

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 _LAYER = re.compile(r"(encoder|decoder)/segment_(\d+)/block_(\d+)/")
-_KERNEL = re.compile(_LAYER.pattern + r"(?:(self|cross)_attention/(query|key|value|out)|mlp/.+)"
+_KERNEL = re.compile(_LAYER.pattern + r"(?:(self|cross)_attention/((?:query_)?latent|query|key|value|out)|mlp/.+)"
                      r"/kernel")
 # What acts before a stack's layers, in the paths of parameters.
 _INPUTS = r"token_embedding/.*|token_types/.*|{side}/(learned_positions|embedding_norm)/.*"
@@ -107,18 +107,31 @@ def forward_flops(config: "ModelConfig", rows: int, encoder_length: int, decoder
     return total
 
 
+def further_flops(config: "ModelConfig", rows: int, length: int, *, least: bool = False,
+                  causal_half: bool = False) -> Flops:
+    """Forward FLOPs of the modules that predict further tokens, their logits included."""
+    if not config.further_tokens:
+        return Flops()
+    *_, last = _layer_flops(config, config.decoder, rows, 0, length, least, causal_half)
+    tokens = rows * length
+    merge = Flops(projections=matmul_flops(tokens, 2 * config.embed_dim, config.embed_dim))
+    logits = Flops(logits=matmul_flops(tokens, config.embed_dim, config.vocab_size))
+    return (last + merge + logits) * config.further_tokens
+
+
 def train_flops(config: "ModelConfig", rows: int, encoder_length: int, decoder_length: int, *,
                 causal_half: bool = False) -> float:
     """Forward, and backward at twice its cost, where everything trains: the FLOPs of model FLOPs
     utilisation (MFU)."""
-    return 3.0 * forward_flops(config, rows, encoder_length, decoder_length,
-                               causal_half=causal_half).total
+    forward = forward_flops(config, rows, encoder_length, decoder_length, causal_half=causal_half)
+    further = further_flops(config, rows, decoder_length, causal_half=causal_half)
+    return 3.0 * (forward + further).total
 
 
 def step_flops(config: "ModelConfig", table: Mapping[str, "ParamInfo"], trained: Collection[str],
                rows: int, encoder_length: int, decoder_length: int, *,
                least: bool = False, causal_half: bool = False) -> dict[str, float]:
-    """FLOPs of a training step: {"encoder", "decoder", "logits"}, train_flops in sum where
+    """FLOPs of a training step: {"encoder", "decoder", "further", "logits"}, train_flops in sum where
     everything trains.
 
     Args:
@@ -151,7 +164,15 @@ def step_flops(config: "ModelConfig", table: Mapping[str, "ParamInfo"], trained:
                           config.embed_dim, config.vocab_size)
     weights = "token_embedding/embedding" if config.tie_logits else "logits/kernel"
     below = any(not path.startswith("logits/") for path in trained)
+    further = further_flops(config, rows, decoder_length, least=least, causal_half=causal_half)
+    if further.total:
+        products["further"] = (1 + below + _trains_further(trained)) * further.total
     return {**products, "logits": logits * (1 + below + (weights in trained))}
+
+
+def _trains_further(trained: Collection[str]) -> bool:
+    """Whether anything of the modules that predict further tokens trains, which counts as all."""
+    return any(path.startswith("further_token_") for path in trained)
 
 
 def _lowest_trained(config: "ModelConfig", side: str, trained: Collection[str]) -> int:
@@ -316,8 +337,8 @@ def _active_share(config: "ModelConfig", info: "ParamInfo", length: int,
     if "expert" not in info.logical_axes:
         return 1.0
     where = _LAYER.match(info.path)
-    stack = getattr(config, where.group(1))
-    moe = stack.segments[int(where.group(2))].blocks[int(where.group(3))].moe
+    side, segment, block = where.groups() if where else ("decoder", -1, -1)   # a further token's
+    moe = getattr(config, side).segments[int(segment)].blocks[int(block)].moe
     return experts_per_token(moe, length, least) / moe.num_experts
 
 
@@ -326,6 +347,9 @@ def _attention_layer(embed_dim: int, attention: "AttentionConfig", rows: int, q_
                      causal_half: bool = False) -> Flops:
     """Queries and outputs of q_length tokens; keys and values of k_length, in a cross-attention
     those of the encoder."""
+    if attention.kind == "latent":
+        return _latent_layer(embed_dim, attention, rows, q_length, causal=causal, window=window,
+                             causal_half=causal_half)
     query_width = attention.num_heads * attention.head_dim
     kv_width = attention.kv_heads * attention.head_dim
     return Flops(
@@ -334,3 +358,20 @@ def _attention_layer(embed_dim: int, attention: "AttentionConfig", rows: int, q_
         attention=attention_flops(rows, q_length, k_length, attention.num_heads,
                                   attention.head_dim, causal=causal, window=window,
                                   causal_half=causal_half))
+
+
+def _latent_layer(embed_dim: int, attention: "AttentionConfig", rows: int, length: int, *,
+                  causal: bool, window: int, causal_half: bool) -> Flops:
+    """Self-attention over latents, keys and values made anew for every head as in training."""
+    latent, heads, tokens = attention.latent, attention.num_heads, rows * length
+    query_width, value_width = heads * attention.head_dim, heads * latent.value_dim
+    key_width = query_width - heads * latent.rotary_dim
+    queries = matmul_flops(tokens, latent.query_rank or embed_dim, query_width) + matmul_flops(
+        tokens, embed_dim, latent.query_rank)
+    keys = matmul_flops(tokens, embed_dim, latent.rank + latent.rotary_dim) + matmul_flops(
+        tokens, latent.rank, key_width + value_width)
+    scores, mixing = (attention_flops(rows, length, length, heads, features, causal=causal,
+                                      window=window, causal_half=causal_half) / 2
+                      for features in (attention.head_dim, latent.value_dim))
+    return Flops(projections=queries + keys + matmul_flops(tokens, value_width, embed_dim),
+                 attention=scores + mixing)

@@ -16,9 +16,11 @@ UNKNOWN = "unknown"
 
 
 def to_text(*tables: RenderableType, width: int = 100) -> str:
-    """The tables below one another, without colour: for logs, pipes and terminals alike."""
+    """The tables below one another, without colour: for logs, pipes, terminals and notebooks alike (in
+    which rich would show them at once instead)."""
     out = io.StringIO()
-    console = Console(file=out, width=width, no_color=True, highlight=False)
+    console = Console(file=out, width=width, no_color=True, highlight=False,
+                      force_jupyter=False, force_terminal=False)
     for table in tables:
         console.print(table)
     return out.getvalue()

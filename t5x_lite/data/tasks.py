@@ -11,11 +11,10 @@ import importlib
 import math
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from t5x_lite import packages
+from t5x_lite import packages, quiet
 from t5x_lite.data import paths, rows as data_rows, vocabulary as data_vocabulary
 from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError, nearest
@@ -33,7 +32,9 @@ def tensorflow_side():
     """data_pipeline, which needs TensorFlow: about 4 s on first use."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     packages.keep_lazy_imports_apart()
-    with _captured_stderr(), packages.lean("sklearn", "matplotlib", "torch"):
+    # What others than TensorFlow's C++ say meanwhile is of other threads, and is shown.
+    with quiet.holding(lambda line: bool(_TENSORFLOWS.match(line)),
+                       whole_if_failed=True), packages.lean("sklearn", "matplotlib", "torch"):
         import seqio
         import tensorflow as tf
         import tensorflow_datasets as tfds
@@ -50,26 +51,6 @@ def tensorflow_side():
 
 # Lines of TensorFlow's C++, such as "I0000 00:00:1795960912.532685    9553 port.cc:153] …".
 _TENSORFLOWS = re.compile(rb"[IWEF]\d{4} [\d:. ]+[\w.]+:\d+\]|WARNING: All log messages before absl")
-
-
-@contextlib.contextmanager
-def _captured_stderr():
-    """Holds back what is printed during TensorFlow's import, and then drops what its C++ says unless
-    the import fails. The rest is of other threads."""
-    with tempfile.TemporaryFile() as file:
-        saved = os.dup(2)
-        os.dup2(file.fileno(), 2)
-        failed = True
-        try:
-            yield
-            failed = False
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-            file.seek(0)
-            for line in file:
-                if failed or not _TENSORFLOWS.match(line):
-                    os.write(2, line)
 
 
 # --- which tasks ----------------------------------------------------------------------------

@@ -53,6 +53,8 @@ def _facts(config: Any, prefix: str) -> dict[str, Any]:
         values[f"{prefix}num_kv_heads"] = config.kv_heads
     if isinstance(config, StackConfig):
         for layer, block in enumerate(_blocks(config)):
+            if block.position == config.position:
+                block = dataclasses.replace(block, position=None)
             values |= _facts(block, f"{prefix}layers[{layer}].")
     return values
 
@@ -74,6 +76,10 @@ def _matters(config: Any, field: str) -> bool:
         return field == "kind" or field in POSITIONS[config.kind].settings
     if isinstance(config, StackConfig):
         return field != "residual_alpha" or config.residual == "deepnorm"
+    if isinstance(config, AttentionConfig):
+        if field == "latent":
+            return config.kind == "latent"
+        return config.qk_norm or not field.startswith("qk_norm_")
     if isinstance(config, BlockConfig):
         return field != "mlp" or config.moe is None
     if isinstance(config, MoEConfig):

@@ -11,7 +11,18 @@ import numpy as np
 
 from t5x_lite import files
 from t5x_lite.errors import UserError, known
-from t5x_lite.formats import hf_bert, hf_decoders, hf_fields, hf_t5, hub, safetensors
+from t5x_lite.formats import (
+    hf_bert,
+    hf_decoders,
+    hf_deepseek,
+    hf_fields,
+    hf_gemma,
+    hf_olmo,
+    hf_qwen,
+    hf_t5,
+    hub,
+    safetensors,
+)
 from t5x_lite.formats.functions import differences
 from t5x_lite.formats.hf_family import Family
 from t5x_lite.formats.mapping import (
@@ -27,14 +38,35 @@ from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.language_model import Model
 
 FAMILIES: dict[str, Family] = {
-    f.model_type: f for f in (*hf_t5.FAMILIES, *hf_decoders.FAMILIES, *hf_bert.FAMILIES)}
+    f.model_type: f for module in (hf_t5, hf_decoders, hf_gemma, hf_qwen, hf_olmo, hf_deepseek, hf_bert)
+    for f in module.FAMILIES}
+# Models of texts and images -> the family of the texts' part, which alone is read.
+TEXT_PARTS = {"gemma3": "gemma3_text"}
 
 
 # --- configs --------------------------------------------------------------------------------------
 
 def family(model_type: str, where: str = "the model") -> Family:
     """The family of this name. Raises UserError listing the known ones."""
+    model_type = TEXT_PARTS.get(model_type, model_type)
     return FAMILIES[known(where, "model_type", model_type, FAMILIES)]
+
+
+def text_part(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json, or what it says of the texts' part where images are read too.
+
+    Raises:
+        UserError: a config of both without its text_config.
+    """
+    kind = TEXT_PARTS.get(given.get("model_type", ""))
+    if kind is None:
+        return dict(given)
+    inner = given.get("text_config")
+    if not isinstance(inner, Mapping):
+        raise UserError(f"config.json of this {given['model_type']} model has no text_config, which "
+                        "says what the model of texts is.")
+    outer = ("tie_word_embeddings", "quantization_config", "compression_config")
+    return {**{name: given[name] for name in outer if name in given}, **inner, "model_type": kind}
 
 
 def model_config(hf: Mapping[str, Any], tied: bool | None = None) -> ModelConfig:
@@ -47,6 +79,7 @@ def model_config(hf: Mapping[str, Any], tied: bool | None = None) -> ModelConfig
         UserError: a model_type, activation or rope scaling that is not known here, or a field
             that cannot be honoured; see hf_fields.
     """
+    hf = text_part(hf)
     kind = family(hf.get("model_type", "none"), "config.json")
     given = hf_fields.checked(kind, hf)
     if tied is None:
@@ -66,7 +99,7 @@ def hf_config(config: ModelConfig, model_type: str | None = None,
         UserError: the family cannot express the model; names every field.
     """
     config = parametrization.resolved(config)   # its multipliers become plain scales
-    base = dict(base or {})
+    base = text_part(base or {})
     wanted = model_type or base.get("model_type")
     candidates = [family(wanted)] if wanted else [
         f for f in FAMILIES.values() if f.architecture == config.architecture]
@@ -123,7 +156,7 @@ def read_model(folder: str, like: ModelConfig | None = None, partial: bool = Fal
     if not (path / "config.json").is_file():
         raise UserError(f"{where}: {path / 'config.json'} does not exist. `hf download NAME "
                         f"--local-dir {folder}` fetches a published model.")
-    given = safetensors.read_json(path / "config.json")
+    given = text_part(safetensors.read_json(path / "config.json"))
     kind = family(given.get("model_type", "none"), where)
     given |= _start_of_generation(path, given, kind, where)
     fields = hf_fields.checked(kind, given)

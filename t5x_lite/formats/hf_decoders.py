@@ -26,16 +26,16 @@ from t5x_lite.layers.config import AttentionConfig, MLPConfig, MoEConfig, NormCo
 from t5x_lite.layers.routing import ROUTERS
 from t5x_lite.models.config import BlockConfig, ModelConfig, StackConfig
 
-_SPECIALS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+SPECIALS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
 
 
-def _decoder_only(hf: Mapping, stack: StackConfig, embed_dim: int, tied: bool) -> ModelConfig:
+def decoder_only(hf: Mapping, stack: StackConfig, embed_dim: int, tied: bool) -> ModelConfig:
     return ModelConfig("decoder_only", vocab_size=hf["vocab_size"], embed_dim=embed_dim,
                        encoder=None, decoder=stack, tie_logits=tied,
                        init=normal_init(float(hf["initializer_range"])))
 
 
-def _with_bias(ours: str, theirs: str, layout=SAME, bias_layout=SAME) -> list[Rule]:
+def with_bias(ours: str, theirs: str, layout=SAME, bias_layout=SAME) -> list[Rule]:
     """The kernel of a dense layer, and its bias where it has one."""
     return [Rule(f"{ours}/kernel", f"{theirs}.weight", layout),
             Rule(f"{ours}/bias", f"{theirs}.bias", bias_layout)]
@@ -69,7 +69,7 @@ def _from_gpt2(hf: Mapping, tied: bool) -> ModelConfig:
     depth = hf["n_layer"]
     segments = (tuple(equal_layers(block(i), 1)[0] for i in range(depth))
                 if hf["scale_attn_by_inverse_layer_idx"] else equal_layers(block(0), depth))
-    return _decoder_only(hf, StackConfig(
+    return decoder_only(hf, StackConfig(
         segments, causal=True, position=PositionConfig("learned", max_length=hf["n_positions"]),
         norm=NormConfig("layer", float(hf["layer_norm_epsilon"]), use_bias=True),
         dropout_rate=rate), width, tied)
@@ -99,12 +99,12 @@ def _gpt2_rules(config: ModelConfig) -> Iterable[Rule]:
              *_norm("decoder/final_norm", "transformer.ln_f"),
              *_norm("decoder/*/pre_self_attention_norm", f"{layer}.ln_1"),
              *_norm("decoder/*/pre_mlp_norm", f"{layer}.ln_2"),
-             *_with_bias("decoder/*/self_attention/out", f"{layer}.attn.c_proj"),
-             *_with_bias("decoder/*/mlp/wi", f"{layer}.mlp.c_fc"),
-             *_with_bias("decoder/*/mlp/wo", f"{layer}.mlp.c_proj")]
+             *with_bias("decoder/*/self_attention/out", f"{layer}.attn.c_proj"),
+             *with_bias("decoder/*/mlp/wi", f"{layer}.mlp.c_fc"),
+             *with_bias("decoder/*/mlp/wo", f"{layer}.mlp.c_proj")]
     for i, name in enumerate(("query", "key", "value")):
         block = column_block(i, 3)
-        rules += _with_bias(f"decoder/*/self_attention/{name}", f"{layer}.attn.c_attn", block,
+        rules += with_bias(f"decoder/*/self_attention/{name}", f"{layer}.attn.c_attn", block,
                             block)
     return rules
 
@@ -127,7 +127,7 @@ def _from_neox(hf: Mapping, tied: bool) -> ModelConfig:
                         dropout_rate=float(hf["attention_dropout"])),
         mlp=MLPConfig(hf["intermediate_size"], activation(hf["hidden_act"]), gated=False,
                       use_bias=True))
-    return _decoder_only(hf, StackConfig(
+    return decoder_only(hf, StackConfig(
         equal_layers(block, hf["num_hidden_layers"]), causal=True,
         position=rotary(hf, hf.get("rope_theta", hf["rotary_emb_base"]), hf["rotary_pct"]),
         norm=NormConfig("layer", float(hf["layer_norm_eps"]), use_bias=True),
@@ -161,30 +161,30 @@ def _neox_rules(config: ModelConfig) -> Iterable[Rule]:
              *_norm("decoder/final_norm", "gpt_neox.final_layer_norm"),
              *_norm("decoder/*/pre_self_attention_norm", f"{layer}.input_layernorm"),
              *_norm("decoder/*/pre_mlp_norm", f"{layer}.post_attention_layernorm"),
-             *_with_bias("decoder/*/self_attention/out", f"{layer}.attention.dense", TRANSPOSED),
-             *_with_bias("decoder/*/mlp/wi", f"{layer}.mlp.dense_h_to_4h", TRANSPOSED),
-             *_with_bias("decoder/*/mlp/wo", f"{layer}.mlp.dense_4h_to_h", TRANSPOSED)]
+             *with_bias("decoder/*/self_attention/out", f"{layer}.attention.dense", TRANSPOSED),
+             *with_bias("decoder/*/mlp/wi", f"{layer}.mlp.dense_h_to_4h", TRANSPOSED),
+             *with_bias("decoder/*/mlp/wo", f"{layer}.mlp.dense_4h_to_h", TRANSPOSED)]
     for i, name in enumerate(("query", "key", "value")):
         block = head_block(i, 3, heads)
-        rules += _with_bias(f"decoder/*/self_attention/{name}",
+        rules += with_bias(f"decoder/*/self_attention/{name}",
                             f"{layer}.attention.query_key_value", block, block)
     return rules
 
 
 # --- LLaMA and Mixtral ----------------------------------------------------------------------------
 
-_LLAMA = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+LLAMA = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
           "num_hidden_layers": 32, "num_attention_heads": 32, "hidden_act": "silu",
           "max_position_embeddings": 2048, "initializer_range": 0.02, "rms_norm_eps": 1e-6,
           "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
           "attention_dropout": 0.0, "rope_theta": 10000.0}
-_MIXTRAL = {**_LLAMA, "intermediate_size": 14336, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+_MIXTRAL = {**LLAMA, "intermediate_size": 14336, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
             "max_position_embeddings": 131072, "num_experts_per_tok": 2, "num_local_experts": 8,
             "router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0, "rope_theta": 1e6,
             "sliding_window": 0}
 
 
-def _from_llama(hf: Mapping, tied: bool) -> ModelConfig:
+def from_llama(hf: Mapping, tied: bool) -> ModelConfig:
     width, heads = hf["hidden_size"], hf["num_attention_heads"]
     mlp = MLPConfig(hf["intermediate_size"], activation(hf["hidden_act"]), gated=True,
                     use_bias=hf["mlp_bias"])
@@ -200,13 +200,13 @@ def _from_llama(hf: Mapping, tied: bool) -> ModelConfig:
         num_kv_heads=hf.get("num_key_value_heads", heads), use_bias=hf["attention_bias"],
         use_out_bias=hf["attention_bias"], window=window,
         dropout_rate=float(hf["attention_dropout"]))
-    return _decoder_only(hf, StackConfig(
+    return decoder_only(hf, StackConfig(
         equal_layers(BlockConfig(attention, mlp=mlp, moe=moe), hf["num_hidden_layers"]),
         causal=True, position=rotary(hf, hf["rope_theta"]),
         norm=NormConfig("rms", float(hf["rms_norm_eps"]))), width, tied)
 
 
-def _to_llama(config: ModelConfig) -> dict[str, Any]:
+def to_llama(config: ModelConfig) -> dict[str, Any]:
     stack = given(config.decoder)
     block = first_block(stack)
     attention = block.self_attention
@@ -226,14 +226,14 @@ def _to_llama(config: ModelConfig) -> dict[str, Any]:
 def _to_mixtral(config: ModelConfig) -> dict[str, Any]:
     block = first_block(config.decoder)
     moe = block.moe or MoEConfig()
-    return {**_to_llama(config), "num_local_experts": moe.num_experts,
+    return {**to_llama(config), "num_local_experts": moe.num_experts,
             "num_experts_per_tok": ROUTERS[moe.router].choices(moe),
             "router_aux_loss_coef": moe.balance_weight,
             "router_jitter_noise": moe.jitter,
             "sliding_window": block.self_attention.window or None}
 
 
-def _llama_rules(config: ModelConfig) -> Iterable[Rule]:
+def llama_rules(config: ModelConfig) -> Iterable[Rule]:
     layer = "model.layers.{n}"
     rules = [Rule("token_embedding/embedding", "model.embed_tokens.weight"),
              Rule("logits/kernel", "lm_head.weight", TRANSPOSED),
@@ -243,43 +243,46 @@ def _llama_rules(config: ModelConfig) -> Iterable[Rule]:
              Rule("decoder/*/mlp/router/kernel", f"{layer}.block_sparse_moe.gate.weight",
                   TRANSPOSED)]
     for ours, theirs in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")):
-        rules += _with_bias(f"decoder/*/self_attention/{ours}", f"{layer}.self_attn.{theirs}_proj",
+        rules += with_bias(f"decoder/*/self_attention/{ours}", f"{layer}.self_attn.{theirs}_proj",
                             TRANSPOSED)
+    rules += [Rule(f"decoder/*/self_attention/{ours}_norm/scale",
+                   f"{layer}.self_attn.{theirs}_norm.weight")
+              for ours, theirs in (("query", "q"), ("key", "k"))]
     for ours, theirs, expert in (("wi_0", "gate", "w1"), ("wi_1", "up", "w3"),
                                  ("wo", "down", "w2")):
-        rules += _with_bias(f"decoder/*/mlp/{ours}", f"{layer}.mlp.{theirs}_proj", TRANSPOSED)
+        rules += with_bias(f"decoder/*/mlp/{ours}", f"{layer}.mlp.{theirs}_proj", TRANSPOSED)
         rules.append(Rule(f"decoder/*/mlp/experts/{ours}/kernel",
                           f"{layer}.block_sparse_moe.experts.{{e}}.{expert}.weight", TRANSPOSED))
     return rules
 
 
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
           "num_key_value_heads", "head_dim", "num_local_experts")
 
 FAMILIES = (
     Family("gpt2", "GPT2LMHeadModel", "decoder_only", _GPT2, _from_gpt2, _to_gpt2, _gpt2_rules,
-           embedding="transformer.wte.weight", head="lm_head.weight", specials=_SPECIALS,
+           embedding="transformer.wte.weight", head="lm_head.weight", specials=SPECIALS,
            optional={"n_inner": int}, harmless=("reorder_and_upcast_attn",),
            layer_counts=("n_layer",), sizes=("vocab_size", "n_embd", "n_head", "n_inner"),
            renames=((r"((?:wte|wpe|h|ln_f)\..*)", r"transformer.\1"),),
            unused=(r".*\.attn\.(masked_)?bias",)),
     Family("gpt_neox", "GPTNeoXForCausalLM", "decoder_only", _NEOX, _from_neox, _to_neox,
            _neox_rules, embedding="gpt_neox.embed_in.weight", head="embed_out.weight",
-           specials=_SPECIALS, sizes=_SIZES, optional=ROTARY_FIELDS,
+           specials=SPECIALS, sizes=SIZES, optional=ROTARY_FIELDS,
            fixed={"partial_rotary_factor": (), "position_embedding_type": ("rotary",)},
            harmless=("attention_probs_dropout_prob", "hidden_dropout_prob"),
            renames=((r"((?:embed_in|layers|final_layer_norm)\..*)", r"gpt_neox.\1"),
                     (r"lm_head\.weight", "embed_out.weight")),
            unused=(r".*\.attention\.(masked_)?bias", r".*\.rotary_emb\.inv_freq")),
-    *(Family(kind, name, "decoder_only", {"model_type": kind, **defaults}, _from_llama, to_hf,
-             _llama_rules, embedding="model.embed_tokens.weight", head="lm_head.weight",
-             specials=_SPECIALS, sizes=_SIZES, may_be_zero=("sliding_window",),
+    *(Family(kind, name, "decoder_only", {"model_type": kind, **defaults}, from_llama, to_hf,
+             llama_rules, embedding="model.embed_tokens.weight", head="lm_head.weight",
+             specials=SPECIALS, sizes=SIZES, may_be_zero=("sliding_window",),
              optional={"head_dim": int, "num_key_value_heads": int, **ROTARY_FIELDS},
              fixed={"partial_rotary_factor": (1, 1.0), "layer_types": ("full_attention",),
                     "num_experts": ()},
              renames=((r"((?:embed_tokens|layers|norm)\..*)", r"model.\1"),),
              unused=(r".*\.rotary_emb\.inv_freq",))
       for kind, name, defaults, to_hf in (
-          ("llama", "LlamaForCausalLM", _LLAMA, _to_llama),
+          ("llama", "LlamaForCausalLM", LLAMA, to_llama),
           ("mixtral", "MixtralForCausalLM", _MIXTRAL, _to_mixtral))),
 )

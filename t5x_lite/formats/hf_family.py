@@ -1,6 +1,7 @@
 """What a family of Hugging Face transformers is, and what the families share."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -36,6 +37,8 @@ class Family:
     layer_counts: tuple[str, ...] = ("num_hidden_layers",)
     sizes: tuple[str, ...] = ()           # fields that are dims of tensors
     may_be_zero: tuple[str, ...] = ()
+    # Fields that are null where there is none, and have the default only where they are left out.
+    nullable: tuple[str, ...] = ()
     # Defaults that are not those of the config class of today: older files rely on them.
     own_defaults: tuple[str, ...] = ()
     # A field whose presence says that a missing head is the embedding table; see hf_t5.
@@ -76,6 +79,40 @@ def given(stack: StackConfig | None) -> StackConfig:
     return stack
 
 
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def windows(hf: Mapping, is_sliding: Callable[[int], bool]) -> list[int]:
+    """The attention window of each layer, 0 for none: what layer_types and sliding_window say.
+
+    Args:
+        is_sliding: of a layer's number, where layer_types is left out.
+    Raises:
+        UserError: layer_types of another length or with other names, or no window for them.
+    """
+    depth = hf["num_hidden_layers"]
+    types = hf.get("layer_types") or [LAYER_TYPES[is_sliding(i)] for i in range(depth)]
+    strange = [t for t in types if t not in LAYER_TYPES]
+    if strange:
+        raise UserError(f"layer_types of config.json holds {strange[0]!r}; known are "
+                        f"{', '.join(LAYER_TYPES)}.")
+    if len(types) != depth:
+        raise UserError(f"layer_types of config.json has {len(types)} entries for "
+                        f"num_hidden_layers={depth}.")
+    window = hf.get("sliding_window") or 0
+    if LAYER_TYPES[1] in types and not window:
+        raise UserError("layer_types of config.json holds 'sliding_attention', but there is no "
+                        "sliding_window. Set it, or make those layers 'full_attention'.")
+    return [window if t == LAYER_TYPES[1] else 0 for t in types]
+
+
+def written_windows(stack: StackConfig) -> dict[str, Any]:
+    """layer_types and sliding_window of a stack; where windows differ, the first one is written."""
+    found = [block.self_attention.window for s in stack.segments for block in s.blocks * s.repeats]
+    return {"layer_types": [LAYER_TYPES[bool(w)] for w in found],
+            "sliding_window": next(filter(None, found), None)}
+
+
 def first_block(stack: StackConfig | None) -> BlockConfig:
     """The block that stands for all of a stack of equal layers."""
     return given(stack).segments[0].blocks[0]
@@ -95,6 +132,7 @@ _SCALING_FIELDS = {   # transformers -> RotaryScalingConfig, by rope_type
                "high_freq_factor": "high_frequency",
                "original_max_position_embeddings": "original_length"},
     "yarn": {"factor": "factor", "beta_slow": "beta_slow", "beta_fast": "beta_fast",
+             "attention_factor": "feature_factor",
              "original_max_position_embeddings": "original_length"},
 }
 
@@ -129,6 +167,8 @@ def rotary(hf: Mapping, base: float, fraction: float = 1.0) -> PositionConfig:
 
 def _scaling(kind: Any, given: Mapping[str, Any], length: int) -> RotaryScalingConfig:
     """Scaled frequencies; `length` is what the original length is where nothing says it."""
+    if kind == "yarn":
+        given = _with_attention_factor(given)
     fields = _SCALING_FIELDS.get(kind) if isinstance(kind, str) else None
     unknown = [] if fields is None else sorted(given.keys() - fields.keys())
     if fields is None or unknown:
@@ -154,6 +194,22 @@ def _scaling(kind: Any, given: Mapping[str, Any], length: int) -> RotaryScalingC
     return scaling
 
 
+def yarn_factor(factor: float, mscale: float = 1.0) -> float:
+    """What YaRN makes of features, or by DeepSeek-V2 of attention's scale, at a factor above 1."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _with_attention_factor(given: Mapping[str, Any]) -> dict[str, Any]:
+    """YaRN's section with attention_factor for mscale and mscale_all_dim, which give it as a ratio
+    where both are there; what the latter does to DeepSeek-V2's scale, hf_deepseek.py reads."""
+    rest = {name: value for name, value in given.items() if name not in ("mscale", "mscale_all_dim")}
+    both = [_number(name, given[name]) for name in ("mscale", "mscale_all_dim") if given.get(name)]
+    if len(both) == 2 and "attention_factor" not in rest and "factor" in rest:
+        above, below = (yarn_factor(_number("factor", rest["factor"]), m) for m in both)
+        rest["attention_factor"] = above / below
+    return rest
+
+
 def _number(name: str, value: Any, least: float = 0.0) -> float:
     """A finite float above `least`. Raises UserError for anything else."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not (
@@ -169,7 +225,8 @@ def rope_scaling(position: PositionConfig) -> dict[str, Any] | None:
         return None
     return {"rope_type": scaling.kind, **{
         theirs: getattr(scaling, ours)
-        for theirs, ours in _SCALING_FIELDS[scaling.kind].items()}}
+        for theirs, ours in _SCALING_FIELDS[scaling.kind].items()
+        if ours != "feature_factor" or scaling.feature_factor}}
 
 
 def max_positions(position: PositionConfig) -> int:

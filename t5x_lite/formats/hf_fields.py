@@ -65,7 +65,8 @@ def checked(kind: Family, given: Mapping[str, Any]) -> dict[str, Any]:
         shown = problems[:12] + ([f"… {len(problems) - 12} more"] if len(problems) > 12 else [])
         raise UserError(f"config.json of this {kind.model_type} model says what cannot be honoured "
                         "here:\n" + "\n".join(f"  {line}" for line in shown))
-    return {**kind.defaults, **{name: value for name, value in given.items() if value is not None}}
+    return {**kind.defaults, **{name: value for name, value in given.items()
+                                if value is not None or name in kind.nullable}}
 
 
 def _quantised(kind: Family, given: Mapping[str, Any]) -> str:

@@ -1,7 +1,10 @@
-"""Multi-head attention (Vaswani et al. 2017), with grouped keys and a cache.
+"""Attention layers with their caches: multi-head (Vaswani et al. 2017), with grouped keys, and latent.
 
-Shape letters: B batch, L query length, S key length, D model, N query heads, K key/value
-heads (N = K * G), H head dim.
+ATTENTIONS, at the end, says what each kind is; a row of it is all that a new kind needs.
+
+Shape letters: B batch, L query length, S key length, D model, N query heads, K key/value heads
+(N = K * G), H head dim; of latent attention H features of a query without position, P those with,
+R latent rank, V features of a value.
 """
 
 import dataclasses
@@ -14,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from t5x_lite.errors import UserError, at_least, one_of
-from t5x_lite.layers import attention_implementations, dot_product
+from t5x_lite.layers import attention_implementations, dot_product, norm
 from t5x_lite.layers.attention_implementations import FUSED_KERNELS, IMPLEMENTATIONS
 from t5x_lite.layers.config import AttentionConfig, InitConfig, NormConfig, PositionConfig
 from t5x_lite.layers.linear import Dense, RowKey, dropout, kernel_std
@@ -25,17 +28,35 @@ from t5x_lite.parallel import sharding
 from t5x_lite.parallel.remat import tag
 
 
-def validate(config: AttentionConfig, where: str) -> None:
-    """Raises UserError for what cannot be, naming the field."""
+def validate(config: AttentionConfig, where: str, *, crosses: bool = False) -> None:
+    """Raises UserError for what cannot be, naming the field.
+
+    Args:
+        crosses: whether it reads another sequence.
+    """
+    kind = ATTENTIONS[one_of(f"{where}.kind", config.kind, ATTENTIONS)]
+    if crosses and not kind.crosses:
+        fit = [name for name, row in ATTENTIONS.items() if row.crosses]
+        raise UserError(f"{where}.kind={config.kind!r} cannot read an encoder; use "
+                        f"{' or '.join(fit)} there.")
+    kind.validate(config, where)
     at_least(f"{where}.num_heads", config.num_heads, 1)
     at_least(f"{where}.head_dim", config.head_dim, 1)
     if config.num_heads % config.kv_heads:
         raise UserError(f"{where}: num_heads={config.num_heads} must be a multiple of "
                         f"num_kv_heads={config.kv_heads}.")
     one_of(f"{where}.implementation", config.implementation, IMPLEMENTATIONS)
+    one_of(f"{where}.qk_norm_over", config.qk_norm_over, ("head", "all"))
+    norm.validate(config.qk_norm_config, f"{where}.qk_norm_config")
     at_least(f"{where}.window", config.window, 0)
     at_least(f"{where}.logit_softcap", config.logit_softcap, 0)
     at_least(f"{where}.chunk", config.chunk, 1)
+
+
+def _cache_of_heads(config: AttentionConfig) -> dict[str, tuple[int, int, str | None]]:
+    """{entry: (heads, features of each, logical axis of heads)} of a token."""
+    each = (config.kv_heads, config.head_dim, "act_kv_heads")
+    return {"key": each, "value": each}
 
 
 def attend(name: str, q: jax.Array, k: jax.Array, v: jax.Array, terms: Terms, masking: Masking,
@@ -117,8 +138,8 @@ class Attention(nnx.Module):
         self.out = Dense(keys[3], heads * head_dim, embed_dim, ("heads", "embed"), std=std_out,
                          use_bias=config.use_out_bias, dtype=dtype, units=(heads, embed_dim))
         if config.qk_norm:
-            self.query_norm = Norm(keys[4], head_dim, NormConfig(), dtype)
-            self.key_norm = Norm(keys[5], head_dim, NormConfig(), dtype)
+            self.query_norm = _qk_norm(keys[4], heads, "heads", config, dtype)
+            self.key_norm = _qk_norm(keys[5], kv_heads, "kv_heads", config, dtype)
         if parameters := POSITIONS[position.kind].parameters:
             for name, value in parameters(keys[6:], embed_dim, config, std, dtype).items():
                 setattr(self, name, value)
@@ -137,13 +158,19 @@ class Attention(nnx.Module):
                              "act_batch", "act_length", axis, None)
         return x.transpose(0, 2, 1, 3)
 
+    def _normed_heads(self, x: jax.Array, name: str, heads: int, axis: str) -> jax.Array:
+        """x_BL(NH) -> BNLH, under the norm of queries or keys where there is one."""
+        over = self.config.qk_norm_over if self.config.qk_norm else ""
+        if over == "all":
+            x = getattr(self, name)(x)
+        x = self.split_heads(x, heads, axis)
+        return getattr(self, name)(x) if over == "head" else x
+
     def project_kv(self, x: jax.Array, positions: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """x_BSD -> keys and values [B, K, S, H]; positions_BS of self-attention's, or None."""
         flat = ("act_batch", "act_length", "act_kv_heads")
-        k = self.split_heads(self.key(x, flat), self.config.kv_heads, "act_kv_heads")
+        k = self._normed_heads(self.key(x, flat), "key_norm", self.config.kv_heads, "act_kv_heads")
         v = self.split_heads(self.value(x, flat), self.config.kv_heads, "act_kv_heads")
-        if self.config.qk_norm:
-            k = self.key_norm(k)
         turn = POSITIONS[self.position.kind].turn
         if positions is not None and turn is not None:
             k = turn(k, positions, self.position)
@@ -161,9 +188,7 @@ class Attention(nnx.Module):
         flat_query = self.query(x, ("act_batch", "act_length", "act_heads"))
         if own_keys and kind.queries is not None:
             return kind.queries(self, flat_query, masking.k_positions.shape[1], x.shape[-1])
-        q = self.split_heads(flat_query, config.num_heads, "act_heads")
-        if config.qk_norm:
-            q = self.query_norm(q)
+        q = self._normed_heads(flat_query, "query_norm", config.num_heads, "act_heads")
         if own_keys and kind.turn is not None:
             q = kind.turn(q, masking.q_positions, self.position)
         return tag(q * self.scale, "query"), None
@@ -211,6 +236,14 @@ class Attention(nnx.Module):
         return self.out(y, ("act_batch", "act_norm_length", "act_embed")), cache
 
 
+def _qk_norm(key: jax.Array, heads: int, axis: str, config: AttentionConfig, dtype: jnp.dtype
+             ) -> Norm:
+    """The norm of queries or keys: over each head's features, or over those of all heads."""
+    if config.qk_norm_over == "head":
+        return Norm(key, config.head_dim, config.qk_norm_config, dtype)
+    return Norm(key, heads * config.head_dim, config.qk_norm_config, dtype, axis, (heads,))
+
+
 def _for_queries(k: jax.Array, v: jax.Array, config: AttentionConfig):
     """Keys and values that lie where their queries lie.
 
@@ -227,3 +260,180 @@ def _for_queries(k: jax.Array, v: jax.Array, config: AttentionConfig):
         return k, v
     return tuple(sharding.shard(jnp.repeat(x, groups, axis=1),
                                 "act_batch", "act_heads", "act_keys", None) for x in (k, v))
+
+
+# --- latent ---------------------------------------------------------------------------------------
+
+def _validate_latent(config: AttentionConfig, where: str) -> None:
+    """Raises UserError for what cannot be, naming the field."""
+    latent = config.latent
+    at_least(f"{where}.latent.query_rank", latent.query_rank, 0, "0 projects queries at once.")
+    if latent.rotary_dim % 2 or not latent.rotary_dim < config.head_dim:
+        raise UserError(f"{where}.latent.rotary_dim={latent.rotary_dim}: must be even and below "
+                        f"head_dim={config.head_dim}, which counts it.")
+    if config.num_kv_heads not in (0, config.num_heads):
+        raise UserError(f"{where}.num_kv_heads={config.num_kv_heads}: latent attention makes keys "
+                        "for every head. Leave it at 0.")
+    if config.qk_norm:
+        raise UserError(f"{where}.qk_norm: latent attention has norms of its own. Leave it out.")
+
+
+def _latent_cache(config: AttentionConfig) -> dict[str, tuple[int, int, str | None]]:
+    """{entry: (heads, features of each, logical axis of heads)} of a token."""
+    return {"latent": (1, config.latent.rank + config.latent.rotary_dim, None)}
+
+
+class LatentAttention(nnx.Module):
+    """Self-attention over latents (DeepSeek-V2, arXiv:2405.04434, section 2.1 and appendix C).
+
+    Keys and values of all heads are made of one short vector a token, the latent; a few further key
+    features, which all heads share, carry the position. Only these two are kept in the cache: while
+    decoding, the projections that make keys and values of the latent are moved over to the queries
+    and to the results, so that it is attended to as it is, with one key head for all query heads.
+    """
+
+    def __init__(self, key: jax.Array, embed_dim: int, config: AttentionConfig,
+                 position: PositionConfig, init: InitConfig, dtype: jnp.dtype = jnp.float32):
+        keys, latent = jax.random.split(key, 6), config.latent
+        heads, into, axis = config.num_heads, embed_dim, "embed"
+        norm = NormConfig(epsilon=latent.norm_epsilon)
+        make = functools.partial(Dense, dtype=dtype)
+        if latent.query_rank:
+            self.query_latent = make(keys[0], embed_dim, latent.query_rank, ("embed", None),
+                                     std=kernel_std(init, embed_dim, latent.query_rank),
+                                     use_bias=config.use_bias)
+            self.query_latent_norm = Norm(keys[0], latent.query_rank, norm, dtype)
+            into, axis = latent.query_rank, "latent"
+
+        def per_head(key, into, axis, features, factor=1.0):
+            std = kernel_std(init, into, heads * features) * factor
+            return make(key, into, heads * features, (axis, "heads"), std=std, units=(into, heads))
+
+        scale = config.head_dim ** -0.5 if init.scale_query else 1.0
+        self.query = per_head(keys[1], into, axis, config.head_dim, scale)
+        self.latent = make(keys[2], embed_dim, latent.rank + latent.rotary_dim, ("embed", None),
+                           std=kernel_std(init, embed_dim, latent.rank), use_bias=config.use_bias)
+        self.latent_norm = Norm(keys[2], latent.rank, norm, dtype)
+        self.key = per_head(keys[3], latent.rank, "latent", config.head_dim - latent.rotary_dim)
+        self.value = per_head(keys[4], latent.rank, "latent", latent.value_dim, init.value_factor)
+        width = heads * latent.value_dim
+        self.out = make(keys[5], width, embed_dim, ("heads", "embed"), units=(heads, embed_dim),
+                        std=kernel_std(init, width, embed_dim) * init.output_factor
+                        * init.value_factor, use_bias=config.use_out_bias)
+        self.config = config
+        self.position = position
+        self.dtype = dtype
+
+    def _heads(self, x: jax.Array) -> jax.Array:
+        """x_BL(NH) -> BNLH."""
+        heads = self.config.num_heads
+        x = sharding.reshape(x, (*x.shape[:2], heads, x.shape[2] // heads),
+                             "act_batch", "act_length", "act_heads", None)
+        return x.transpose(0, 2, 1, 3)
+
+    def _turn(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        turn = POSITIONS[self.position.kind].turn
+        return x if turn is None else turn(x, positions, self.position)
+
+    def _queries(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x_BLD -> scaled queries, [B, N, L, H] without position and [B, N, L, P] with it."""
+        config = self.config
+        if config.latent.query_rank:
+            x = self.query_latent_norm(self.query_latent(x, ("act_batch", "act_length", None)))
+        q = self._heads(self.query(x, ("act_batch", "act_length", "act_heads")))
+        q = tag(q * jnp.asarray(config.scale or config.head_dim ** -0.5, self.dtype), "query")
+        plain = config.head_dim - config.latent.rotary_dim
+        return q[..., :plain], self._turn(q[..., plain:], positions)
+
+    def _latents(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x_BSD -> latents [B, S, R], and the keys' features with position [B, 1, S, P]."""
+        both = self.latent(x, ("act_batch", "act_length", None))
+        rank = self.config.latent.rank
+        return (tag(self.latent_norm(both[..., :rank]), "latent"),
+                self._turn(both[:, None, :, rank:], positions))
+
+    def _keys(self, latents: jax.Array, with_position: jax.Array, key: RowKey | None
+              ) -> tuple[jax.Array, jax.Array]:
+        """Keys [B, N, S, H + P] and values [B, N, S, V]."""
+        flat = ("act_batch", "act_length", "act_heads")
+        k, v = self._heads(self.key(latents, flat)), self._heads(self.value(latents, flat))
+        axes = ("act_batch", "act_heads", "act_length", None)
+        shared = sharding.shard(jnp.broadcast_to(
+            with_position, (*k.shape[:3], with_position.shape[3])), *axes)
+        k = jnp.concatenate([k, shared], axis=-1)
+        k, v = (sharding.shard(a, "act_batch", "act_heads", "act_keys", None) for a in (k, v))
+        # Zeroing a value is dropping its probability for every query at once.
+        v = dropout(v, self.config.dropout_rate, key, "act_batch", "act_heads", "act_keys", None,
+                    broadcast_dims=(3,))
+        return tag(k, "key"), tag(v, "value")
+
+    def __call__(self, x: jax.Array, kv: None, masking: Masking,
+                 bias: PositionBias | jax.Array | None, *, cache: dict | None = None,
+                 key: RowKey | None = None) -> tuple[jax.Array, dict | None]:
+        """Attention of x_BLD over itself; arguments and results are Attention's.
+
+        Args:
+            cache: {"latent": [B, 1, S, R + P]}.
+        """
+        config = self.config
+        plain, turned = self._queries(x, masking.q_positions)
+        latents, with_position = self._latents(x, masking.q_positions)
+        masking = masking.with_window(config.window)
+        if cache is None:
+            k, v = self._keys(latents, with_position, key)
+            y = self._attend(jnp.concatenate([plain, turned], axis=-1), k, v, masking, bias)
+        else:
+            entry = jnp.concatenate([latents[:, None], with_position], axis=-1)
+            kept = write_cache(cache["latent"], entry, masking.q_positions[:, 0])
+            cache = {"latent": kept}
+            q = jnp.concatenate([self._by_head(plain, "key"), turned], axis=-1)
+            y = self._attend(q, kept, kept[..., :config.latent.rank], masking, bias)
+            y = self._by_head(y, "value")
+        y = y.transpose(0, 2, 1, 3)
+        y = sharding.reshape(y, (*y.shape[:2], config.num_heads * config.latent.value_dim),
+                             "act_batch", "act_length", "act_heads")
+        return self.out(tag(y, "context"), ("act_batch", "act_norm_length", "act_embed")), cache
+
+    def _attend(self, q, k, v, masking: Masking, bias) -> jax.Array:
+        """Scaled q_BNLH over [B, N or 1, S, …] -> [B, N, L, …] in the compute dtype."""
+        config = self.config
+        q = q.astype(k.dtype)   # a cache may be wider: products.read_as
+        chosen = attention_implementations.choose(
+            config.implementation, q, k, masking=masking, softcap=config.logit_softcap,
+            bias=bias is not None, value_dim=v.shape[3])
+        y = attend(chosen, q, k, v, Terms(bias, None, config.logit_softcap), masking, config.chunk)
+        return y.astype(self.dtype)
+
+    def _by_head(self, x: jax.Array, name: str) -> jax.Array:
+        """Queries_BNLH against latents, [B, N, L, R]; or what was read of latents as values.
+
+        name: of the projection from latents, which each head's part of x is taken through.
+        """
+        kernel = sharding.weight(getattr(self, name).kernel[...], ("latent", "heads"), self.dtype)
+        rank, heads = kernel.shape[0], self.config.num_heads
+        kernel = sharding.reshape(kernel, (rank, heads, kernel.shape[1] // heads),
+                                  None, "act_heads", None)
+        equation = "BNLH,RNH->BNLR" if name == "key" else "BNLR,RNV->BNLV"
+        return sharding.einsum(equation, x, kernel, out=("act_batch", "act_heads", "act_length", None))
+
+
+# --- the kinds ------------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class AttentionKind:
+    """A row of the table."""
+
+    # (key, embed_dim, config, position, init, dtype) -> module with Attention's __call__.
+    module: Callable[..., nnx.Module]
+    # What the cache keeps of a token: {entry: (heads, features of each, logical axis of heads)}.
+    cache: Callable[[AttentionConfig], dict[str, tuple[int, int, str | None]]]
+    validate: Callable[[AttentionConfig, str], None]   # of fields that it alone reads
+    crosses: bool = True      # it can read another sequence (`project_kv`)
+    turns_only: bool = False  # positions may only turn queries and keys
+
+
+ATTENTIONS = {
+    "heads": AttentionKind(Attention, _cache_of_heads, lambda config, where: None),
+    "latent": AttentionKind(LatentAttention, _latent_cache, _validate_latent, crosses=False,
+                            turns_only=True),
+}

@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 def obstacle(name: str, backend: str, q: jax.Array, k: jax.Array, bias: bool, terms_softcap: float,
-             masking: Masking) -> str:
+             masking: Masking, value_dim: int = 0) -> str:
     """Why an implementation cannot run here; "" where it can."""
     if name == "plain":
         return ""
@@ -45,19 +45,13 @@ def obstacle(name: str, backend: str, q: jax.Array, k: jax.Array, bias: bool, te
         return "it counts queries and keys from the same token, and a cache has earlier keys"
     if bias:
         return "it takes no bias on the logits"
+    if value_dim not in (0, k.shape[3]):
+        return f"it needs values as wide as keys, not {value_dim} and {k.shape[3]} features"
     if sharding.mesh_sizes().get("sequence", 1) > 1:
         return "it needs the whole length on a device, and mesh.sequence splits it"
-    length, keys, head_dim = q.shape[2], k.shape[2], q.shape[3]
+    length, keys = q.shape[2], k.shape[2]
     if name == "cudnn":
-        if backend != "gpu":
-            return f"it needs an NVIDIA GPU, and this is a {backend}"
-        if terms_softcap:
-            return "it has no logit_softcap"
-        if q.dtype not in (jnp.bfloat16, jnp.float16):
-            return f"it needs a 16-bit compute type, not {q.dtype}"
-        if head_dim % 8 or head_dim > 128:
-            return f"it needs a head_dim of at most 128 that divides by 8, not {head_dim}"
-        return cudnn_lacks()
+        return _obstacle_of_cudnn(backend, q, terms_softcap)
     if backend != "tpu":
         return f"it needs a TPU, and this is a {backend}"
     if masking.k_prefix is not None:
@@ -65,6 +59,19 @@ def obstacle(name: str, backend: str, q: jax.Array, k: jax.Array, bias: bool, te
     if length % _LANES or keys % _LANES:
         return f"it needs lengths that divide by {_LANES}, not {length} and {keys}"
     return ""
+
+
+def _obstacle_of_cudnn(backend: str, q: jax.Array, softcap: float) -> str:
+    head_dim = q.shape[3]
+    if backend != "gpu":
+        return f"it needs an NVIDIA GPU, and this is a {backend}"
+    if softcap:
+        return "it has no logit_softcap"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it needs a 16-bit compute type, not {q.dtype}"
+    if head_dim % 8 or head_dim > 128:
+        return f"it needs a head_dim of at most 128 that divides by 8, not {head_dim}"
+    return cudnn_lacks()
 
 
 @functools.cache
@@ -93,20 +100,21 @@ def by_chunks(implementation: str, masking: Masking) -> bool:
 
 
 def choose(implementation: str, q: jax.Array, k: jax.Array, *, bias: bool, softcap: float,
-           masking: Masking) -> str:
+           masking: Masking, value_dim: int = 0) -> str:
     """The implementation to run, decided by shapes, types and backend alone.
 
     Args:
         implementation: what the config asks for.
         q: [B, N, L, H]. k: [B, K, S, H].
         bias: whether anything but q . k makes the logits.
+        value_dim: features of a value; 0: as many as a key's.
     Raises:
         UserError: the config names one that cannot run here.
     """
     backend = products.platform()
 
     def why_not(name):
-        return obstacle(name, backend, q, k, bias, softcap, masking)
+        return obstacle(name, backend, q, k, bias, softcap, masking, value_dim)
 
     length, keys = q.shape[2], k.shape[2]
     if why_not("chunked"):

@@ -32,6 +32,7 @@ class NormConfig:
     kind: str = "rms"        # one of norm.KINDS
     epsilon: float = 1e-6
     use_bias: bool = False   # layer only
+    scale_offset: float = 0.0   # the scale is this plus its parameter, in float32 (Gemma: 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,7 @@ class RotaryScalingConfig:
     high_frequency: float = 4.0   # … and more turns not at all
     beta_slow: float = 1.0        # yarn: the same two numbers
     beta_fast: float = 32.0
+    feature_factor: float = 0.0   # yarn: on the rotated features; 0: 0.1 ln(factor) + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,17 @@ class PositionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LatentConfig:
+    """Latent attention, see attention.LatentAttention; defaults are DeepSeek-V2's."""
+
+    rank: Count = 512            # features of the latent that keys and values are made of
+    query_rank: int = 0          # features of the one that queries are made of; 0: none
+    rotary_dim: Count = 64       # of head_dim: features that carry the position, shared by the heads
+    value_dim: Count = 128       # features of a head's value
+    norm_epsilon: Positive = 1e-6   # of the latents' RMSNorms
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionConfig:
     """One attention layer."""
 
@@ -74,13 +87,17 @@ class AttentionConfig:
     scale: float = 0.0             # factor on the logits; 0: head_dim**-0.5 (T5: 1)
     use_bias: bool = False         # on query, key and value
     use_out_bias: bool = False
-    qk_norm: bool = False          # RMSNorm over each head's query and key
+    qk_norm: bool = False          # a norm over queries and keys, before positions
+    qk_norm_over: str = "head"     # head: of each head (Qwen 3) | all: over all heads (OLMo 2)
+    qk_norm_config: NormConfig = NormConfig()
     logit_softcap: float = 0.0     # c * tanh(logits / c); 0: none
     window: int = 0                # see masks.Masking.window
     # Share of the keys that each key/value head loses, for all queries alike (as T5X drops).
     dropout_rate: Rate = 0.0
     implementation: str = "auto"   # of attention_implementations.IMPLEMENTATIONS; decoding is plain
     chunk: Count = 1024              # chunked: queries, and keys, at a time
+    kind: str = "heads"            # a row of attention.ATTENTIONS
+    latent: LatentConfig = LatentConfig()   # of kind=latent
 
     @property
     def kv_heads(self) -> int:
@@ -132,6 +149,7 @@ class MoEConfig:
     z_weight: float = 0.0              # of the router z-loss (ST-MoE: 0.001)
     expert_groups: Count = 1             # equal groups of experts, one a slice or host, …
     max_groups: Count = 1                # … of which a token's experts lie in this many at most
+    gate_scale: Positive = 1.0         # top_k: on the gates (DeepSeek-V2: 16)
     shared_experts: int = 0            # experts that every token uses, as one MLP that wide
     router_bias: bool = False
     router_std: float = 0.02           # of the fresh router kernel

@@ -26,6 +26,9 @@ def scores(q: jax.Array, k: jax.Array) -> jax.Array:
     if groups == 1:
         return sharding.einsum("BNLH,BNSH->BNLS", q, k, preferred_element_type=jnp.float32,
                                out=("act_batch", "act_heads", "act_length", None))
+    if k.shape[1] == 1:   # of all heads, however these are split
+        return sharding.einsum("BNLH,BSH->BNLS", q, k[:, 0], preferred_element_type=jnp.float32,
+                               out=("act_batch", "act_heads", "act_length", None))
     split = ("act_batch", "act_kv_heads", None, "act_length", None)
     q = sharding.reshape(q, (batch, num_heads // groups, groups, length, head_dim), *split)
     logits = sharding.einsum("BKGLH,BKSH->BKGLS", q, k, out=split,
@@ -40,6 +43,9 @@ def mix(probs: jax.Array, v: jax.Array) -> jax.Array:
     groups, probs = num_heads // v.shape[1], probs.astype(v.dtype)
     if groups == 1:
         return sharding.einsum("BNLS,BNSH->BNLH", probs, v,
+                               out=("act_batch", "act_heads", "act_length", None))
+    if v.shape[1] == 1:
+        return sharding.einsum("BNLS,BSH->BNLH", probs, v[:, 0],
                                out=("act_batch", "act_heads", "act_length", None))
     split = ("act_batch", "act_kv_heads", None, "act_length", None)
     probs = sharding.reshape(probs, (batch, num_heads // groups, groups, length, keys), *split)
@@ -68,7 +74,7 @@ def plain(q: jax.Array, k: jax.Array, v: jax.Array, terms: Terms, masking: Maski
     """Attention with all L * S logits of a head in memory.
 
     Args:
-        q: [B, N, L, H], scaled. k, v: [B, K, S, H].
+        q: [B, N, L, H], scaled. k: [B, K, S, H]. v: [B, K, S, V].
     Returns:
         [B, N, L, H] in v's dtype.
     """
@@ -205,7 +211,7 @@ def _forward(plan, queries, k, v, terms, relative, masking):
 
         flat = mine[0][..., 0].astype(jnp.float32)
         start = (jnp.full_like(flat, -jnp.inf), jnp.zeros_like(flat),
-                 jnp.zeros_like(mine[0], jnp.float32))
+                 jnp.broadcast_to(jnp.zeros_like(flat)[..., None], (*flat.shape, v.shape[3])))
         top, total, y = jax.lax.fori_loop(*plan.visible(masking.q_positions, i), over_keys, start)
         return None, ((y / total[..., None]).astype(v.dtype), top, total)
 

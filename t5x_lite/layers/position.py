@@ -212,7 +212,7 @@ def frequencies(dim: int, config: PositionConfig) -> tuple[np.ndarray, float]:
     high = min(math.ceil(pair_with(scaling.beta_slow)), dim - 1)
     kept = 1.0 - np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
     return (plain * kept + plain / scaling.factor * (1.0 - kept),
-            0.1 * math.log(scaling.factor) + 1.0)
+            scaling.feature_factor or 0.1 * math.log(scaling.factor) + 1.0)
 
 
 def rotate(x: jax.Array, positions: jax.Array, config: PositionConfig) -> jax.Array:
@@ -389,9 +389,21 @@ def validate(config: PositionConfig, where: str) -> None:
     one_of(f"{where}.kind", config.kind, POSITIONS)
     one_of(f"{where}.rotary_scaling.kind", scaling.kind, ROTARY_SCALINGS)
     between(f"{where}.rotary_fraction", config.rotary_fraction, 0.0, 1.0, open_below=True)
+    at_least(f"{where}.rotary_scaling.feature_factor", scaling.feature_factor, 0)
     if scaling.kind != "none":
         at_least(f"{where}.rotary_scaling.factor", scaling.factor, 1.0,
                  "It is the new length over the original one.")
+
+
+def validate_own(config: PositionConfig, of_stack: PositionConfig, where: str) -> None:
+    """Raises UserError for positions that a layer cannot have in place of its stack's: those of
+    either may only turn queries and keys."""
+    fit = [name for name, kind in POSITIONS.items()
+           if not (kind.vectors or kind.bias or kind.parameters)]
+    for name, kind in ((f"{where}.kind", config.kind), ("the stack's position.kind", of_stack.kind)):
+        if kind not in fit:
+            raise UserError(f"{name}={kind!r}: a layer with positions of its own, and its stack, "
+                            f"may have {' or '.join(fit)}.")
 
 
 def make_bias(key: jax.Array, num_heads: int, config: PositionConfig, bidirectional: bool,

@@ -288,8 +288,10 @@ def _route_switch(given: RouterInput) -> Routing:
 
 
 def _route_top_k(given: RouterInput) -> Routing:
-    return top_k(given.logits_GTE, given.config.top_k, given.capacity, given.mask_GT,
-                 renormalize=given.config.renormalize, **_shared(given))
+    config = given.config
+    routing = top_k(given.logits_GTE, config.top_k, given.capacity, given.mask_GT,
+                    renormalize=config.renormalize, **_shared(given))
+    return dataclasses.replace(routing, gate=config.gate_scale * routing.gate)
 
 
 def _route_top_2(given: RouterInput) -> Routing:
@@ -316,7 +318,7 @@ ROUTERS = {
     "top_2": Router(_route_top_2, lambda config: 2,
                     certain=lambda config: 2 if config.second_policy == "all" else 1,
                     settings=("renormalize", "eval_second_policy")),
-    "top_k": Router(_route_top_k, lambda config: config.top_k, settings=("top_k", "renormalize")),
+    "top_k": Router(_route_top_k, lambda config: config.top_k, settings=("top_k", "renormalize", "gate_scale")),
     "expert_choice": Router(_route_expert_choice, lambda config: 0, causal=False),
     "hash": Router(_route_hash, lambda config: 1, learned=False, by_token=True,
                    settings=("hash_seed",)),

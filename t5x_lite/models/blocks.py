@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from t5x_lite.layers import attention_implementations
-from t5x_lite.layers.attention import Attention
+from t5x_lite.layers.attention import ATTENTIONS
 from t5x_lite.layers.config import InitConfig, PositionConfig
 from t5x_lite.layers.linear import RowKey, dropout
 from t5x_lite.layers.masks import Masking
@@ -89,6 +89,16 @@ def _sandwich(x, sublayers, alpha):
     return x, outs
 
 
+def _post_inside(x, sublayers, alpha):
+    """x + norm(f(x)): Swin V2 (Liu et al. 2021), OLMo 2 (Walsh et al. 2025, section 3.2)."""
+    outs = []
+    for run, _, post_norm in sublayers:
+        y, out = run(x)
+        x = x + post_norm(y)
+        outs.append(out)
+    return x, outs
+
+
 def _parallel(x, sublayers, alpha):
     """x + f(norm(x)) + g(norm(x)) with one norm (GPT-J, PaLM section 2)."""
     h = sublayers[0][1](x)
@@ -115,6 +125,7 @@ RESIDUALS = {
     "pre": Residual(_pre, "each", "none"),
     "post": Residual(_post, "none", "each"),
     "deepnorm": Residual(_post, "none", "each"),
+    "post_inside": Residual(_post_inside, "none", "each"),
     "sandwich": Residual(_sandwich, "each", "each"),
     "parallel": Residual(_parallel, "first", "none"),
     "parallel_two_norms": Residual(_parallel_two_norms, "each", "none"),
@@ -144,12 +155,14 @@ class Block(nnx.Module):
     def __init__(self, key: jax.Array, embed_dim: int, config: BlockConfig, stack: StackConfig,
                  init: InitConfig, dtype: jnp.dtype):
         keys = jax.random.split(key, 10)
-        self.self_attention = Attention(keys[0], embed_dim, config.self_attention, stack.position,
-                                        init, dtype)
+        self.self_attention = ATTENTIONS[config.self_attention.kind].module(
+            keys[0], embed_dim, config.self_attention, config.position or stack.position, init,
+            dtype)
         self.names = ("self_attention", "mlp")
         if config.cross_attention is not None:
-            self.cross_attention = Attention(keys[1], embed_dim, config.cross_attention,
-                                             PositionConfig(kind="none"), init, dtype)
+            self.cross_attention = ATTENTIONS[config.cross_attention.kind].module(
+                keys[1], embed_dim, config.cross_attention, PositionConfig(kind="none"), init,
+                dtype)
             self.names = ("self_attention", "cross_attention", "mlp")
         if config.moe is None:
             self.mlp = MLP(keys[2], embed_dim, config.mlp, init, dtype)
@@ -207,7 +220,9 @@ class Block(nnx.Module):
                 y = tag(y, "mlp_output" if name == "mlp" else "attention_output")
                 y = dropout(y, self.stack.dropout_rate, keys[name], *RESIDUAL_AXES,
                             broadcast_dims=(1,))
-                return (getattr(self, f"{name}_adapter")(y) if self.stack.adapter_dim else y), out
+                y = getattr(self, f"{name}_adapter")(y) if self.stack.adapter_dim else y
+                scale = self.stack.branch_scale
+                return (y if scale == 1.0 else scale * y), out
             return run
 
         sublayers = [(with_dropout(n), getattr(self, f"pre_{n}_norm", None),
@@ -392,12 +407,13 @@ class Stack(nnx.Module):
         for name, segment in zip(self.names, self.config.segments, strict=True):
             caches[name] = {}
             for i, block in enumerate(segment.blocks):
-                attention = block.self_attention
-                shape = (segment.repeats, batch, attention.kv_heads, length, attention.head_dim)
-                kept = products.read_as(self.dtype)
-                empty = sharding.shard(jnp.zeros(shape, kept), None, "act_batch",
-                                       "act_kv_heads", "act_keys", None)
-                cache = {"self_attention": {"key": empty, "value": empty}}
+                kept, attention = products.read_as(self.dtype), block.self_attention
+                cache = {"self_attention": {
+                    entry: sharding.shard(
+                        jnp.zeros((segment.repeats, batch, heads, length, features), kept),
+                        None, "act_batch", axis, "act_keys", None)
+                    for entry, (heads, features, axis) in
+                    ATTENTIONS[attention.kind].cache(attention).items()}}
                 if encoded is not None:
                     module = getattr(getattr(self, name), f"block_{i}").cross_attention
                     _, kv, _ = run_layers(

@@ -3,7 +3,8 @@
     position    int32 [B], the tokens that each row has so far
     segments    int32 [B, S], of the encoder's tokens, where there is an encoder
     prefix      bool [B, L], the decoder's tokens that all others see, for a prefix LM
-    layers/…    keys and values of self- and cross-attention, [layers, B, heads, length, head_dim]
+    layers/…    what self-attention's kind keeps (attention.ATTENTIONS), keys and values as a rule, and
+                cross-attention's keys and values, [layers, B, heads, length, features]
 """
 
 import jax

@@ -19,9 +19,12 @@ from t5x_lite.layers import attention, masks, mlp, moe, norm, position
 from t5x_lite.layers.embed import HeadTransform, LogitsBias, Prompt, TokenEmbedding, TokenTypes
 from t5x_lite.layers.linear import INIT_KERNELS, Dense, RowKey, kernel_std
 from t5x_lite.layers.masks import Masking
-from t5x_lite.models import parametrization
-from t5x_lite.models.blocks import RESIDUALS, Stack, add_aux
+from t5x_lite.layers.routing import EXPERT_LOAD
+from t5x_lite.models import further_tokens, parametrization
+from t5x_lite.models.ahead import ahead
+from t5x_lite.models.blocks import RESIDUALS, Block, BlockInputs, Stack, add_aux
 from t5x_lite.models.config import BlockConfig, ModelConfig, StackConfig
+from t5x_lite.models.further_tokens import FurtherToken
 from t5x_lite.models.params import ParamInfo
 from t5x_lite.parallel import products, remat, sharding
 
@@ -54,6 +57,12 @@ class LanguageModel(nnx.Module):
             stack = config.decoder or config.encoder
             self.head_transform = HeadTransform(keys[5], config.embed_dim, config.head_transform,
                                                 stack.norm, config.init, dtype)
+        for step in range(1, config.further_tokens + 1):
+            own, stack = jax.random.split(jax.random.fold_in(key, 6 + step)), config.decoder
+            rest = (stack, stack.init or config.init, dtype)
+            block = Block(own[0], config.embed_dim, stack.segments[-1].blocks[-1], *rest)
+            setattr(self, f"further_token_{step}",
+                    FurtherToken(own[1], config.embed_dim, block, *rest))
         if config.prompt_length:
             self.prompt = Prompt(jax.random.fold_in(key, 6), config.prompt_length,
                                  config.embed_dim, config.init.embedding_std, dtype)
@@ -156,7 +165,8 @@ class LanguageModel(nnx.Module):
         cache, which then stands L tokens further."""
         stack = self.decoder
         positions = cache["position"][:, None] + jnp.arange(tokens.shape[1])[None]
-        slots = cache["layers"]["segment_0"]["block_0"]["self_attention"]["key"].shape[3]
+        slots = jax.tree.leaves(
+            cache["layers"]["segment_0"]["block_0"]["self_attention"])[0].shape[3]
         masking = Masking(positions, jnp.arange(slots)[None], causal=True,
                           k_prefix=cache.get("prefix"))
         cross = None
@@ -269,6 +279,30 @@ class DecoderOnly(LanguageModel):
                                  real=_real(batch, "decoder", self.config.prompt_length,
                                             training=key is not None))
         return self.without_prompt(x), aux
+
+    def further(self, batch: Batch, hidden: jax.Array, aux: Mapping,
+                key: RowKey | jax.Array | None = None) -> tuple[list[jax.Array], dict]:
+        """Of each module that predicts a further token hidden_BLD before the logits, and aux with
+        theirs.
+
+        Args:
+            hidden, aux: what `__call__` gives of this batch.
+        """
+        key, found, total = _row_key(key, batch), [], dict(aux)
+        masking, _ = _row_masking(batch, "decoder", True)
+        # A prefix whose tokens saw one another would tell what stands behind it.
+        masking = dataclasses.replace(masking, k_prefix=None)
+        real = _real(batch, "decoder", training=key is not None)
+        for step in range(1, self.config.further_tokens + 1):
+            tokens = ahead(batch["decoder_input_tokens"], step)
+            site = self.config.decoder.num_layers + 1 + step
+            inputs = BlockInputs(masking, None, key=None if key is None else key.fold_in(site),
+                                 tokens=tokens, real=real)
+            hidden, own = getattr(self, f"further_token_{step}")(hidden, self.embed(tokens), inputs)
+            found.append(hidden)
+            # Loads are shown by layer, and this is none of the decoder's.
+            total = add_aux(total, {name: x for name, x in own.items() if name != EXPERT_LOAD})
+        return found, total
 
     def init_cache(self, batch: Batch, length: int) -> dict:
         """A cache of `length` slots for as many rows as the batch has, empty but for a prompt,
@@ -390,6 +424,7 @@ def validate(config: ModelConfig) -> None:
         one_of("model.head_transform", config.head_transform, mlp.ACTIVATIONS)
     at_least("model.prompt_length", config.prompt_length, 0)
     parametrization.validate(config)
+    further_tokens.validate(config)
     _validate_start(config)
     needed = ARCHITECTURES[config.architecture][1]
     for name in ("encoder", "decoder"):
@@ -400,6 +435,7 @@ def validate(config: ModelConfig) -> None:
         if stack is not None:
             crosses = name == "decoder" and config.encoder is not None
             _validate_stack(f"model.{name}", stack, crosses)
+            _validate_branches(f"model.{name}", stack, config.base_depth)
 
 
 def _validate_start(config: ModelConfig) -> None:
@@ -416,23 +452,38 @@ def _validate_stack(where: str, stack: StackConfig, crosses: bool) -> None:
     """crosses: whether its blocks attend to an encoder."""
     one_of(f"{where}.residual", stack.residual, RESIDUALS)
     at_least(f"{where}.adapter_dim", stack.adapter_dim, 0)
-    one_of(f"{where}.norm.kind", stack.norm.kind, norm.KINDS)
+    norm.validate(stack.norm, f"{where}.norm")
     remat.parse(stack.remat, f"{where}.remat")
     position.validate(stack.position, f"{where}.position")
     for i, segment in enumerate(stack.segments):
         for j, block in enumerate(segment.blocks):
             here = f"{where}.segments[{i}].blocks[{j}]"
-            _validate_block(here, block, stack.causal)
+            _validate_block(here, block, stack)
             if (block.cross_attention is not None) != crosses:
                 raise UserError(f"{here}.cross_attention must be "
                                 f"{'given' if crosses else 'None'} here.")
 
 
-def _validate_block(where: str, block: BlockConfig, causal: bool) -> None:
+def _validate_branches(where: str, stack: StackConfig, base_depth: int) -> None:
+    """Raises UserError where a norm behind the branches would undo their scale."""
+    if RESIDUALS[stack.residual].post == "none" or (stack.branch_scale == 1.0 and not base_depth):
+        return
+    field = f"model.base_depth={base_depth}" if base_depth else f"{where}.branch_scale={stack.branch_scale:g}"
+    fitting = [name for name, row in RESIDUALS.items() if row.post == "none"]
+    raise UserError(f"{field} scales what sub-layers add; {where}.residual={stack.residual!r} has norms "
+                    f"behind them. Use one of {', '.join(fitting)}, or leave it out.")
+
+
+def _validate_block(where: str, block: BlockConfig, stack: StackConfig) -> None:
+    if block.position is not None:
+        position.validate(block.position, f"{where}.position")
+        position.validate_own(block.position, stack.position, f"{where}.position")
     attention.validate(block.self_attention, f"{where}.self_attention")
+    if attention.ATTENTIONS[block.self_attention.kind].turns_only:
+        position.validate_own(block.position or stack.position, stack.position, f"{where}.position")
     if block.cross_attention is not None:
-        attention.validate(block.cross_attention, f"{where}.cross_attention")
+        attention.validate(block.cross_attention, f"{where}.cross_attention", crosses=True)
     if block.moe is not None:
-        moe.validate(block.moe, f"{where}.moe", causal=causal)
+        moe.validate(block.moe, f"{where}.moe", causal=stack.causal)
     dense = block.mlp if block.moe is None else block.moe.mlp
     one_of(f"{where}.mlp.activation", dense.activation, mlp.ACTIVATIONS)

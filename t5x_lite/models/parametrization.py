@@ -11,6 +11,7 @@ asks of a model that equals the standard one at m = 1:
     head    wide to vocabulary  m^-1 of the base's       1/m
     narrow  routers             m^-1 of the base's       1/m
 
+    branches of residuals       x base_depth / layers (CompleteP, Dey et al. 2025, arXiv:2505.01618)
     attention logits            x base_head_dim / head_dim, where heads become wider, not more
     logits by a tied table      x 1/m
 
@@ -49,11 +50,12 @@ def _mup(config: ModelConfig) -> ModelConfig:
         scale *= ratio ** (-0.5 if _follows(scale, config.embed_dim, -0.5) else -1)
     init = _init(config.init, ratio)
     logits_std = config.init.logits_std or kernel_std(config.init, base, config.vocab_size)
-    stacks = {side: _stack(getattr(config, side), config.base_head_dim, ratio)
+    stacks = {side: _stack(getattr(config, side), config, ratio)
               for side in ("encoder", "decoder") if getattr(config, side) is not None}
     return dataclasses.replace(
         config, **stacks, init=dataclasses.replace(init, logits_std=logits_std / ratio),
-        logits_scale=scale, parametrization="standard", base_width=0, base_head_dim=0)
+        logits_scale=scale, parametrization="standard", base_width=0, base_head_dim=0,
+        base_depth=0)
 
 
 def _init(init: InitConfig, ratio: float) -> InitConfig:
@@ -63,7 +65,9 @@ def _init(init: InitConfig, ratio: float) -> InitConfig:
     return dataclasses.replace(init, kernel_std=init.kernel_std * ratio ** -0.5)
 
 
-def _stack(stack: StackConfig, base_head_dim: int, ratio: float) -> StackConfig:
+def _stack(stack: StackConfig, model: ModelConfig, ratio: float) -> StackConfig:
+    base_head_dim, depth = model.base_head_dim, stack.num_layers
+
     def block(b: BlockConfig) -> BlockConfig:
         cross, moe = b.cross_attention, b.moe
         return dataclasses.replace(
@@ -74,7 +78,8 @@ def _stack(stack: StackConfig, base_head_dim: int, ratio: float) -> StackConfig:
 
     segments = tuple(SegmentConfig(tuple(map(block, s.blocks)), s.repeats) for s in stack.segments)
     init = None if stack.init is None else _init(stack.init, ratio)
-    return dataclasses.replace(stack, segments=segments, init=init)
+    scale = stack.branch_scale * (model.base_depth or depth) / depth
+    return dataclasses.replace(stack, segments=segments, init=init, branch_scale=scale)
 
 
 def _attention(config: AttentionConfig, base_head_dim: int) -> AttentionConfig:
@@ -96,7 +101,7 @@ PARAMETRIZATIONS: dict[str, Callable[[ModelConfig], ModelConfig]] = {
 def validate(config: ModelConfig) -> None:
     """Raises UserError for bases that are missing or mean nothing, naming the field."""
     name = one_of("model.parametrization", config.parametrization, PARAMETRIZATIONS)
-    for field in ("base_width", "base_head_dim"):
+    for field in ("base_width", "base_head_dim", "base_depth"):
         value = at_least(f"model.{field}", getattr(config, field), 0)
         if value and name == "standard":
             raise UserError(f"model.{field}={value} is of model.parametrization=mup, not "
@@ -145,8 +150,9 @@ def grown(model: ModelConfig, width: int) -> ModelConfig:
 
     def block(b: BlockConfig) -> BlockConfig:
         moe = None if b.moe is None else dataclasses.replace(b.moe, mlp=mlp(b.moe.mlp))
-        return BlockConfig(attention(b.self_attention), attention(b.cross_attention), mlp(b.mlp),
-                           moe)
+        return dataclasses.replace(b, self_attention=attention(b.self_attention),
+                                   cross_attention=attention(b.cross_attention), mlp=mlp(b.mlp),
+                                   moe=moe)
 
     def stack(config: StackConfig | None) -> StackConfig | None:
         if config is None:

@@ -57,6 +57,11 @@ class BoundModel(Protocol):
         """A training batch and dropout keys (None: no dropout) -> (hidden states before the
         logits, auxiliary values {name: (sum, count)})."""
 
+    def further(self, batch: Mapping[str, jax.Array], hidden: jax.Array, aux: Mapping,
+                key: Any = None) -> tuple[list[jax.Array], dict]:
+        """Of what the call above gave: hidden states that predict further tokens, and aux with
+        theirs; asked where config.further_tokens is not 0."""
+
     def head_params(self) -> dict[str, jax.Array]:
         """What `head` needs, gathered once for all its calls."""
 

@@ -14,6 +14,7 @@ with NAMES separated by commas, from
 
     layer_input               a layer's input, which every policy but recompute keeps somewhere
     query key value           projections of attention, heads apart
+    latent                    what latent attention makes keys and values of
     context                   what attention reads, before its output projection
     attention_output          self- and cross-attention's result, before the residual
     mlp_hidden                the MLP's hidden activations, after the nonlinearity
@@ -32,8 +33,8 @@ POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 ACTIONS = ("save", "offload", "recompute")
-NAMES = ("layer_input", "query", "key", "value", "context", "attention_output", "mlp_hidden",
-         "mlp_output")
+NAMES = ("layer_input", "query", "key", "value", "latent", "context", "attention_output",
+         "mlp_hidden", "mlp_output")
 
 
 def tag(x: jax.Array, name: str) -> jax.Array:

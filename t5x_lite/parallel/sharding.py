@@ -70,6 +70,7 @@ DEFAULT_RULES: dict[str, tuple[str, ...]] = {
     "buckets": (),
     "position": (),
     "lora": (),
+    "latent": ("fsdp",),       # what latent attention makes queries, keys and values of
     # activations
     # Outside its stacks of layers a pipeline splits the batch over its stages too.
     "act_batch": ("slice", "stage", "data", "fsdp", "expert"),
@@ -305,7 +306,14 @@ def mesh_axes_of(dim: None | str | tuple[str, ...]) -> tuple[str, ...]:
     return (dim,) if isinstance(dim, str) else tuple(dim)
 
 
-def split_of(x: jax.Array) -> list[tuple[str, ...]]:
+def local_bytes(x: jax.Array | jax.ShapeDtypeStruct) -> int:
+    """Bytes that one device holds of an array, of what describes one, or of a tracer: its largest block."""
+    mesh = jax.typeof(x).sharding.mesh
+    ways = (math.prod(mesh.shape[axis] for axis in axes) for axes in split_of(x))
+    return x.dtype.itemsize * math.prod(-(-size // n) for size, n in zip(x.shape, ways, strict=True))
+
+
+def split_of(x: jax.Array | jax.ShapeDtypeStruct) -> list[tuple[str, ...]]:
     """The mesh axes that each dim of an array, or of its tracer, is split over."""
     partitions = jax.typeof(x).sharding.spec.partitions
     return [*map(mesh_axes_of, partitions), *[()] * (x.ndim - len(partitions))]

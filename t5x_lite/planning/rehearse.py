@@ -325,14 +325,6 @@ def _placement(mesh: jax.sharding.Mesh) -> roofline.Placement:
     return roofline.place(mesh.devices, mesh.axis_names, chip)
 
 
-def bytes_per_device(x) -> int:
-    """Bytes that one device holds of an abstract array, or of a tracer on an Explicit mesh."""
-    spec, mesh = x.sharding.spec, x.sharding.mesh
-    ways = [math.prod(mesh.shape[a] for a in sharding.mesh_axes_of(dim)) for dim in spec]
-    ways += [1] * (x.ndim - len(ways))
-    return x.dtype.itemsize * math.prod(-(-n // w) for n, w in zip(x.shape, ways, strict=True))
-
-
 def argument_bytes(program: Program) -> dict[str, int]:
     """One device's bytes of params, opt_state and batch, before the compiler's padding, without
     what is offloaded."""
@@ -382,7 +374,7 @@ def activation_bytes(program: Program) -> int:
                 config.objective, objectives.totals(config.objective, batch))[0]
         _, pull_back = jax.vjp(loss, params)
         held = {id(x) for x in jax.tree.leaves((params, batch))}
-        sizes.extend(bytes_per_device(jax.typeof(x)) for x in _arrays(pull_back)
+        sizes.extend(sharding.local_bytes(x) for x in _arrays(pull_back)
                      if id(x) not in held)
         return 0.0
 

@@ -123,7 +123,7 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bootstrap", type=int, default=0, help="draws of the runs, for intervals; 0: none")
     parser.add_argument("--noise", type=float, default=0.0, help="spread of log loss over seeds")
     parser.add_argument("--profile", default="", help="parameters whose profile interval to give")
-    parser.add_argument("--points", type=int, default=0, help="parabola: runs about each minimum")
+    parser.add_argument("--points", type=int, default=0, help="parabola: runs about each minimum, odd")
     parser.add_argument("--at", default="", help="params=N,tokens=D: predict there")
 
 

@@ -87,7 +87,7 @@ def check(run: RunConfig, widths: Sequence[int], *, steps: int = 4, seeds: int =
     found: dict[str, dict[int, float]] = {}
     runs = {width: at_width(run, width) for width in widths}    # what cannot be is named first
     for width, wide in runs.items():
-        changes = [_change(wide, steps, seed) for seed in range(seeds)]
+        changes = [change(wide, steps, seed) for seed in range(seeds)]
         for name in changes[0]:
             found.setdefault(name, {})[width] = float(np.mean([c[name] for c in changes]))
     slopes = {name: float(np.polyfit(np.log(widths), np.log(list(by.values())), 1)[0])
@@ -128,7 +128,7 @@ def at_width(run: RunConfig, width: int) -> RunConfig:
                                   noise_scale=False, batch_ramp=type(run.train.batch_ramp)()))
 
 
-def _change(run: RunConfig, steps: int, seed: int) -> dict[str, float]:
+def change(run: RunConfig, steps: int, seed: int) -> dict[str, float]:
     """{activation: root mean square of its change}, averaged over layers, after the steps."""
     run = dataclasses.replace(run, train=dataclasses.replace(run.train, seed=seed))
     program = build(run, jax.devices()[:1])

@@ -82,13 +82,16 @@ def fit(approach: str, table: Table, *, points: int = 0, noise: float = 0.0, dra
     """Optima of each budget, exponents, and intervals by resampling.
 
     Args:
-        points: only so many runs about each lowest one; 0: all.
+        points: only so many runs about each lowest one, an odd number; 0: all.
         noise: spread of log loss between seeds, which akima resamples with.
 
     Raises:
-        UserError: fewer than two budgets with an optimum between their sizes.
+        UserError: an even number of points, or fewer than two budgets with an optimum between their sizes.
     """
     one_of("--law", approach, APPROACHES)
+    if points and (points < 3 or points % 2 == 0):
+        raise UserError(f"--points={points}: must be odd and at least 3, the lowest run and as many on "
+                        f"either side; such as 7.")
     table.require(("params", "flops", "loss"), approach)
     rng = np.random.default_rng(seed)
     if approach == "envelope":
@@ -154,13 +157,13 @@ def _shape(runs: Table) -> str:
 
 
 def _near(values: np.ndarray, loss: np.ndarray, points: int) -> np.ndarray:
-    """Indices of so many runs about the lowest."""
+    """Indices of so many runs about the lowest, half of them on either side; fewer where a side ends
+    (making up for them on the other would shift the window off the lowest)."""
     order = np.argsort(values)
-    if not points or points >= len(order):
+    if not points:
         return order
     place = int(np.argmin(loss[order]))
-    first = min(max(place - points // 2, 0), len(order) - points)
-    return order[first:first + points]
+    return order[max(place - points // 2, 0):place + points // 2 + 1]
 
 
 def _lowest(values: np.ndarray, loss: np.ndarray, points: int) -> tuple[float, float] | str:

@@ -138,7 +138,8 @@ def _predict(workdir, base, chosen, compute: float, columns, laws) -> None:
     """Fits what is there and writes the prediction of one larger run."""
     from t5x_lite.scaling import ladder_cost, ladders
     found = results.fitted(workdir, laws, columns)
-    size = results.optimal_params(found, compute)
+    size = ladders.balanced(base, chosen, compute) if ladders.DESIGNS[chosen.design].keeps_ratio \
+        else results.optimal_params(found, compute)
     run = ladders.predicted(base, chosen, size, compute)
     counts = ladder_cost.apart(ladder_cost.parameter_counts, run.config)
     name = {"params": "params_no_embed_head", **columns}["params"]

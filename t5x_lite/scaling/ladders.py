@@ -245,7 +245,7 @@ def rung(base: RunConfig, ladder: Ladder, model: ModelConfig, arm: str, seed: in
 def _isoflop(base: RunConfig, ladder: Ladder, seed: int) -> list[Rung]:
     found = []
     for budget in ladder.budgets:
-        middle = _balanced(base, ladder, budget)
+        middle = balanced(base, ladder, budget)
         wanted = [middle * ladder.factor ** (i - (ladder.sizes - 1) / 2)
                   for i in range(ladder.sizes)]
         for _, model in nearest_shapes(base, ladder, wanted):
@@ -254,7 +254,7 @@ def _isoflop(base: RunConfig, ladder: Ladder, seed: int) -> list[Rung]:
     return found
 
 
-def _balanced(base: RunConfig, ladder: Ladder, budget: float) -> float:
+def balanced(base: RunConfig, ladder: Ladder, budget: float) -> float:
     """The size that spends --ratio tokens a parameter of a budget, between the shapes' own ones."""
     lengths = _lengths(base)
     # Attention's own FLOPs make it smaller than C = 6 N D has it.
@@ -329,6 +329,7 @@ class Design:
     needs: tuple[tuple[str, int, str], ...]   # (field, fewest values, why)
     example: str
     laws: tuple[str, ...]       # what is fitted to it: frontier.APPROACHES and laws.LAWS
+    keeps_ratio: bool = False   # a predicted run spends --ratio too; else its size is the fits' best
 
 
 DESIGNS: dict[str, Design] = {
@@ -336,7 +337,7 @@ DESIGNS: dict[str, Design] = {
                       "1e15,4e15,1.6e16,6.4e16", ("envelope", "parabola", "akima", "hoffmann")),
     "kaplan": Design(_kaplan, (("params", 2, "sizes"), ("tokens", 2, "lengths of training")),
                      "1e6,4e6,16e6", ("kaplan_nd", "hoffmann")),
-    "ratio": Design(_ratio, (("params", 2, "sizes"),), "1e6,4e6,16e6", ("kaplan_c", "frontier")),
+    "ratio": Design(_ratio, (("params", 2, "sizes"),), "1e6,4e6,16e6", ("kaplan_c", "frontier"), keeps_ratio=True),
     "cooldown": Design(_cooldown, (("params", 1, "sizes"), ("tokens", 2, "lengths of training")),
                        "1e6,4e6,16e6", ("hoffmann", "kaplan_nd"))}
 

@@ -24,7 +24,7 @@ from t5x_lite.running.counts import MEANINGS
 
 # Columns that a logarithm is taken of, or that count something.
 _POSITIVE = ("params", "tokens", "flops", "loss", "unique_tokens", "steps", "lr", "batch", "std",
-             "budget", "experts", "granularity", "error", "accuracy")
+             "budget", "experts", "granularity", "error", "accuracy", "tokens_transferred")
 # What a law's N, D, C and loss are of a folder of workdirs, unless --columns says otherwise.
 WORKDIR_COLUMNS = {"params": "params_no_embed_head", "tokens": "tokens_seen", "flops": "flops",
                    "loss": "loss"}
@@ -286,7 +286,8 @@ def _complete(arrays: dict[str, np.ndarray], sources: dict[str, str], lines: np.
         wrong = ~np.isfinite(values) | (values <= 0 if name in _POSITIVE else False)
         if wrong.any() and not why:
             first = int(np.flatnonzero(wrong)[0])
-            why = f"{name} ({sources[name]}) is {values[first]:g} in line {lines[first]}"
+            said = "no number" if np.isnan(values[first]) else f"{values[first]:g}"
+            why = f"{name} ({sources[name]}) is {said} in line {lines[first]}"
         bad |= wrong
     if bad.all() and len(bad):
         raise UserError(f"no row has all of {', '.join(sources.values())}: {why}. Name other "

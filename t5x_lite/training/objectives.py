@@ -29,6 +29,7 @@ import jax.numpy as jnp
 
 from t5x_lite.data.rows import ANSWER, REFERENCE
 from t5x_lite.errors import Positive, Rate, UserError, one_of
+from t5x_lite.models import ahead
 from t5x_lite.models.params import BoundModel
 from t5x_lite.training import losses, preferences
 from t5x_lite.training.preferences import REFERENCES
@@ -46,6 +47,9 @@ class ObjectiveConfig:
     # Probability mass spread over the vocabulary, in training alone; dpo: the share of pairs that
     # are labelled the wrong way round.
     label_smoothing: Rate = 0.0
+    # lm and prefix_lm: weight of the losses of model.further_tokens, on their mean (DeepSeek-V3:
+    # 0.3, and 0.1 for the last third).
+    further_weight: float = 0.3
     logits_chunk: int = 0           # positions a chunk of logits spans; 0: chosen by size
     unlikelihood: float = 1.0       # choices: weight of the loss of wrong choices' tokens …
     length_normalized: float = 1.0  # … and of the ranking by mean log-probability
@@ -77,6 +81,10 @@ def likelihood(module: BoundModel, batch: Batch, key: jax.Array | None,
     """
     hidden, aux = module(batch, key)
     term, further = also(module, hidden, batch, config, divisors) if also else (0.0, {})
+    if module.config.further_tokens:
+        states, aux = module.further(batch, hidden, aux, key)
+        more, metrics = _further_tokens(module, states, batch, config, divisors)
+        term, further = term + more, {**further, **metrics}
     loss_sum, sums = losses.chunked_cross_entropy(
         module.head, module.stored_head(), hidden, batch["decoder_target_tokens"],
         batch["decoder_loss_weights"], z_loss=config.z_loss,
@@ -87,6 +95,29 @@ def likelihood(module: BoundModel, batch: Batch, key: jax.Array | None,
     metrics = {"loss": (sums["loss_sum"] - sums["z_loss_sum"], weight),
                "accuracy": (sums["correct_sum"], weight),
                "z_loss": (sums["z_loss_sum"], weight), **further, **aux}
+    return total, metrics
+
+
+def _further_tokens(module: BoundModel, hidden: list[jax.Array], batch: Batch,
+                    config: ObjectiveConfig, divisors: Mapping[str, jax.Array]
+                    ) -> tuple[jax.Array | float, Sums]:
+    """The losses of further tokens (models/further_tokens.py): (term, metrics).
+
+    As in the paper each is divided by the number of all targets, of which the last of an example
+    are too near to its end. Metrics are by the number that there is: further_loss/2 is of the token
+    after the next.
+    """
+    total, metrics = 0.0, {}
+    for step, states in enumerate(hidden, 1):
+        tokens, weights = ahead.targets(batch, step)
+        loss_sum, sums = losses.chunked_cross_entropy(
+            module.head, module.stored_head(), states, tokens, weights, z_loss=config.z_loss,
+            label_smoothing=config.label_smoothing, chunk=config.logits_chunk,
+            gather=module.gather_head)
+        total = total + config.further_weight / len(hidden) * loss_sum / divisors["weight"]
+        metrics |= {f"further_loss/{step + 1}": (sums["loss_sum"] - sums["z_loss_sum"],
+                                                 sums["weight_sum"]),
+                    f"further_accuracy/{step + 1}": (sums["correct_sum"], sums["weight_sum"])}
     return total, metrics
 
 

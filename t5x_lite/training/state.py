@@ -106,11 +106,4 @@ def kept(abstract_tree: Mapping, *, on_host: bool) -> list:
 
 def num_bytes_per_device(abstract_tree: Mapping) -> int:
     """Bytes that one device holds of a sharded tree."""
-    total = 0
-    for x in jax.tree.leaves(abstract_tree):
-        local = x.sharding.shard_shape(x.shape)
-        size = x.dtype.itemsize
-        for n in local:
-            size *= n
-        total += size
-    return total
+    return sum(map(sharding.local_bytes, jax.tree.leaves(abstract_tree)))

@@ -5,7 +5,21 @@ import re
 
 import pytest
 
-from configs import gopher, gpt3, gshard, lamda, mixtral, palm, quickstart, st_moe, switch, t5_1_1
+from configs import (
+    deepseek,
+    gemma,
+    gopher,
+    gpt3,
+    gshard,
+    lamda,
+    mixtral,
+    palm,
+    quickstart,
+    qwen,
+    st_moe,
+    switch,
+    t5_1_1,
+)
 from scripts import preset_table
 from t5x_lite.config import RunConfig, from_mapping
 from t5x_lite.cost import flops
@@ -54,6 +68,15 @@ PUBLISHED = {
     "bert": {"base": "110M", "large": "340M"},
     "bart": {"base": "139_420_416", "large": "406_291_456"},
     "deepnet": {"3_2b": "3.2B"},
+    "gemma": {"2_2b": "2_614_341_888", "2_9b": "9_241_705_984", "2_27b": "27_227_128_320",
+              "3_270m": "268_098_176", "3_1b": "999_885_952", "3_4b": "3_880_263_168",
+              "3_12b": "11_766_034_176", "3_27b": "27_009_346_304"},
+    "qwen": {"0_6b": "596_049_920", "1_7b": "1_720_574_976", "4b": "4_022_468_096",
+             "8b": "8_190_735_360", "14b": "14_768_307_200", "32b": "32_762_123_264",
+             "30b_a3b": "30_532_122_624", "235b_a22b": "235_093_634_560"},
+    "olmo": {"1b": "1_484_916_736", "7b": "7_298_617_344", "13b": "13_716_198_400",
+             "32b": "32_234_279_936"},
+    "deepseek": {"v2_lite": "15.7B", "v2": "236B"},
 }
 
 
@@ -102,6 +125,27 @@ def test_lamda_counts_without_embeddings():
     run, table = table_of(lamda, "137b")
     counts = flops.parameter_counts(run.model, table)
     assert agrees(counts.non_embedding, "137B")
+
+
+@pytest.mark.parametrize("size,published", [   # Gemma 2's table 2, Gemma 3's table 1
+    ("2_2b", "2024M"), ("2_9b", "8324M"), ("2_27b", "26047M"), ("3_270m", "100M"), ("3_1b", "698M"),
+    ("3_4b", "3209M"), ("3_12b", "10759M"), ("3_27b", "25600M")])
+def test_gemma_counts_without_embeddings(size, published):
+    run, table = table_of(gemma, size)
+    count = flops.parameter_counts(run.model, table).non_embedding
+    assert abs(count / 1e6 - int(published[:-1])) < 1, count   # one is cut off, the others rounded
+
+
+@pytest.mark.parametrize("family,size,published", [
+    (qwen, "30b_a3b", "3.35B"), (qwen, "235b_a22b", "22B"), (deepseek, "v2", "21B"),
+    # 2.4B are 2,451M without the table of embeddings, cut off.
+    (deepseek, "v2_lite", "2.66B")], ids=lambda x: getattr(x, "__name__", str(x)))
+def test_mixtures_have_the_published_active_parameters(family, size, published):
+    run, table = table_of(family, size)
+    counts = flops.parameter_counts(run.model, table)
+    assert agrees(round(counts.active), published), counts
+    if size == "v2_lite":
+        assert int((counts.active - counts.embedding) / 1e8) == 24
 
 
 def test_gpt3_takes_the_published_compute():

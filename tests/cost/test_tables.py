@@ -70,3 +70,13 @@ def test_a_screen_says_what_is_a_bound_and_what_is_unknown():
     skipping = tables.to_text(tables.roofline_table(Roofline(0.1, 0.0, 0.0, 0.0, (), 0.104)))
     assert "104.0% (it counts masked attention too)" in skipping
     assert "\x1b" not in text  # no colour codes in logs and pipes
+
+
+def test_a_notebook_gets_the_text_too(monkeypatch):
+    """Where rich would display a table itself and leave the text empty."""
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    table = tables.Table("column", title="Memory")
+    table.add_row("parameters")
+    text = tables.to_text(table)
+    assert "parameters" in text and "Memory" in text and "\033" not in text

@@ -28,6 +28,17 @@ def tasks(tmp_path_factory):
     return folder
 
 
+def recorded(kind, monkeypatch) -> list[str]:
+    """The texts that models of this class will write."""
+    texts, write = [], kind.generate_until
+
+    def generate_until(self, *args, **kwargs):
+        texts[:] = write(self, *args, **kwargs)
+        return texts
+    monkeypatch.setattr(kind, "generate_until", generate_until)
+    return texts
+
+
 def of_hf(folder, tasks) -> dict:
     """What the harness's own model gives of an exported folder, with its table."""
     from lm_eval import simple_evaluate, utils
@@ -54,7 +65,11 @@ def of_hf(folder, tasks) -> dict:
 
 @pytest.mark.parametrize("kind", ["causal", pytest.param("seq2seq", marks=pytest.mark.slow)])
 def test_equal_to_the_harnesss_own_model(kind, tasks, tmp_path, monkeypatch, capsys):
+    from lm_eval.models.huggingface import HFLM
+
+    from t5x_lite.evaluation.harness import HarnessModel
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    texts, their_texts = recorded(HarnessModel, monkeypatch), recorded(HFLM, monkeypatch)
     workdir = tmp_path / "workdir"
     run = models.seq2seq() if kind == "seq2seq" else models.causal(models.tokenizer_file(tmp_path))
     models.write_workdir(workdir, run)
@@ -63,6 +78,7 @@ def test_equal_to_the_harnesss_own_model(kind, tasks, tmp_path, monkeypatch, cap
     ours = evaluation.run_harness(run, workdir, ["last"], asked)[3]
     said = capsys.readouterr().out
     theirs = of_hf(tmp_path / "hf", tasks)["results"]
+    assert texts == their_texts and len({*texts}) > 5 and not any("a" in text for text in texts)
     assert "|tiny_choice|" in said and f"max_length={models.MAX_LENGTH}" in said
     for task in models.TASKS:
         for metric, value in ours[task].items():

@@ -19,6 +19,7 @@ from t5x_lite.layers.config import AttentionConfig, MLPConfig
 from t5x_lite.models.config import BlockConfig, ModelConfig, SegmentConfig, StackConfig
 from t5x_lite.training.objectives import ObjectiveConfig
 from tests import tiny_config
+from tests.helpers import xla_flags
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -58,8 +59,7 @@ def begin(text, workdir, *flags: str, devices: int = 1, environ=None, **options
     """Starts one in a process of its own; its output is one stream of text."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
                    "PYTHONUNBUFFERED": "1",
-                   "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
-                                " --xla_backend_optimization_level=0", **(environ or {})}
+                   "XLA_FLAGS": xla_flags(devices), **(environ or {})}
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)   # under nohup a child would ignore it, too
     try:
         return subprocess.Popen(command(text, workdir, *flags), env=environment, cwd=ROOT, text=True,

@@ -23,6 +23,13 @@ T5 = {"model_type": "t5", "vocab_size": 32, "d_model": 8, "d_kv": 4, "num_heads"
       "num_layers": 1, "d_ff": 12}
 
 
+GEMMA = {"model_type": "gemma3_text", "num_hidden_layers": 2, "hidden_size": 8}
+QWEN = {**LLAMA, "model_type": "qwen3"}
+DEEPSEEK = {**LLAMA, "model_type": "deepseek_v2", "num_experts_per_tok": 2}
+# What no model can do without, though the config class has no default for it.
+NEEDED = {"deepseek_v2": {"num_experts_per_tok": 2}}
+
+
 class Recorded(dict):
     """A dict that knows which of its keys were read."""
 
@@ -43,7 +50,7 @@ class Recorded(dict):
 def test_every_field_of_the_config_class_has_its_place(kind):
     """A field that a later transformers adds, or changes the default of, is named here."""
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.AutoConfig.for_model(kind.model_type)
+    theirs = transformers.AutoConfig.for_model(kind.model_type, **NEEDED.get(kind.model_type, {}))
     fields = theirs.to_dict()
     known = {*kind.honoured, *kind.fixed, *kind.harmless, *hf_fields._FIXED}
     strange = {name for name in fields
@@ -79,6 +86,21 @@ def test_every_field_of_the_config_class_has_its_place(kind):
     ({**T5, "model_type": "switch_transformers"}, {"num_layers": 4, "num_decoder_layers": 4,
      "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2, "encoder_sparse_step": 3},
      "encoder_sparse_step=3 of config.json contradicts"),
+    (GEMMA, {"layer_types": ["full_attention"]}, "has 1 entries for num_hidden_layers=2"),
+    (GEMMA, {"layer_types": ["full_attention", "chunked"]}, "holds 'chunked'"),
+    (GEMMA, {"sliding_window": None}, "there is no sliding_window"),
+    (GEMMA, {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+    (GEMMA, {"rope_parameters": {"rope_theta": 5.0}}, "must have a section for each"),
+    (GEMMA, {"rope_parameters": {"full_attention": {"rope_type": "ntk"}}}, "rope scaling 'ntk'"),
+    ({**GEMMA, "model_type": "gemma3"}, {}, "has no text_config"),
+    (QWEN, {"layer_types": ["sliding_attention"]}, "use_sliding_window is false"),
+    (QWEN, {"model_type": "qwen3_moe", "num_experts": 6, "num_local_experts": 4},
+     "num_experts=6 and num_local_experts=4"),
+    (DEEPSEEK, {"num_experts_per_tok": None}, "has no num_experts_per_tok"),
+    (DEEPSEEK, {"topk_method": "noaux_tc"}, "topk_method='noaux_tc'"),
+    (DEEPSEEK, {"topk_method": "group_limited_greedy"}, "needs n_group"),
+    (DEEPSEEK, {"norm_topk_prob": True}, "norm_topk_prob=True: must be False"),
+    (DEEPSEEK, {"num_key_value_heads": 1}, "num_key_value_heads=1"),
     ({**T5, "model_type": "bert"}, {"position_embedding_type": "relative_key"}, "relative_key"),
 ])
 def test_what_cannot_be_honoured_is_refused_by_name(base, changes, message):
@@ -93,6 +115,39 @@ def test_what_changes_nothing_passes():
                  {"some_future_switch": False, "another": None, "third": []},
                  {"layer_types": ["full_attention"], "transformers_version": "9.1"}):
         assert hf.model_config({**LLAMA, **more}) == plain
+
+
+def test_null_is_not_the_default_where_it_means_none():
+    gemma = {"model_type": "gemma2", "num_hidden_layers": 2}
+    for config, cap in ((gemma, 30.0), ({**gemma, "final_logit_softcapping": None}, 0.0)):
+        model = hf.model_config(config)
+        assert model.logits_softcap == cap
+        assert hf.hf_config(model, "gemma2")["final_logit_softcapping"] == (cap or None)
+
+
+def test_the_text_part_of_a_model_that_reads_images(tmp_path):
+    """Its tensors have another prefix, in two spellings; those of images are not needed."""
+    text = hf.model_config({"model_type": "gemma3_text", "num_hidden_layers": 2, "hidden_size": 8,
+                            "intermediate_size": 12, "vocab_size": 32, "head_dim": 4,
+                            "num_attention_heads": 2, "num_key_value_heads": 1})
+    folders.write_hf(tmp_path / "text", text)
+    given = json.loads((tmp_path / "text" / "config.json").read_text())
+    plain = hf.read_model(str(tmp_path / "text"))
+    from tests.test_convert import rewrite
+    for prefix in ("language_model.", "model.language_model."):
+        arrays = {name.replace("model.", f"{prefix}model." if prefix[0] == "l" else prefix, 1):
+                  np.array(plain.tensors.read(name)) for name in plain.tensors.shapes}
+        arrays["vision_tower.embeddings.weight"] = np.zeros((2, 2), np.float32)
+        folder = tmp_path / prefix
+        folders.write_hf(folder, text)
+        rewrite(folder, arrays)
+        (folder / "config.json").write_text(json.dumps(
+            {"model_type": "gemma3", "vision_config": {}, "text_config": given}))
+        found = hf.read_model(str(folder))
+        assert found.config == plain.config
+        assert found.unused == ("vision_tower.embeddings.weight",)
+        for path in plain.table:
+            np.testing.assert_array_equal(found.read(path), plain.read(path))
 
 
 def write(folder, config, **changes):

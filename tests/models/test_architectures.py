@@ -65,6 +65,7 @@ def parts(calls):
     ("post", (1 + 2 + 0.5) + 10 * 3.5 + 0.5),
     ("deepnorm", 3 * (3 * 1 + 2 + 0.5) + 10 * 5.5 + 0.5),
     ("sandwich", 1 + (3 + 0.5) + (10 * 2 * 4.5 + 0.5)),
+    ("post_inside", 1 + (2 + 0.5) + (10 * 3.5 + 0.5)),
     ("parallel", 1 + (2 + 1) + 10 * 2),
     ("parallel_two_norms", 1 + (2 + 1) + 10 * 2)])
 def test_wirings_by_hand(name, expected):
@@ -80,6 +81,7 @@ def test_wirings_by_hand(name, expected):
     ("deepnorm", ["post_mlp_norm", "post_self_attention_norm"]),
     ("sandwich", ["post_mlp_norm", "post_self_attention_norm", "pre_mlp_norm",
                   "pre_self_attention_norm"]),
+    ("post_inside", ["post_mlp_norm", "post_self_attention_norm"]),
     ("parallel", ["pre_self_attention_norm"]),
     ("parallel_two_norms", ["pre_mlp_norm", "pre_self_attention_norm"])])
 def test_wirings_own_the_norms_they_use(name, norms):

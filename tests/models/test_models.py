@@ -14,6 +14,7 @@ from t5x_lite.errors import UserError
 from t5x_lite.layers.config import (
     AttentionConfig,
     InitConfig,
+    LatentConfig,
     MLPConfig,
     MoEConfig,
     NormConfig,
@@ -122,11 +123,6 @@ def close(found, expected, tolerance=1e-5):
         assert worst <= tolerance, f"{path or 'value'}: {worst:.2e}"
 
 
-# Tiny shapes run at once; what these tests cost is LLVM.
-jit = functools.partial(jax.jit, compiler_options={
-    "xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
-
-
 # --- T5X's T5.1.1 ---------------------------------------------------------------------------------
 
 @functools.cache
@@ -180,7 +176,7 @@ def t5x_case():
 def test_t5x_logits(case, scan):
     config, params, cases = t5x_case()
     batch, expected = cases[case]
-    found = jit(functools.partial(logits_of, Model(with_stacks(config, scan=scan))))(
+    found = jax.jit(functools.partial(logits_of, Model(with_stacks(config, scan=scan))))(
         params, batch)
     # T5X gives padded targets other logits (it lets them see the whole row); nobody reads them.
     real = np.asarray(batch["decoder_target_tokens"]) != 0
@@ -190,7 +186,7 @@ def test_t5x_logits(case, scan):
 def test_t5x_logits_bfloat16():
     config, params, cases = t5x_case()
     batch, expected = cases["plain"]
-    found = jit(functools.partial(logits_of, Model(config, jnp.bfloat16)))(params, batch)
+    found = jax.jit(functools.partial(logits_of, Model(config, jnp.bfloat16)))(params, batch)
     real = np.asarray(batch["decoder_target_tokens"]) != 0
     assert found.dtype == jnp.float32
     # These weights amplify: rounding them alone to bfloat16 moves the logits by 0.045.
@@ -213,7 +209,7 @@ def test_relative_position_buckets():
 def value_and_grad(config, params, batch, key=None, dtype=jnp.float32):
     """Loss and gradients, compiled."""
     model = Model(config, dtype)
-    return jit(lambda p, b: jax.value_and_grad(
+    return jax.jit(lambda p, b: jax.value_and_grad(
         lambda p: loss_of(model, p, b, key))(p))(params, batch)
 
 
@@ -221,8 +217,8 @@ def value_and_grad(config, params, batch, key=None, dtype=jnp.float32):
 def reference(name):
     """(config, params, batch, loss, gradients) of a small model on one device."""
     config = {"encoder_decoder": encoder_decoder(), "decoder_only": decoder_only(kv_heads=2),
-              "mixtures": mixtures(decoder_only(), 1.5)}[name]
-    params = jit(Model(config).init)(jax.random.key(0))
+              "mixtures": mixtures(decoder_only(), 1.5), "latent": CACHED["latent"]}[name]
+    params = jax.jit(Model(config).init)(jax.random.key(0))
     batch = make_batch(config, packed=name == "encoder_decoder")
     return config, params, batch, *value_and_grad(config, params, batch)
 
@@ -245,6 +241,7 @@ MESHES = [
     ("encoder_decoder", {"sequence": 2, "fsdp": 2, "tensor": 2}),
     ("decoder_only", {"slice": 2, "fsdp": 2, "tensor": 2}),
     ("decoder_only", {"data": 2, "tensor": 4}),   # more ways than key/value heads
+    ("latent", {"sequence": 2, "fsdp": 2, "tensor": 2}),
 ]
 
 
@@ -281,7 +278,7 @@ def test_attention_by_chunks_over_a_mesh_equals_plain(name, kind, sizes):
     make = {"encoder_decoder": encoder_decoder, "decoder_only": decoder_only}[name]
     plain, chunked = (make(position=PositionConfig(kind), attention=AttentionConfig(
         4, 8, implementation=implementation, chunk=3)) for implementation in ("plain", "chunked"))
-    params = jit(Model(plain).init)(jax.random.key(0))
+    params = jax.jit(Model(plain).init)(jax.random.key(0))
     batch = make_batch(plain)
     loss, grads = value_and_grad(plain, params, batch)
     rules, model = sharding.Rules(), Model(plain)
@@ -304,12 +301,12 @@ def test_kv_heads_that_do_not_split_are_refused():
 
 def test_dropout_is_the_same_scanned_and_unrolled():
     config = decoder_only(dropout=0.3)
-    params = jit(Model(config).init)(jax.random.key(0))
+    params = jax.jit(Model(config).init)(jax.random.key(0))
     batch = make_batch(config)
 
     def loss(key, **changes):
         model = Model(with_stacks(config, **changes))
-        return jit(functools.partial(loss_of, model))(params, batch, key)
+        return jax.jit(functools.partial(loss_of, model))(params, batch, key)
 
     keys = [jax.random.key(7), jax.random.key(8), None]
     scanned = [loss(key) for key in keys]
@@ -347,7 +344,17 @@ def decoded_logits(model, params, batch, prompts):
 
 WINDOWED, FANCY = AttentionConfig(4, 8, window=3, use_bias=True), AttentionConfig(
     4, 8, num_kv_heads=1, qk_norm=True, logit_softcap=3.0)
+LATENT = AttentionConfig(4, 8, kind="latent", latent=LatentConfig(6, 10, 2, 5))
+LOCAL = BlockConfig(WINDOWED, position=PositionConfig("rotary", rotary_base=20.0))
 CACHED = {
+    # Two kinds of latent attention, a window in the second.
+    "latent": decoder_only(segments=(SegmentConfig((BlockConfig(LATENT), BlockConfig(
+        dataclasses.replace(LATENT, window=3, latent=LatentConfig(12, 0, 4, 9)))), 1),)),
+    "local_and_global": decoder_only(
+        norm=NormConfig(scale_offset=1.0), residual="sandwich",
+        segments=(SegmentConfig((LOCAL, BlockConfig(FANCY)), 1),)),
+    "norms_over_all_heads": decoder_only(residual="post_inside", attention=AttentionConfig(
+        4, 8, num_kv_heads=2, qk_norm=True, qk_norm_over="all")),
     "encoder_decoder": encoder_decoder(),
     "grouped_rotary_parallel": decoder_only(kv_heads=2, residual="parallel"),
     "learned_with_alternating_window": decoder_only(
@@ -367,10 +374,10 @@ CACHED = {
 def test_cached_decoding_equals_teacher_forcing(name):
     config = CACHED[name]
     model = Model(config)
-    params = jit(model.init)(jax.random.key(1))
+    params = jax.jit(model.init)(jax.random.key(1))
     batch = make_batch(config, rows=3, target=7)
-    expected = jit(functools.partial(logits_of, model))(params, batch)
-    found = jit(lambda p, b: decoded_logits(model, p, b, (3, 1, 5)))(params, batch)
+    expected = jax.jit(functools.partial(logits_of, model))(params, batch)
+    found = jax.jit(lambda p, b: decoded_logits(model, p, b, (3, 1, 5)))(params, batch)
     close(found, expected)
 
 
@@ -380,25 +387,35 @@ def test_cached_decoding_in_bfloat16_keeps_what_a_cpu_reads(name):
     met as closely as that type can."""
     config = CACHED[name]
     model = Model(config, jnp.bfloat16)
-    params = jit(model.init)(jax.random.key(1))
+    params = jax.jit(model.init)(jax.random.key(1))
     batch = make_batch(config, rows=3, target=7)
-    expected = jit(functools.partial(logits_of, model))(params, batch)
-    found = jit(lambda p, b: decoded_logits(model, p, b, (3, 1, 5)))(params, batch)
+    expected = jax.jit(functools.partial(logits_of, model))(params, batch)
+    found = jax.jit(lambda p, b: decoded_logits(model, p, b, (3, 1, 5)))(params, batch)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, atol=0.03 * float(np.abs(expected).max()))
-    cache = jit(lambda p, b: model.bind(p).init_cache(b, 4))(params, batch)
+    cache = jax.jit(lambda p, b: model.bind(p).init_cache(b, 4))(params, batch)
     kept = [x for x in jax.tree.leaves(cache["layers"])]
     assert {x.dtype for x in kept} == {jnp.dtype("float32")}
     for x in kept:
         np.testing.assert_array_equal(x, x.astype(jnp.bfloat16).astype(jnp.float32))
 
 
-@pytest.mark.parametrize("axis", ["data", "stage"])
-def test_cached_decoding_over_a_mesh(axis):
-    config, params, batch, _, _ = reference("encoder_decoder")
+def test_the_cache_of_latent_attention_holds_the_latents_alone():
+    config = CACHED["latent"]
+    cache = jax.eval_shape(lambda p, b: Model(config).bind(p).init_cache(b, 7),
+                           *jax.eval_shape(lambda: (Model(config).init(jax.random.key(0)),
+                                                    make_batch(config, rows=3))))
+    bytes_ = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache["layers"]))
+    assert bytes_ == 3 * 7 * ((6 + 2) + (12 + 4)) * 4   # rows, slots, latents and shared keys
+
+
+@pytest.mark.parametrize("name,axis", [("encoder_decoder", "data"), ("encoder_decoder", "stage"),
+                                       pytest.param("latent", "data", marks=pytest.mark.slow)])
+def test_cached_decoding_over_a_mesh(name, axis):
+    config, params, batch, _, _ = reference(name)
     model = Model(config)
     batch = {k: v for k, v in batch.items() if not k.endswith(("ids", "positions"))}
-    expected = jit(functools.partial(logits_of, model))(params, batch)
+    expected = jax.jit(functools.partial(logits_of, model))(params, batch)
     mesh = sharding.make_mesh(sharding.MeshConfig(**{"data": 1, axis: 2, "fsdp": 2, "tensor": 2}))
     rules = sharding.Rules()
     params = tree.map_with_path(lambda p, x: jax.device_put(x, sharding.named_sharding(
@@ -407,7 +424,7 @@ def test_cached_decoding_over_a_mesh(axis):
              for k, x in batch.items()}
 
     with sharding.activate(mesh, rules):
-        found = jit(lambda p, b: decoded_logits(model, p, b, (3, 1, 5, 2) * 2))(params, batch)
+        found = jax.jit(lambda p, b: decoded_logits(model, p, b, (3, 1, 5, 2) * 2))(params, batch)
     close(found, expected)
 
 
@@ -416,11 +433,11 @@ def test_cached_decoding_of_one_row_goes_by_chunks_too():
     config = decoder_only(attention=AttentionConfig(4, 8, implementation="chunked", chunk=3))
     model, mesh, rules = Model(config), sharding.make_mesh(
         sharding.MeshConfig(), jax.devices()[:1]), sharding.Rules()
-    params = jit(model.init)(jax.random.key(1))
+    params = jax.jit(model.init)(jax.random.key(1))
     batch = make_batch(config, rows=1, target=7)
     with sharding.activate(mesh, rules):
-        expected = jit(functools.partial(logits_of, model))(params, batch)
-        found = jit(lambda p, b: decoded_logits(model, p, b, (2,)))(params, batch)
+        expected = jax.jit(functools.partial(logits_of, model))(params, batch)
+        found = jax.jit(lambda p, b: decoded_logits(model, p, b, (2,)))(params, batch)
     close(found, expected)
 
 
@@ -440,7 +457,7 @@ def test_take_rows_moves_whole_rows():
         _, cache = module.decode(tokens[before, :2], cache)
         return module.decode(tokens[before][after, 2:3], take_rows(cache, after))[0]
 
-    step, same = jit(third_step), jnp.arange(8)
+    step, same = jax.jit(third_step), jnp.arange(8)
     close(step(params, same, rows), step(params, rows, same))
 
 

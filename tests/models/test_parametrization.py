@@ -14,6 +14,7 @@ from t5x_lite.layers.config import AttentionConfig, InitConfig, MLPConfig, MoECo
 from t5x_lite.models import parametrization
 from t5x_lite.models.config import BlockConfig, ModelConfig, SegmentConfig, StackConfig
 from t5x_lite.models.language_model import Model
+from t5x_lite.scaling import coordinates
 from t5x_lite.training.methods import METHODS, AdafactorConfig, MuonConfig, OptimizerConfig
 from t5x_lite.training.optimizers import make_optimizer
 from t5x_lite.training.schedules import ScheduleConfig
@@ -107,10 +108,34 @@ def test_attention_and_tied_logits_become_plain_scales():
     assert follows.logits_scale == pytest.approx(4**-0.5 / 4)   # the base's, over m
 
 
+@pytest.mark.parametrize("residual", ["pre", "parallel"])
+def test_branches_of_a_deeper_model_are_those_of_smaller_output_kernels(residual):
+    model = tiny.seq2seq(scan=False).model
+    stacks = {side: dataclasses.replace(getattr(model, side), residual=residual) for side in (
+        ("encoder",) if residual == "parallel" else ("encoder", "decoder"))}
+    model = dataclasses.replace(model, **stacks)
+    layers = model.encoder.num_layers
+    deep = _mup(model, model.embed_dim, base_depth=3)
+    assert parametrization.resolved(deep).encoder.branch_scale == 3 / layers
+    assert parametrization.resolved(_mup(model, 4, base_depth=layers)).encoder.branch_scale == 1
+    params = jax.jit(Model(model).init)(jax.random.key(0))
+    flat = tree.flatten(params)
+    scaled = tree.unflatten({path: value * 3 / layers if path.endswith(("out/kernel", "wo/kernel"))
+                             else value for path, value in flat.items()})
+    batch = coordinates.random_batch(build(dataclasses.replace(tiny.seq2seq(), model=model),
+                                           jax.devices()[:1]), 0)
+    found, wanted = (Model(config).bind(values)(batch)[0] for config, values in (
+        (deep, params), (model, scaled)))
+    np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=1e-5)
+    assert not np.allclose(found, Model(model).bind(params)(batch)[0], atol=1e-2)
+
+
 def test_exports_state_the_folded_model_or_are_refused_by_name():
     model = tiny.seq2seq().model
     written = hf.hf_config(_mup(model, 4), "t5")
     assert written == hf.hf_config(model, "t5")     # more heads, not wider ones: nothing to fold
+    with pytest.raises(UserError, match="decoder.branch_scale: 1.5, there 1.0"):
+        hf.hf_config(_mup(model, 4, base_depth=3), "t5")
     with pytest.raises(UserError, match="self_attention.scale: 0.5, there 1.0"):
         hf.hf_config(_mup(model, 4, base_head_dim=2), "t5")
     tied = dataclasses.replace(model, tie_logits=True, logits_scale=16**-0.5)
@@ -125,6 +150,11 @@ def test_exports_state_the_folded_model_or_are_refused_by_name():
     ({"parametrization": "mup", "base_width": -1}, "at least 0"),
     ({"parametrization": "mup", "base_width": 4, "embedding_scale": 4.0}, "give the base's, 2"),
     ({"parametrization": "mup", "base_width": 4, "head_transform": "gelu"}, "head_transform"),
+    ({"base_depth": 2}, "is of model.parametrization=mup"),
+    ({"parametrization": "mup", "base_width": 4, "base_depth": 2, "encoder": dataclasses.replace(
+        tiny.seq2seq().model.encoder, residual="sandwich")}, "base_depth=2 scales.*encoder.residual"),
+    ({"encoder": dataclasses.replace(tiny.seq2seq().model.encoder, residual="post",
+                                     branch_scale=0.5)}, "encoder.branch_scale=0.5 scales"),
 ])
 def test_what_cannot_be_is_named(fields, message):
     with pytest.raises(UserError, match=message):

@@ -31,7 +31,16 @@ _BERT = {"vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 28, "num_h
 _GPT2 = {"vocab_size": VOCAB, "n_positions": 16, "n_embd": 24, "n_layer": 3, "n_head": 3,
          "n_inner": 28, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
          "bos_token_id": None, "eos_token_id": None}
+_GEMMA = {**_LLAMA, "num_hidden_layers": 4, "query_pre_attn_scalar": 7, "sliding_window": 3,
+          "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "initializer_range": 0.02}
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+_DEEPSEEK = {"vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 28, "kv_lora_rank": 10,
+             "num_hidden_layers": 3, "num_attention_heads": 4, "q_lora_rank": None,
+             "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5, "n_routed_experts": 4,
+             "n_shared_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
+             "first_k_dense_replace": 1}
 _NO_IDS = {"bos_token_id": None, "eos_token_id": None}
+_NO_PAD = {**_NO_IDS, "pad_token_id": None}   # whose row of the embedding has no gradient in torch
 _SWITCH = {**_T5, "num_layers": 4, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2,
            "num_experts": 4, "router_jitter_noise": 0.0, "router_aux_loss_coef": 0.0,
            "router_z_loss_coef": 0.0}
@@ -83,6 +92,34 @@ CASES = {
     "mixtral": Case("MixtralForCausalLM", "MixtralConfig", {
         **_LLAMA, **_NO_IDS, "num_local_experts": 4, "sliding_window": 4,
         "router_aux_loss_coef": 0.0}),
+    # Windows of 3 and 4 over rows of 9; layers that alternate, and a pattern cut short.
+    "gemma2": Case("Gemma2ForCausalLM", "Gemma2Config", {**_GEMMA, **_NO_PAD}),
+    "gemma2_untied": Case("Gemma2ForCausalLM", "Gemma2Config", {
+        **_GEMMA, **_NO_PAD, "tie_word_embeddings": False, "attention_bias": True,
+        "attn_logit_softcapping": None, "final_logit_softcapping": None, "layer_types": [
+            "full_attention", "full_attention", "sliding_attention", "full_attention"]}),
+    "gemma3": Case("Gemma3ForCausalLM", "Gemma3TextConfig", {
+        **_LLAMA, **_NO_PAD, "num_hidden_layers": 8, "query_pre_attn_scalar": 7,
+        "sliding_window": 3, "sliding_window_pattern": 3, "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 20.0}}}),
+    "qwen3": Case("Qwen3ForCausalLM", "Qwen3Config", {
+        **_LLAMA, **_NO_PAD, "rms_norm_eps": 1e-3, "attention_bias": True}),
+    "qwen3_window": Case("Qwen3ForCausalLM", "Qwen3Config", {
+        **_LLAMA, **_NO_PAD, "num_hidden_layers": 3, "tie_word_embeddings": True,
+        "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "qwen3_moe": Case("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {
+        **_LLAMA, **_NO_PAD, **_MOE, "num_hidden_layers": 3, "mlp_only_layers": [1],
+        "norm_topk_prob": True, "router_aux_loss_coef": 0.0}),
+    "olmo2": Case("Olmo2ForCausalLM", "Olmo2Config", {
+        **{k: v for k, v in _LLAMA.items() if k != "head_dim"}, **_NO_PAD, "rms_norm_eps": 1e-3}),
+    "deepseek_v2": Case("DeepseekV2ForCausalLM", "DeepseekV2Config", {**_DEEPSEEK, **_NO_IDS}),
+    "deepseek_v2_yarn": Case("DeepseekV2ForCausalLM", "DeepseekV2Config", {
+        **_DEEPSEEK, **_NO_IDS, "q_lora_rank": 8, "topk_method": "group_limited_greedy",
+        "n_group": 2, "topk_group": 1, "routed_scaling_factor": 3.0, "attention_bias": True,
+        "max_position_embeddings": 64, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "mscale": 0.5,
+            "mscale_all_dim": 0.8, "original_max_position_embeddings": 16}}),
 }
 
 

@@ -68,6 +68,61 @@ PUBLISHED = {
         "num_attention_heads": 32, "num_experts_per_tok": 2, "num_hidden_layers": 32,
         "num_key_value_heads": 8, "num_local_experts": 8, "rms_norm_eps": 1e-5,
         "rope_theta": 1e6, "sliding_window": None, "vocab_size": 32000}),
+    "gemma:2_2b": ("google/gemma-2-2b", {
+        "model_type": "gemma2", "attn_logit_softcapping": 50.0, "cache_implementation": "hybrid",
+        "final_logit_softcapping": 30.0, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 2304, "intermediate_size": 9216,
+        "num_attention_heads": 8, "num_hidden_layers": 26, "num_key_value_heads": 4,
+        "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+        "sliding_window": 4096, "vocab_size": 256000}),
+    "gemma:2_27b": ("google/gemma-2-27b", {
+        "model_type": "gemma2", "head_dim": 128, "hidden_size": 4608, "intermediate_size": 36864,
+        "num_attention_heads": 32, "num_hidden_layers": 46, "num_key_value_heads": 16,
+        "query_pre_attn_scalar": 144, "sliding_window_size": 4096}),
+    "gemma:3_1b": ("google/gemma-3-1b-pt", {
+        "model_type": "gemma3_text", "attn_logit_softcapping": None, "head_dim": 256,
+        "final_logit_softcapping": None, "hidden_size": 1152, "intermediate_size": 6912,
+        "num_attention_heads": 4, "num_hidden_layers": 26, "num_key_value_heads": 1,
+        "query_pre_attn_scalar": 256, "rope_local_base_freq": 10000, "rope_scaling": None,
+        "rope_theta": 1000000, "sliding_window": 512, "sliding_window_pattern": 6,
+        "vocab_size": 262144}),
+    "gemma:3_4b": ("google/gemma-3-4b-pt", {
+        "model_type": "gemma3", "mm_tokens_per_image": 256, "vision_config": {"hidden_size": 1152},
+        "text_config": {"model_type": "gemma3_text", "hidden_size": 2560,
+                        "intermediate_size": 10240, "num_hidden_layers": 34,
+                        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+                        "sliding_window": 1024}}),
+    "qwen:0_6b": ("Qwen/Qwen3-0.6B", {
+        "model_type": "qwen3", "head_dim": 128, "hidden_size": 1024, "intermediate_size": 3072,
+        "max_position_embeddings": 40960, "max_window_layers": 28, "num_attention_heads": 16,
+        "num_hidden_layers": 28, "num_key_value_heads": 8, "rope_scaling": None,
+        "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True,
+        "use_sliding_window": False, "vocab_size": 151936}),
+    "qwen:30b_a3b": ("Qwen/Qwen3-30B-A3B", {
+        "model_type": "qwen3_moe", "decoder_sparse_step": 1, "head_dim": 128, "hidden_size": 2048,
+        "intermediate_size": 6144, "max_window_layers": 48, "mlp_only_layers": [],
+        "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32,
+        "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48,
+        "num_key_value_heads": 4, "rope_theta": 1000000.0, "sliding_window": None,
+        "use_sliding_window": False, "vocab_size": 151936}),
+    "olmo:7b": ("allenai/OLMo-2-1124-7B", {
+        "model_type": "olmo2", "hidden_size": 4096, "intermediate_size": 11008,
+        "max_position_embeddings": 4096, "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 32, "rms_norm_eps": 1e-6, "rope_theta": 500000,
+        "tie_word_embeddings": False, "vocab_size": 100352}),
+    "deepseek:v2_lite": ("deepseek-ai/DeepSeek-V2-Lite", {
+        "model_type": "deepseek_v2", "aux_loss_alpha": 0.001, "ep_size": 1,
+        "first_k_dense_replace": 1, "hidden_size": 2048, "intermediate_size": 10944,
+        "kv_lora_rank": 512, "max_position_embeddings": 163840, "moe_intermediate_size": 1408,
+        "moe_layer_freq": 1, "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 2,
+        "norm_topk_prob": False, "num_attention_heads": 16, "num_experts_per_tok": 6,
+        "num_hidden_layers": 27, "num_key_value_heads": 16, "q_lora_rank": None,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rope_scaling": {
+            "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707,
+            "mscale_all_dim": 0.707, "original_max_position_embeddings": 4096, "type": "yarn"},
+        "rope_theta": 10000, "routed_scaling_factor": 1.0, "scoring_func": "softmax",
+        "seq_aux": True, "topk_group": 1, "topk_method": "greedy", "v_head_dim": 128,
+        "vocab_size": 102400}),
     "bert:base": ("google-bert/bert-base-uncased", {
         "model_type": "bert", "hidden_act": "gelu", "hidden_size": 768, "intermediate_size": 3072,
         "layer_norm_eps": 1e-12, "max_position_embeddings": 512, "num_attention_heads": 12,
@@ -105,4 +160,4 @@ def test_preset_is_the_published_model(preset, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert differences(model, importlib.import_module("configs.hf").run(str(tmp_path)).model) == []
     # And back: what we would write for it describes the same model.
-    assert hf.hf_config(model, config["model_type"])["vocab_size"] == config["vocab_size"]
+    assert hf.hf_config(model, config["model_type"])["vocab_size"] == model.vocab_size

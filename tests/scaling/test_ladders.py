@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import pathlib
 import re
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ from t5x_lite.scaling import (
     ladder_page,
     ladder_results as results,
     ladders,
+    tables,
 )
 from t5x_lite.scaling.ladders import Ladder
 
@@ -237,7 +239,7 @@ def test_tables_that_say_nothing_are_named_or_drawn_with_what_is_wrong(tmp_path,
     assert "1 of the budgets has an optimum" in drawn(one)
     up = "".join(f"{n}e6,1e{16 + k},{3 + k + (n - 2) ** 2 / 10}\n" for k in range(3) for n in (1, 2, 4))
     assert "the loss rises with compute" in drawn(up)
-    assert "loss (L) is nan in line 3" in drawn("1e6,1e16,3\n2e6,1e16,\n")
+    assert "loss (L) is no number in line 3" in drawn("1e6,1e16,3\n2e6,1e16,\n")
     assert "no column 'N'" in drawn(
         "1,2\n", head="a,b")
     assert "none of the columns that laws know" in drawn("1,2\n", columns="", head="a,b")
@@ -300,6 +302,36 @@ def test_the_clusters_options_are_the_configs_and_then_those_given(tmp_path):
     assert launchers.options_of([f.removeprefix("--slurm=") for f in flags[1:]]) == {
         "timeout_min": 600, "slurm_partition": "gpu"}
     assert ladder_command._launch(str(config), "local:2", []) == ["--launcher=local:2"]
+
+
+DESIGNS = {
+    "kaplan": (["--params=1.5e3,3e3,6e3", "--tokens=2e4,4e4,8e4"], 5, {"kaplan_nd"}),
+    "ratio": (["--params=1.5e3,3e3,6e3,1e4", "--ratio=8", "--predict=4"], 5, {"kaplan_c"}),
+    "cooldown": (["--params=2e3,8e3", "--tokens=2e4,4e4,8e4"], 6, {"kaplan_nd"})}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("design", DESIGNS)
+def test_each_design_trains_and_fits_from_end_to_end(design, tmp_path):
+    flags, runs, laws = DESIGNS[design]
+    config = pathlib.Path(ladder_config.__file__)
+    assert command.main([
+        "ladder", f"--config={config}:lm", f"--design={design}", "--unit=4", "--rate_factor=0.3",
+        "--evaluations=1", "--override=eval.num_examples=64", "--max_hours=9",
+        f"--workdir={tmp_path}", *flags]) == 0
+    table = tables.read(tmp_path, {})
+    assert len(table) == runs and (table.columns["loss"] < math.log(384)).all()
+    said = json.loads((tmp_path / "fits.json").read_text())
+    fitted = {name for name, one in said["fits"].items() if "refused" not in one}
+    assert laws <= fitted, said["fits"]
+    planned = ladders.planned(tmp_path / "ladder.json")
+    np.testing.assert_allclose(sorted(table.columns["flops"]), sorted(r.flops for r in planned),
+                               rtol=1e-6)
+    assert (tmp_path / "ladder.html").stat().st_size > 1e5
+    if design == "ratio":
+        [run] = [r for r in planned if r.arm == "predicted"]
+        assert run.tokens / run.params == pytest.approx(8, rel=0.3)
+        assert set(said["prediction"]["predicted"]) <= {"kaplan_c", "frontier"}
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -132,6 +132,15 @@ def test_the_lowest_points_of_drawn_parabolas(approach):
     assert all((o.spread > 0.02) == (approach == "akima") for o in found.optima)
 
 
+def test_points_about_the_lowest_are_as_many_on_either_side():
+    size, loss = np.array([3, 1, 2, 5, 4, 6]), np.array([1.0, 1.2, 0.9, 4.0, 3.0, 5.0])
+    assert frontier._near(size, loss, 3).tolist() == [1, 2, 0]
+    assert frontier._near(size, loss, 5).tolist() == [1, 2, 0, 4]     # one below is missing
+    with pytest.raises(UserError, match="--points=4: must be odd"):
+        frontier.fit("parabola", tables.from_columns({"flops": loss, "params": size, "loss": loss}),
+                     points=4)
+
+
 def test_the_envelope_takes_the_lowest_curve_at_each_budget():
     rows = []
     for size in np.logspace(4, 8, 33):
@@ -330,12 +339,38 @@ def test_porian(settings, exponent):
 
 
 @released
+@pytest.mark.parametrize("settings, exponent", [
+    ("base long kaplan kaplan train", .858), ("base long kaplan standard val", .693),
+    ("base short kaplan standard val", .594), ("base short chinchilla standard val", .546),
+    ("tuned short const standard val", .502)])
+def test_porian_by_seven_points(settings, exponent):
+    names = ("hparams", "warmup", "decay", "param_count", "val")
+    where = {"dataset": "rw", **dict(zip(names, settings.split(), strict=True))}
+    table = _read("porian2024/isoflop_points.csv", where, params="n", flops="flops", loss="loss",
+                  tokens="tokens")
+    found = frontier.fit("parabola", table, points=7, draws=2)
+    assert found.exponents["N_of_C"] == pytest.approx(exponent, abs=6e-4)
+
+
+@released
+def test_ml_scalefit_takes_squares_of_the_loss_below_a_budget():
+    columns = _besiroglu().columns
+    small = columns["flops"] < 1e21
+    found = fits.fit(LAWS["hoffmann"], tables.from_columns({
+        "params": columns["params"][small] / 1e6, "tokens": columns["tokens"][small] / 1e9,
+        "loss": columns["loss"][small]}), fits.Settings(objective="squares", starts=60))
+    assert small.sum() == 217
+    wanted = {"E": 1.9051, "A": 4.0005, "B": 1.0509, "alpha": .3511, "beta": .4587}
+    assert {n: round(v, 4) for n, v in found.parameters.items()} == wanted
+
+
+@released
 def test_gadre():
     sizes = ("d=96_l=8_h=4-1.0", "d=512_l=8_h=4-1.0", "d=576_l=24_h=8-1.0", "d=1024_l=24_h=8-1.0",
              "d=96_l=8_h=4-16.0")
     columns = {"params": "params", "tokens": "tokens", "loss": "loss_c4_val"}
     small = _read("gadre2024/models.csv", {"name": "|".join(f"rpj-{s}" for s in sizes)}, **columns)
-    found = fits.fit(LAWS["gadre"], small, fits.Settings(objective="squares"))
+    found = fits.fit(LAWS["gadre"], small, fits.Settings(objective="squares", starts=60))
     assert found.parameters["eta"] == pytest.approx(.27285, abs=2e-5)
     assert found.parameters["E"] == pytest.approx(1.83665, abs=1e-4)
     large = _read("gadre2024/models.csv", {"name": "rpj-open_lm_1b-32.0|rpj-open_lm_7b-1.0"},

@@ -9,14 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5x_lite import inspect_task, score_preferences, tree
+from t5x_lite import inspect_task, score_preferences, train, tree
 from t5x_lite.build import build
+from t5x_lite.checkpoints import manager
+from t5x_lite.checkpoints.manager import CheckpointConfig
 from t5x_lite.config import EvalConfig, RunConfig, TrainConfig
 from t5x_lite.data import batches as data_batches, rows as data_rows
 from t5x_lite.data.batches import ShardedRows
 from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError
 from t5x_lite.models.peft import PeftConfig
+from t5x_lite.parallel.sharding import MeshConfig
 from t5x_lite.training import losses, objectives, preferences, steps
 from t5x_lite.training.methods import OptimizerConfig
 from t5x_lite.training.objectives import ObjectiveConfig
@@ -261,3 +264,29 @@ def test_every_preference_objective_has_both_kinds_of_rows():
     for name in NAMES:
         row = objectives.OBJECTIVES[name]
         assert data_rows.of(row.rows).compares and "reference" in data_rows.of(row.scored).features
+
+
+@pytest.mark.slow
+def test_with_an_average_a_run_is_evaluated_by_it_and_goes_on(pairs, tmp_path):
+    """Of LoRA's parameters alone; held-out margins are of the average, not of the last step."""
+    run = run_of("dpo", pairs)
+    run = dataclasses.replace(
+        run, train=dataclasses.replace(run.train, ema_decay=0.5, log_every=1),
+        eval=EvalConfig(every=2, batch_size=16, num_batches=1, metrics=False),
+        checkpoint=CheckpointConfig(every=2), mesh=MeshConfig(data=-1))
+    held_out = {}
+    for name, stops in (("whole", (4,)), ("resumed", (2, 4))):
+        for steps_ in stops:
+            found = train.run(dataclasses.replace(run, train=dataclasses.replace(
+                run.train, num_steps=steps_)), tmp_path / name)
+        (held_out[name],) = found.values()
+    assert held_out["whole"]["margin"] == held_out["resumed"]["margin"] != 0
+    program = build(run)
+    averaged, last = (tree.flatten(manager.restore_params(
+        tmp_path / "resumed", program.abstract_state["params"], averaged=choice)[0])
+        for choice in (True, False))
+    assert {path.rpartition("/")[2] for path in averaged} == {"lora_a", "lora_b"}
+    assert any((np.asarray(averaged[path]) != np.asarray(last[path])).any() for path in averaged)
+    without = train.run(dataclasses.replace(run, train=dataclasses.replace(
+        run.train, ema_decay=0.0)), tmp_path / "without")
+    assert next(iter(without.values()))["margin"] != held_out["whole"]["margin"]

@@ -1,6 +1,7 @@
 """Gradients and updates: the same over every mesh and every split into micro-batches."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +31,18 @@ def one_step(config, batch, devices):
     program = build_lib.build(config, devices)
     start = tiny.place(tiny.params(config), program)
     placed = {k: jax.device_put(v, program.batch_sharding) for k, v in batch.items()}
-    def both(start, placed):   # one compilation: XLA finds what the two share
-        key = jax.random.fold_in(jax.random.key(config.train.seed), start["step"])
-        grads, _ = steps.gradients(program.differentiated, start["params"], placed, key)
-        return grads, *program.train_step(start, placed)
+    def both(start, placed):
+        """One backward pass: the gradients as the optimizer is given them, and the update."""
+        optimizer, given = program.optimizer, []
+
+        def update(grads, *rest):
+            given.append(grads)
+            return optimizer.update(grads, *rest)
+
+        recording = types.SimpleNamespace(loss_scale=optimizer.loss_scale, update=update)
+        step = steps.make_train_step(program.differentiated, recording, config.train.seed)
+        new, sums = step(start, placed)
+        return given[0], new, sums
 
     with program.activate():
         grads, new, sums = jax.jit(both)(start, placed)
