@@ -271,7 +271,7 @@ def test_with_an_average_a_run_is_evaluated_by_it_and_goes_on(pairs, tmp_path):
     """Of LoRA's parameters alone; held-out margins are of the average, not of the last step."""
     run = run_of("dpo", pairs)
     run = dataclasses.replace(
-        run, train=dataclasses.replace(run.train, ema_decay=0.5, log_every=1),
+        run, train=dataclasses.replace(run.train, ema_decay=0.5, log_every=1, accumulation=1),
         eval=EvalConfig(every=2, batch_size=16, num_batches=1, metrics=False),
         checkpoint=CheckpointConfig(every=2), mesh=MeshConfig(data=-1))
     held_out = {}
