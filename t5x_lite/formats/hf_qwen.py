@@ -35,13 +35,7 @@ _QWEN3_MOE = {**{name: value for name, value in _QWEN3.items() if name != "max_w
 
 
 def _from_qwen3(hf: Mapping, tied: bool) -> ModelConfig:
-    first = hf.get("max_window_layers", 0)
-    found = windows(hf, lambda layer: bool(
-        hf["use_sliding_window"] and hf["sliding_window"] and layer >= first))
-    if any(found) and not hf["use_sliding_window"]:
-        raise UserError("layer_types of config.json holds 'sliding_attention', but "
-                        "use_sliding_window is false. Make it true, or those layers "
-                        "'full_attention'.")
+    found = _windows(hf)
     plain = {name: value for name, value in hf.items() if name != "num_local_experts"}
     model = from_llama({**plain, "mlp_bias": False, "sliding_window": 0}, tied)
     stack = given(model.decoder)
@@ -52,6 +46,19 @@ def _from_qwen3(hf: Mapping, tied: bool) -> ModelConfig:
         block, self_attention=dataclasses.replace(attention, window=window),
         moe=mixture if _is_sparse(hf, layer) else None) for layer, window in enumerate(found)]
     return dataclasses.replace(model, decoder=dataclasses.replace(stack, segments=segments_of(blocks)))
+
+
+def _windows(hf: Mapping) -> list[int]:
+    """The window of each layer, 0 for none; of a mixture all have it or none."""
+    window = (hf["sliding_window"] or 0) if hf["use_sliding_window"] else 0
+    if "num_experts" in hf:
+        return [window] * hf["num_hidden_layers"]
+    found = windows(hf, lambda layer: window > 0 and layer >= hf["max_window_layers"])
+    if any(found) and not hf["use_sliding_window"]:
+        raise UserError("layer_types of config.json holds 'sliding_attention', but "
+                        "use_sliding_window is false. Make it true, or those layers "
+                        "'full_attention'.")
+    return found
 
 
 def _mixture(hf: Mapping, mlp: MLPConfig) -> MoEConfig | None:
