@@ -78,7 +78,32 @@ def plain(q: jax.Array, k: jax.Array, v: jax.Array, terms: Terms, masking: Maski
     Returns:
         [B, N, L, H] in v's dtype.
     """
-    return mix(jax.nn.softmax(logits(q, k, terms, masking), axis=-1), v)
+    x = logits(q, k, terms, masking)
+    if v.dtype == jnp.float32:
+        return mix(jax.nn.softmax(x, axis=-1), v)
+    forward, backward = map(sharding.as_here, (_weigh, _weigh_backward))
+    run = jax.custom_vjp(lambda x, v: forward(x, v)[0])
+    run.defvjp(forward, backward)
+    return run(x, v)
+
+
+def _weigh(x: jax.Array, v: jax.Array):
+    """softmax(x_BNLS) v_BKSH, and for the backward pass one copy of the probabilities, in v's type.
+
+    Left to autodiff the softmax keeps a float32 copy and the product one of v's type: in a layer of
+    Switch-base three times as many bytes as this, which are the most of all that it keeps.
+    """
+    probs = jax.nn.softmax(x, axis=-1).astype(v.dtype)
+    return mix(probs, v), (probs, v)
+
+
+def _weigh_backward(residuals, dy: jax.Array):
+    """As autodiff has it, the probabilities rounded to v's type, as the product had them."""
+    probs, v = residuals
+    d_probs, d_v = jax.vjp(mix, probs, v)[1](dy)
+    probs, d_probs = probs.astype(jnp.float32), d_probs.astype(jnp.float32)
+    weighted = probs * d_probs
+    return weighted - probs * jnp.sum(weighted, axis=-1, keepdims=True), d_v
 
 
 # --- by chunks ------------------------------------------------------------------------------------

@@ -241,3 +241,31 @@ def test_a_split_length_leaves_every_device_the_same_work(monkeypatch, window):
     visited = [sum(n for device, n in visits if device == i) for i in range(4)]
     if not window:   # twice, for two data replicas: 1 + … + 8 chunks over 4 devices
         assert visited == [2 * 36 / 4] * 4
+
+
+def test_in_bfloat16_one_copy_of_the_probabilities_is_kept_and_gradients_are_as_near():
+    """To those of float32, as with what autodiff makes of the same products."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, dy = (jax.random.normal(key, (2, 4, 24, 8), jnp.bfloat16) for key in keys)
+    k, v = k[:, :2], v[:, :2]
+    where = Masking(jnp.arange(24)[None], jnp.arange(24)[None], causal=True)
+
+    def plainly(q, k, v):
+        return dot_product.plain(q, k, v, Terms(), where)
+
+    def by_autodiff(q, k, v):
+        return dot_product.mix(jax.nn.softmax(dot_product.logits(q, k, Terms(), where), axis=-1), v)
+
+    def gradients(fn, *args):
+        return jax.vjp(fn, *args)[1](dy.astype(args[2].dtype))
+
+    exact = gradients(plainly, *(x.astype(jnp.float32) for x in (q, k, v)))
+    for found, old, want in zip(gradients(plainly, q, k, v), gradients(by_autodiff, q, k, v), exact,
+                                strict=True):
+        error, before = (float(jnp.linalg.norm(x.astype(jnp.float32) - want)
+                               / jnp.linalg.norm(want)) for x in (found, old))
+        assert error < 0.01 and error < 1.3 * before
+    np.testing.assert_array_equal(plainly(q, k, v), by_autodiff(q, k, v))
+    held = [x for x in jax.tree.leaves(jax.vjp(plainly, q, k, v)[1])
+            if getattr(x, "shape", ()) == (2, 4, 24, 24) and x.dtype != bool]
+    assert [x.dtype for x in held] == [jnp.bfloat16]
