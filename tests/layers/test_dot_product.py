@@ -1,5 +1,6 @@
 """Attention by chunks and by the fused kernels equals the plain one, values and gradients."""
 
+import collections
 import dataclasses
 import functools
 
@@ -266,6 +267,9 @@ def test_in_bfloat16_one_copy_of_the_probabilities_is_kept_and_gradients_are_as_
                                / jnp.linalg.norm(want)) for x in (found, old))
         assert error < 0.005 and error < 2 * before
     np.testing.assert_array_equal(plainly(q, k, v), by_autodiff(q, k, v))
-    held = [x for x in jax.tree.leaves(jax.vjp(plainly, q, k, v)[1])
-            if getattr(x, "shape", ()) == (2, 4, 24, 24) and x.dtype != bool]
-    assert [x.dtype for x in held] == [jnp.bfloat16]
+
+    def held(fn):   # a constant of the mask among them, which the compiler drops
+        kept = (x for x in jax.tree.leaves(jax.vjp(fn, q, k, v)[1]) if x.shape == (2, 4, 24, 24))
+        return collections.Counter(str(x.dtype) for x in kept)
+
+    assert held(by_autodiff) - held(plainly) == {"float32": 1}
