@@ -126,6 +126,7 @@ class ShardedRows:
                 {**identity, "shard": shard})
             for shard in sorted(shards)}
         self.identity = identity
+        self._kind = data_rows.of(objective)
         self._batch_size, self._num_shards = global_batch_size, config.num_shards
         # tf.data works outside Python's lock: the first batch fills every shard's buffer.
         self._pool = concurrent.futures.ThreadPoolExecutor(min(cores, len(shards)))
@@ -136,7 +137,8 @@ class ShardedRows:
     def take(self, rows: int) -> dict[int, dict[str, np.ndarray]]:
         """The next `rows` of the stream, a multiple of V: rows / V of every shard."""
         share = rows // self._num_shards
-        parts = self._pool.map(lambda reader: reader.take(share), self._readers.values())
+        parts = self._pool.map(lambda reader: self._kind.masked(reader.take(share)),
+                               self._readers.values())
         return dict(zip(self._readers, parts, strict=True))
 
     def submit(self, rows: int) -> concurrent.futures.Future:
@@ -276,7 +278,7 @@ def eval_batches(config: DataConfig, task: str, *, objective: str, batch_size: i
         mixture, split, kind, config, pipeline.EVAL_SEED, training=False)
     blocks = pipeline.finite_batches(dataset, batch_size, max_rows)
     count = 0
-    for count, batch in enumerate(blocks, 1):
+    for count, batch in enumerate(map(kind.masked, blocks), 1):
         yield {name: _global_array(lambda a, b, v=value: v[a:b], value.shape, sharding)
                for name, value in batch.items()}
         if count == max_batches:

@@ -21,6 +21,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from t5x_lite.data import vocabulary as data_vocabulary
 from t5x_lite.data.config import DataConfig
 from t5x_lite.data.rows import FIXES, Rows
 from t5x_lite.errors import UserError
@@ -48,15 +49,18 @@ class Weighted(NamedTuple):
 
 # --- rows ---------------------------------------------------------------------------------
 
-def _finish_row(sides: dict[str, dict], lengths: dict[str, int], start: int = 0) -> dict:
+def _finish_row(sides: dict[str, dict], lengths: dict[str, int], start: int = 0,
+                marked: bool = False) -> dict:
     """Flat, zero-padded model features [L], with what rows.py says that sides gain.
 
-    start: what a decoder reads first.
+    start: what a decoder reads first. marked: whether id 0 stands in texts, so that only the mask made
+    here tells padding. Elsewhere Rows.masked adds it: saved places hold rows that tf.data has ahead, and
+    what those hold stays as it was in runs that began before rows had masks.
     """
     row = {}
     for side, features in sides.items():
         read = features.get(f"{side}_input_tokens")
-        masked = read is not None and f"{side}_segment_ids" not in features
+        masked = marked and read is not None and f"{side}_segment_ids" not in features
         made = {f"{side}_mask": tf.ones_like(read, tf.int32)} if masked else {}
         for name, value in (features | made).items():
             value = value[:lengths[side]]
@@ -233,7 +237,10 @@ def rows_dataset(mixture: Sequence[Weighted], split: str, kind: Rows, config: Da
     if config.packing:
         dataset = pack(dataset, row_lengths)
     start = 0 if "encoder" in row_lengths else getattr(vocabulary, "start_id", 0)
-    dataset = dataset.map(_plain(lambda sides: _finish_row(sides, row_lengths, start)))
+    read = mixture[0].task.output_features.get(
+        "inputs", mixture[0].task.output_features["targets"]).vocabulary
+    marked = data_vocabulary.zero_in_rows(read)
+    dataset = dataset.map(_plain(lambda sides: _finish_row(sides, row_lengths, start, marked)))
     dataset = dataset.batch(BLOCK_ROWS).prefetch(2 + read_ahead // BLOCK_ROWS)
     check_saveable(dataset, ", ".join(task.name for task, _ in mixture))
     options = tf.data.Options()

@@ -23,6 +23,8 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError, one_of
 
@@ -88,6 +90,14 @@ class Rows:
     def reading_sides(self) -> list[str]:
         """The sides that are read as they stand, and whose attention looks both ways."""
         return [side for side, arrays in self.made.items() if f"{side}_input_tokens" in arrays]
+
+    def masked(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Rows {array: [B, L]} of the pipeline with SIDE_mask, int32, where they came without: their
+        vocabulary keeps id 0 for padding."""
+        bare = [side for side in self.reading_sides
+                if f"{side}_mask" not in rows and f"{side}_segment_ids" not in rows]
+        return rows | {f"{side}_mask": (rows[f"{side}_input_tokens"] != 0).astype(np.int32)
+                       for side in bare}
 
     def weighted(self, sides: Sides, loss_on_inputs: bool) -> Sides:
         """What `convert` made, with the inputs predicted as well as the targets where asked for.
