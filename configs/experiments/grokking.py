@@ -3,8 +3,8 @@
 Paper: Power et al. 2022 (arXiv:2201.02177): a small decoder-only transformer, AdamW with weight decay
 1 and beta2 0.98, a constant rate of 1e-3 after 10 steps of warm-up; Nanda et al. 2023
 (arXiv:2301.05217) for one layer. Here one layer of width 64 and 45 % of the pairs.
-Expected: not run yet. Each arm has all training pairs right within some hundred steps; with weight decay
-1 the held-out ones follow later, without it they do not.
+Expected: with weight decay 1, 99 % of the training pairs are right at step 2,100 and of the held-out ones at
+3,850 (one seed, docs/experiments.md).
 Command: python -m t5x_lite.experiment --config=configs/experiments/grokking.py --workdir=runs/grokking
 """
 

@@ -184,7 +184,9 @@ def test_parts_are_samples_that_contain_the_smaller_ones(monkeypatch):
 @pytest.mark.parametrize("study", STUDIES, ids=lambda m: m.__name__.rsplit(".")[-1])
 def test_each_trains_and_concludes(study, tmp_path):
     runs = study.get_runs()
-    chosen = [runs[0], *(r for r in runs[1:2] if r.after)]
+    last = runs[-1]     # of as many rows as the tests' devices divide
+    chosen = [*(r for r in runs if last.after and (r.arm, r.seed, r.stage) == (
+        last.arm, last.seed, last.after)), last]
     short = [dataclasses.replace(r, config=dataclasses.replace(
         r.config, train=dataclasses.replace(r.config.train, num_steps=2),
         eval=dataclasses.replace(r.config.eval, num_examples=32))) for r in chosen]
