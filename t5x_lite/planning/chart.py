@@ -18,23 +18,36 @@ def drawn(plans: Mapping[str, Plan]):
     values = {name: show.to_json(plan) for name, plan in plans.items()}
     figure = Figure(figsize=(11, 1.6 + 0.55 * len(values)), layout="constrained")
     memory, seconds = figure.subplots(1, 2, sharey=True)
-    left = dict.fromkeys(values, 0.0)
-    for part, field in MEMORY.items():
-        widths = [(value[field] or 0) / 2**30 for value in values.values()]
-        memory.barh(list(values), widths, left=list(left.values()), label=part, height=0.6)
-        left = {name: left[name] + width for name, width in zip(left, widths, strict=True)}
-    known = [(row, value["hbm_bytes"]) for row, value in enumerate(values.values()) if value["hbm_bytes"]]
-    memory.vlines([size / 2**30 for _, size in known], [row - 0.4 for row, _ in known],
-                  [row + 0.4 for row, _ in known], color="black", label="what a device has")
-    memory.set_xlabel("GiB a device")
-    parts = list(dict.fromkeys(part for value in values.values() for part in value["seconds"]))
-    for number, part in enumerate(parts):
-        height = 0.7 / len(parts)
-        places = [row - 0.35 + height * (number + 0.5) for row in range(len(values))]
-        seconds.barh(places, [value["seconds"].get(part) or 0 for value in values.values()],
-                     height=height, label=part, color=f"C{number + 4}")
-    seconds.set_xlabel("seconds a step, at best")
+    _draw_memory(memory, values)
+    _draw_seconds(seconds, values)
     memory.invert_yaxis()
     for axes in (memory, seconds):
         axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=8)
     return figure
+
+
+def _draw_memory(axes, values: Mapping[str, dict]) -> None:
+    """A bar a plan, of parts side by side, and a line at what its device has where that is known."""
+    names = list(values)
+    starts = [0.0] * len(names)
+    for part, field in MEMORY.items():
+        widths = [(values[name][field] or 0) / 2**30 for name in names]
+        axes.barh(names, widths, left=starts, label=part, height=0.6)
+        starts = [start + width for start, width in zip(starts, widths, strict=True)]
+    known = [row for row, name in enumerate(names) if values[name]["hbm_bytes"]]
+    axes.vlines([values[names[row]]["hbm_bytes"] / 2**30 for row in known],
+                [row - 0.4 for row in known], [row + 0.4 for row in known],
+                color="black", label="what a device has")
+    axes.set_xlabel("GiB a device")
+
+
+def _draw_seconds(axes, values: Mapping[str, dict]) -> None:
+    """A group of thin bars a plan, one for each part of the bound that any plan has."""
+    found = [value["seconds"] for value in values.values()]
+    parts = list(dict.fromkeys(part for of_plan in found for part in of_plan))
+    height = 0.7 / max(1, len(parts))
+    for number, part in enumerate(parts):
+        places = [row - 0.35 + height * (number + 0.5) for row in range(len(found))]
+        axes.barh(places, [of_plan.get(part) or 0 for of_plan in found],
+                  height=height, label=part, color=f"C{number + 4}")
+    axes.set_xlabel("seconds a step, at best")
