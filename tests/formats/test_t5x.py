@@ -3,6 +3,7 @@
 import functools
 import json
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from t5x_lite.formats import mesh_tf, t5x
 from t5x_lite.formats.mapping import Tensors
 from t5x_lite.models.language_model import Model
 from tests.formats import folders
-from tests.models.test_models import jit, logits_of, t5x_case
+from tests.models.test_models import logits_of, t5x_case
 
 
 def params_of(model) -> dict[str, np.ndarray]:
@@ -34,7 +35,7 @@ def test_golden_checkpoint_gives_t5xs_logits(tmp_path):
     params = params_of(model)
     assert_equal(params, folders.flat(expected_params))
     batch, expected = cases["plain"]
-    found = jit(functools.partial(logits_of, Model(model.config)))(tree.unflatten(params), batch)
+    found = jax.jit(functools.partial(logits_of, Model(model.config)))(tree.unflatten(params), batch)
     real = np.asarray(batch["decoder_target_tokens"]) != 0
     np.testing.assert_allclose(np.asarray(found)[real], expected[real], rtol=0, atol=1e-4)
 

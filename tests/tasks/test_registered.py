@@ -55,18 +55,28 @@ def objective_of(name):
         "docs_").removeprefix("source_"), "seq2seq")
 
 
+INTEGERS = ("modular_addition", "noisy_classes", "noisy_classes_clean")
+
+
 def test_no_registered_task_is_forgotten():
-    covered = training_names("python_") + training_names("c4_") + training_names("wikipedia_")
-    assert len(covered) == 39
+    covered = [name for prefix in ("python_", "source_", "c4_", "wikipedia_")
+               for name in training_names(prefix)]
+    assert len(covered) == 44
     elsewhere = ("data_test_", "p3")   # made by tests, and by tasks/p3.py on demand
     others = {n for n in training_names("") if not n.startswith(elsewhere)} - set(covered)
-    assert others == test_formats.names()
+    assert others == test_formats.names() | set(INTEGERS)
+
+
+@pytest.mark.slow
+def test_integers_are_saved_and_restored():
+    for name in INTEGERS:
+        check_saving(DataConfig(train=name, **LENGTHS | {"targets_length": 8}), "seq2seq")
 
 
 @pytest.mark.slow
 def test_python_tasks_are_saved_and_restored():
-    names = training_names("python_")
-    assert len(names) == 24
+    names = training_names("python_") + training_names("source_")
+    assert len(names) == 29
     for name in names:
         if "_source_" in name:
             continue   # the same preprocessors over another source, which the mixtures read
