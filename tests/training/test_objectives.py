@@ -189,7 +189,7 @@ def padded_row(name: str, example: dict, start: int) -> tuple[dict, int]:
     sides = kind.convert({n: tf.constant(tokens) for n, tokens in example.items()}, 1)
     used = sum(int(tf.size(sides[side][next(iter(made))])) for side, made in kind.made.items())
     row = data_tasks.tensorflow_side()._finish_row(
-        sides, kind.lengths(DataConfig(inputs_length=7, targets_length=20)), start)
+        sides, kind.lengths(DataConfig(inputs_length=7, targets_length=20)), start, marked=True)
     return {n: jnp.stack([x.numpy(), 0 * x.numpy()]) for n, x in row.items()}, used
 
 
