@@ -24,8 +24,10 @@ def test_the_pipeline_makes_the_arrays_that_the_table_tells(kind, packing):
     dataset = tf.data.Dataset.from_tensors(example).map(lambda x: rows.convert(x, 1))
     if packing:
         dataset = pipeline.pack(dataset, rows.lengths(config))
-    made, = (pipeline._finish_row(sides, rows.lengths(config)) for sides in dataset)
-    assert {name: (x.shape[0], x.dtype.name) for name, x in made.items()} == rows.arrays(config)
+    for marked in (False, True):   # whether id 0 stands in texts
+        row, = (pipeline._finish_row(sides, rows.lengths(config), marked=marked) for sides in dataset)
+        made = rows.masked({name: x.numpy() for name, x in row.items()})
+        assert {name: (x.shape[0], x.dtype.name) for name, x in made.items()} == rows.arrays(config)
 
 
 def test_every_kind_of_documents_has_readers_and_every_default_fits():
@@ -51,8 +53,9 @@ def test_a_side_of_its_own_is_shifted_and_padded(monkeypatch):
     config = DataConfig(inputs_length=4, targets_length=3)
     sides = rows.convert({"inputs": tf.constant([5, 1]), "targets": tf.constant([7, 1]),
                           "rejected": tf.constant([8, 9, 1, 4])}, 1)
-    row = {name: x.numpy().tolist() for name, x in data_tasks.tensorflow_side()._finish_row(
-        sides, rows.lengths(config)).items()}
+    made = data_tasks.tensorflow_side()._finish_row(sides, rows.lengths(config))
+    row = {name: x.tolist() for name, x in rows.masked(
+        {name: x.numpy() for name, x in made.items()}).items()}
     assert row["rejected_target_tokens"] == [8, 9, 1]
     assert row["rejected_input_tokens"] == [0, 8, 9]
     assert row["decoder_input_tokens"] == [0, 7, 1]
