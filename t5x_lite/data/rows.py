@@ -10,7 +10,8 @@ reads; others (a rejected answer beside a chosen one, say) carry arrays of the n
 objective's loss asks for. The first array of a side holds its tokens. A side with an array
 SIDE_target_tokens gains SIDE_input_tokens, the targets shifted right by one. A side that is read as
 it stands gains SIDE_mask, 1 on tokens and 0 on padding, or, packed, SIDE_segment_ids: what was padded
-travels with the row, and no id tells it.
+travels with the row. Where texts may hold id 0 the pipeline makes the mask of lengths; where the vocabulary
+keeps id 0 for padding, `Rows.masked` makes it of the ids.
 
 TensorFlow is imported by the functions that convert, so that a config can be built and planned
 without it.
