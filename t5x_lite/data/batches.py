@@ -44,6 +44,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from t5x_lite import log
 from t5x_lite.data import rows as data_rows, tasks as data_tasks, vocabulary as data_vocabulary
 from t5x_lite.data.config import DataConfig
 from t5x_lite.data.tasks import train_mixture
@@ -102,6 +103,7 @@ class ShardedRows:
         _check_shards(config, global_batch_size)
         pipeline = data_tasks.tensorflow_side()
         mixture = train_mixture(config, objective)
+        _say_unread([task for task, _ in mixture], objective)
         seed = seed if config.seed is None else config.seed
         make = functools.partial(
             pipeline.rows_dataset, mixture, "train", data_rows.of(objective), config, seed)
@@ -166,6 +168,17 @@ class ShardedRows:
                             f"(it has {sorted(states)}); data.num_shards must stay what it was")
         list(self._pool.map(lambda shard: self._readers[shard].restore(states[shard]),
                             self._readers))
+
+
+def _say_unread(tasks: Sequence, objective: str) -> None:
+    """Says which parts of the examples the objective does not read (a rejected answer, say)."""
+    # Of a decoder's row inputs are the context, where a task gives them.
+    read = {"inputs", *data_rows.of(objective).features}
+    for task in tasks:
+        unread = sorted(set(task.output_features) - read)
+        if unread:
+            log.say(f"warning: {task.name} also gives {' and '.join(unread)}, which rows of "
+                    f"{objective} leave out")
 
 
 class TrainIterator:

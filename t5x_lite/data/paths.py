@@ -99,10 +99,18 @@ def sizes(*lists: str) -> dict[str, int]:
     return found
 
 
-def hint(name: str) -> str:
-    """What to say of a path that has no file: where it was looked for, what is near, and which
-    character of the name is read as something else."""
+def missing(name: str) -> str:
+    """What to say of a path or glob that names no file: what stands there instead, or where it was
+    looked for, what is near, and which character of the name is read as something else."""
     path = _expanded(name)
+    if _possible(path) and files.is_dir(path):
+        return f"a folder; name its files ({os.path.join(path, '*.txt')})"
+    if _possible(path) and not files.is_url(path) and os.path.exists(path):
+        return "a pipe or a device, which cannot be read again on resume; write it into a file"
+    return f"no such file{_hint(path)}"
+
+
+def _hint(path: str) -> str:
     folder = os.path.dirname(path) or "."
     beside = files.names(folder) if _possible(folder) and files.is_dir(folder) else ()
     special = ""
@@ -110,4 +118,4 @@ def hint(name: str) -> str:
         special = " In a glob [ opens a set of characters: write [[] for the character itself."
     elif "," in path:
         special = " A comma separates entries of a list: is there such a path?"
-    return (f" (in {files.absolute(folder)});{nearest(os.path.basename(path), beside)}{special}")
+    return f" (in {files.absolute(folder)});{nearest(os.path.basename(path), beside)}{special}"

@@ -28,7 +28,7 @@ def find_files(patterns: str | Sequence[str], field: str) -> list[str]:
     for name in names:
         matches = paths.matches(name)
         if not matches:
-            raise UserError(f"{field}={name!r}: no such file{paths.hint(name)}")
+            raise UserError(f"{field}={name!r}: {paths.missing(name)}")
         files += matches
     for path in files:
         if file_lib.state_of(path)[1] == 0:

@@ -49,6 +49,8 @@ def test_files_by_glob_list_and_sequence(folder):
 
 @pytest.mark.parametrize("name,content,message", [
     ("missing.txt", None, "data.train_files='.*missing.txt': no such file"),
+    ("/dev/null", None, "data.train_files='/dev/null': a pipe or a device, which cannot be read again"),
+    ("..", None, r"data.train_files='.*\.\.': a folder; name its files \(.*\*.txt\)"),
     ("b.txt", "", "data.train_files: .*b.txt is empty"),
     ("bad.jsonl", '{"text": 1}\n', r"bad.jsonl, line 1 has no string field 'text' \(found \['text"),
     ("bad.jsonl", '{"text": "x"}\nnot json', "bad.jsonl, line 2 is not JSON"),

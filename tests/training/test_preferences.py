@@ -98,6 +98,16 @@ def test_malformed_lines_are_named(tmp_path, change, message):
                          shards=[0]))
 
 
+def test_an_objective_that_leaves_rejected_answers_out_says_so(pairs, capsys):
+    config = DataConfig(train=str(pairs), vocabulary="byt5", inputs_length=8, targets_length=32,
+                        num_shards=1, cache_dir=str(pairs.parent))
+    for objective, said in (("seq2seq", "pairs.jsonl also gives rejected, which rows of seq2seq"),
+                            ("preferences", None)):
+        ShardedRows(config, objective=objective, global_batch_size=2, seed=0, shards=[0])
+        out = capsys.readouterr().out
+        assert said in out if said else "also gives" not in out
+
+
 # --- models ---------------------------------------------------------------------------------------
 
 def run_of(name, path, tuning=LORA, **objective) -> RunConfig:
