@@ -41,6 +41,10 @@ def header(program: Program) -> str:
     averages = [] if not config.train.ema_decay else [
         ("average", f"of the parameters, decay {config.train.ema_decay:g} a step: evaluation and samples "
                     f"use {'it' if config.eval.ema else 'the last parameters, not it (eval.ema)'}")]
+    after = config.optimizer.delay_after
+    delays = [] if after is None else [
+        ("delayed", f"from step {after + 1:,} on every update uses the gradients of the step before "
+                    "(optimizer.delay_after)")]
     lines = [
         ("run", f"{config.name}: {config.model.architecture}, {config.objective.name}, "
                 f"{config.optimizer.name}, {config.precision}"),
@@ -54,6 +58,7 @@ def header(program: Program) -> str:
                  f"{si(rows * program.flops_per_sequence, 'FLOP')}"),
         ("steps", f"{config.train.num_steps:,}"),
         *averages,
+        *delays,
         *[("warning", text) for text in [unused_accelerator(device.platform)] if text],
     ]
     return "\n".join(f"{name:<11} {text}" for name, text in lines)

@@ -50,6 +50,19 @@ _STAMP = "stamp"     # beside the iterator states in their file
 FROZEN = "frozen"   # the part of the state that is recorded and not written
 AVERAGE = "opt_state/ema"   # where the moving average of params stands, if the run keeps one
 
+
+class _Beside(NamedTuple):
+    """What a run may keep beside its moments."""
+
+    what: str
+    field: str      # that asks for it
+    without: Any    # its value in runs without
+
+
+BESIDE = {AVERAGE: _Beside("moving average of the parameters", "train.ema_decay", 0.0),
+          "opt_state/pending": _Beside("gradient that waits for its update",
+                                       "optimizer.delay_after", None)}
+
 def _from_orbax(text: str) -> bool:
     return f"{os.sep}orbax{os.sep}" in text
 
@@ -329,7 +342,7 @@ def read_step(folder: epath.Path, abstract_state: Any,
     """
     expected = named_leaves(abstract_state)
     record = read_record(folder)
-    _check_average(folder, expected, record)
+    _check_beside(folder, expected, record)
     _check_same(folder, expected, record.arrays)
     iterator_states, problem = _attempt(folder, lambda: _read_iterators(folder / "record", record))
     _agree(problem)
@@ -368,18 +381,21 @@ def check_frozen(where: os.PathLike | str, record: Record, frozen: Mapping) -> N
             "start a new workdir.")
 
 
-def _check_average(folder: epath.Path, expected: Mapping[str, Any], record: Record) -> None:
-    """Raises UserError where either the state or the checkpoint has a moving average, and the other
-    has none."""
-    wanted, held = (any(p.startswith(f"{AVERAGE}/") for p in paths)
-                    for paths in (expected, record.arrays))
-    if wanted == held:
-        return
-    before = record.config.get("train", {}).get("ema_decay", 0.0)
-    raise UserError(
-        f"{folder} holds {'a' if held else 'no'} moving average of the parameters, and train.ema_decay "
-        f"asks for {'one' if wanted else 'none'}: set train.ema_decay={before:g} as the run had it, or "
-        "start a new --workdir with init_from set to this one.")
+def _check_beside(folder: epath.Path, expected: Mapping[str, Any], record: Record) -> None:
+    """Raises UserError where the state has what a run may keep beside its moments, and the
+    checkpoint has none of it, or the other way round."""
+    for where, kept in BESIDE.items():
+        wanted, held = (any(p.startswith(f"{where}/") for p in paths)
+                        for paths in (expected, record.arrays))
+        if wanted == held:
+            continue
+        section, name = kept.field.split(".")
+        before = record.config.get(section, {}).get(name, kept.without)
+        before = f"{before:g}" if isinstance(before, float) else before
+        raise UserError(
+            f"{folder} holds {'a' if held else 'no'} {kept.what}, and {kept.field} asks for "
+            f"{'one' if wanted else 'none'}: set {kept.field}={before} as the run had it, or "
+            "start a new --workdir with init_from set to this one.")
 
 
 def read_params(folder: epath.Path, abstract_params: Any, partial: bool, averaged: bool

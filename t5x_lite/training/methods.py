@@ -106,6 +106,9 @@ class OptimizerConfig:
     muon: MuonConfig = MuonConfig()
     ademamix: AdemamixConfig = AdemamixConfig()
     sophia: SophiaConfig = SophiaConfig()
+    # Steps after which every update uses the gradients of the step before (ZeRO-Offload's one-step
+    # delayed update, Ren et al. 2021, section 5.2), kept beside the moments; None: its own step's.
+    delay_after: int | None = None
     groups: tuple[GroupConfig, ...] = ()
 
 

@@ -13,8 +13,9 @@ with the moments mu, nu (Adam), mu (Lion), trace (SGD with momentum), v_row, v_c
 (Adafactor), those of other rows by their names in optax (optax_state.py), and, where the precision
 policy asks, "master" (float32 parameters) and "loss_scale". With train.ema_decay d "ema" is the
 float32 moving average of the parameters, a_t = d a_(t-1) + (1 - d) p_t from a_0 = p_0 on, of p_t before
-it is rounded to its own type; a skipped step leaves it as it was. It is treated as a moment. Frozen parameters have no state. A
-moment may be sharded more finely than its parameter (ZeRO-1): the update then runs on the moment's
+it is rounded to its own type; a skipped step leaves it as it was. It is treated as a moment, and so is
+"pending": with optimizer.delay_after the float32 gradients, clipped, that the next update will use
+(Optimizer._apply). Frozen parameters have no state. A moment may be sharded more finely than its parameter (ZeRO-1): the update then runs on the moment's
 shards and only the new parameters are gathered; every output keeps the sharding of its input. It
 may also be kept in the host's memory (sharding.offload_optimizer): then it visits the device layer
 by layer.
@@ -42,6 +43,7 @@ from t5x_lite.training.methods import METHODS, GroupConfig, OptimizerConfig, Tra
 # Names in a state that are no moments of the transformation.
 _OWN = ("master", "loss_scale")
 EMA = "ema"   # the moment that no transformation reads
+PENDING = "pending"   # gradients that the next step's update uses, with optimizer.delay_after
 Flat = dict[str, jax.Array]
 
 
@@ -97,11 +99,13 @@ class Optimizer:
         flat = self._trainable(params)
         master = {path: p.astype(jnp.float32) for path, p in flat.items()}
         moments, rest = optax_state.apart(self.transformation.init(master), flat)
-        assert not {*moments, *rest} & {*_OWN, EMA}, (moments.keys(), rest.keys())
+        assert not {*moments, *rest} & {*_OWN, EMA, PENDING}, (moments.keys(), rest.keys())
         state = {name: tree.unflatten(x) for name, x in moments.items()}
         state |= {"count": jnp.zeros((), jnp.int32), **rest}
         if self.ema_decay:
             state[EMA] = tree.unflatten(master)
+        if self.config.delay_after is not None:
+            state[PENDING] = tree.unflatten({p: jnp.zeros_like(x) for p, x in master.items()})
         if self.policy.master_copy:
             state["master"] = tree.unflatten(master)
         if self.policy.loss_scaling:
@@ -154,7 +158,8 @@ class Optimizer:
 
         Args:
             grads: of loss_scale times the loss, nested like params; frozen ones may be absent.
-            step: int32, updates before this one; the schedules and the rounding read it.
+            step: int32, steps before this one; the schedules and the rounding read the updates
+                before it, which are as many but for the one that optimizer.delay_after leaves out.
         Returns:
             (params, opt_state, info), info holding float32 scalars: learning_rate (of the
             parameters in no group) and grad_norm before clipping; under loss scaling also
@@ -168,7 +173,8 @@ class Optimizer:
         flat_grads = self._trainable(grads)
         g = {path: place_like(flat_grads[path], x).astype(jnp.float32)
              for path, x in places.items()}
-        info = {"learning_rate": schedules.schedule(self.config.schedule)(step)}
+        made = self._updates_before(step)
+        info = {"learning_rate": schedules.schedule(self.config.schedule)(made)}
         finite = None
         if state.scale is not None:
             g, finite = precision.unscale(g, state.scale)
@@ -186,7 +192,7 @@ class Optimizer:
         if state.masters:
             new_state["master"] = tree.unflatten(new)
             new = offload.to_device(new)
-        rounded = {path: self._round(path, x, flat_params[path], step) for path, x in new.items()}
+        rounded = {path: self._round(path, x, flat_params[path], made) for path, x in new.items()}
         if state.scale is not None:
             rounded = {path: jnp.where(finite, x, flat_params[path])
                        for path, x in rounded.items()}
@@ -234,10 +240,33 @@ class Optimizer:
             alike.setdefault(key, []).append(path)
         return [(layers, paths) for (_, layers), paths in alike.items()]
 
+    def _updates_before(self, step: jax.Array) -> jax.Array:
+        """Updates made in so many steps."""
+        after = self.config.delay_after
+        return step if after is None else step - (step > after)
+
     def _apply(self, g: Flat, old: Flat, moments: Mapping[str, Flat], *, rest, step, finite
                ) -> tuple[Flat, dict[str, Flat], dict[str, jax.Array]]:
         """Clipped float32 gradients and parameters to (new parameters, new moments by name, the
-        state's other numbers), the old ones where `finite` is False."""
+        state's other numbers), the old ones where `finite` is False.
+
+        With optimizer.delay_after N (ZeRO-Offload, Ren et al. 2021, section 5.2) step t, counted
+        from 0, uses g_t where t < N, nothing where t = N, and from then on the pending g_(t-1),
+        which was taken at the parameters of before the last update; g_t is then pending.
+        """
+        after = self.config.delay_after
+        if after is None:
+            return self._apply_now(g, old, moments, rest=rest, step=step, finite=finite)
+        pending = moments[PENDING]
+        used = {path: jnp.where(step < after, x, pending[path]) for path, x in g.items()}
+        new, new_moments, new_rest = self._apply_now(
+            used, old, {name: x for name, x in moments.items() if name != PENDING}, rest=rest,
+            step=self._updates_before(step), finite=step != after)
+        return new, {**new_moments, PENDING: g}, new_rest
+
+    def _apply_now(self, g: Flat, old: Flat, moments: Mapping[str, Flat], *, rest, step, finite
+                   ) -> tuple[Flat, dict[str, Flat], dict[str, jax.Array]]:
+        """`_apply` with these gradients."""
         method, rates = METHODS[self.config.name], self._learning_rates(step)
         if method.decay == "gradient":
             g = {path: x + self.weight_decay[path] * old[path] if self.weight_decay[path] else x
@@ -319,6 +348,10 @@ def make_optimizer(config: OptimizerConfig, table: Mapping[str, Any],
             out of range, or nothing left to train.
     """
     _check(config)
+    if config.delay_after is not None and policy.loss_scaling:
+        raise UserError(f"optimizer.delay_after={config.delay_after} keeps gradients for the next "
+                        "step, whose loss scale may be another than theirs: use precision=bf16 or "
+                        "float32, or set optimizer.delay_after=None.")
     group_of = _assign_groups(config, table)
     decay = {path: _decay_of(config, info, group_of[path]) for path, info in table.items()}
     weight_decay = {path: rate for path, rate in decay.items() if rate is not None}
