@@ -13,11 +13,11 @@ from t5x_lite.checkpoints.config import CheckpointConfig
 from t5x_lite.checkpoints.manager import Checkpointer
 from t5x_lite.config import replace, to_json
 from t5x_lite.errors import UserError
-from tests import tiny
 from t5x_lite.models.params import ParamInfo
 from t5x_lite.training.methods import OptimizerConfig
 from t5x_lite.training.optimizers import PENDING, make_optimizer
 from t5x_lite.training.schedules import ScheduleConfig
+from tests import tiny
 from tests.training.test_optimizer_state import run_of, updates
 
 AFTER = 2
