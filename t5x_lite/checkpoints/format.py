@@ -24,7 +24,6 @@ processes, every process calls the functions here together.
 
 import copy
 import dataclasses
-import functools
 import io
 import json
 import logging
@@ -35,15 +34,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
 from t5x_lite import files, tree
+from t5x_lite.checkpoints.digests import digests_of
 from t5x_lite.errors import UserError
-from t5x_lite.parallel import offload
 
 FORMAT_VERSION = 1
 _STAMP = "stamp"     # beside the iterator states in their file
@@ -99,7 +97,7 @@ class ArrayInfo:
 
     shape: tuple[int, ...]
     dtype: str
-    digest: int = 0  # see _digest
+    digest: int = 0  # see digests.py
 
     def __str__(self) -> str:
         return f"{self.dtype}[{','.join(map(str, self.shape))}]"
@@ -138,63 +136,6 @@ def named_leaves(pytree: Any) -> dict[str, Any]:
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in pairs}
     assert len(named) == len(pairs), "two leaves share a path: a key holds a slash"
     return named
-
-
-def _digest(x: jax.Array) -> jax.Array:
-    """uint32 checksum of an array's bits: sum_i bits_i * w_i mod 2^32, w_i odd and unlike.
-
-    Integer addition has no rounding, so every mesh computes the same number. The weights
-    depend on the index, so that exchanged or shifted blocks are noticed.
-    """
-    x = offload.to_device(x)
-    if jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool:
-        bits = x.astype(jnp.uint32)
-    else:
-        width = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
-        bits = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
-    weight = jnp.uint32(1)
-    for dim, size in enumerate(bits.shape):
-        shape = [size if d == dim else 1 for d in range(bits.ndim)]
-        index = jax.lax.broadcasted_iota(jnp.uint32, shape, dim)
-        weight = weight * jnp.uint32(2654435761) + 2 * index  # odd * odd + even: stays odd
-    if bits.ndim < 2:
-        return jnp.sum(bits * weight, dtype=jnp.uint32)
-    # Row by row, which CPUs do faster than one sum over all: XLA would join the two.
-    rows = jnp.sum(bits * weight, axis=-1, dtype=jnp.uint32)
-    return jnp.sum(jax.lax.optimization_barrier(rows), dtype=jnp.uint32)
-
-
-def _has_finite_numbers(x: jax.Array) -> jax.Array:
-    """bool scalar: no NaN or infinity; True of integers."""
-    x = offload.to_device(x)
-    return jnp.isfinite(x).all() if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.bool(True)
-
-
-class _Digests(NamedTuple):
-    """What a checkpoint is verified by: {path: uint32} and {path: no NaN and no infinity}."""
-
-    bits: dict[str, jax.Array]
-    finite: dict[str, jax.Array]
-
-
-@functools.partial(jax.jit, static_argnames="finite")
-def _digest_all(arrays: Mapping[str, jax.Array], finite: bool) -> _Digests:
-    # One program: simulated CPU devices stand still for ever once more than 32 programs with
-    # collectives have been started and none has ended; and waiting for one program an array took
-    # three quarters of a save's time.
-    return _Digests({path: _digest(x) for path, x in arrays.items()},
-                    {path: _has_finite_numbers(x) for path, x in arrays.items() if finite})
-
-
-def _digests(arrays: Mapping[str, jax.Array], finite: bool = False) -> _Digests:
-    """Without `finite`, the bits alone. Dispatched, not waited for, but for arrays in the host's memory: those visit the device one
-    by one, which may have no room for all."""
-    on_host = [p for p, x in arrays.items() if offload.is_on_host(x)]
-    total = _digest_all({p: x for p, x in arrays.items() if p not in on_host}, finite)
-    for path in on_host:
-        one = jax.block_until_ready(_digest_all({path: arrays[path]}, finite))
-        total = _Digests(total.bits | one.bits, total.finite | one.finite)
-    return total
 
 
 # --- writing -------------------------------------------------------------------------------
@@ -291,7 +232,7 @@ def save_args(step: int, state: Any, iterator_states: Mapping[int, bytes], confi
         record=RecordSave(
             Record(step, json.loads(config_json), infos,
                    progress=copy.deepcopy(dict(progress or {}))),
-            _digests(arrays).bits, dict(iterator_states)))
+            digests_of(arrays).bits, dict(iterator_states)))
 
 
 # --- reading -------------------------------------------------------------------------------
@@ -372,7 +313,7 @@ def check_frozen(where: os.PathLike | str, record: Record, frozen: Mapping) -> N
     _check_same(where, arrays, recorded, with_dtype=False)
     same_type = {p: x for p, x in arrays.items() if str(x.dtype) == recorded[p].dtype}
     wrong = [p.removeprefix(f"{FROZEN}/") for p, digest in jax.device_get(
-        _digests(same_type).bits).items() if int(digest) != recorded[p].digest]
+        digests_of(same_type).bits).items() if int(digest) != recorded[p].digest]
     if wrong:
         raise UserError(
             f"{where} was trained over frozen parameters that init_from no longer gives: "
@@ -460,11 +401,11 @@ def _read_arrays(folder: epath.Path, record: Record, expected: Mapping[str, Any]
         folder, lambda: ocp.PyTreeCheckpointHandler().restore(folder / "state", args=args))
     _agree(problem)
     arrays = named_leaves(restored)
-    digests = jax.device_get(_digests(arrays, finite=True))
-    wrong = [p for p, digest in digests.bits.items() if int(digest) != record.arrays[p].digest]
+    found = jax.device_get(digests_of(arrays, finite=True))
+    wrong = [p for p, digest in found.bits.items() if int(digest) != record.arrays[p].digest]
     if wrong:
         raise Unreadable(f"the bits of {_some(wrong)} are not those saved")
-    return arrays, digests.finite
+    return arrays, found.finite
 
 
 def _some(paths: Sequence[str]) -> str:

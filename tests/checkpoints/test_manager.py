@@ -20,7 +20,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from t5x_lite.checkpoints import format as checkpoint_format, manager
+from t5x_lite.checkpoints import digests, format as checkpoint_format, manager
 from t5x_lite.checkpoints.manager import (
     CheckpointConfig,
     Checkpointer,
@@ -140,7 +140,7 @@ def test_donating_the_state_right_after_save_changes_nothing(tmp_path, num_devic
 def test_digest_sees_a_flipped_bit_zeros_and_exchanged_blocks_but_no_mesh():
     x = jnp.arange(64.0).reshape(8, 8).astype(jnp.bfloat16)
     def digest_of(x):
-        return int(checkpoint_format._digests({"x": x}).bits["x"])
+        return int(digests.digests_of({"x": x}).bits["x"])
 
     digest = digest_of(x)
     for mesh, spec in ((mesh_of(8), ("fsdp",)), (mesh_of(4, 2), ("tensor", "fsdp"))):
