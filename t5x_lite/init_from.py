@@ -18,9 +18,9 @@ the same path. What the source holds beyond that is skipped.
     (("decoder/(.*self_attention.*)", r"encoder/\\1"),)        also start a decoder from an encoder
     ((r"(.*)/mlp/experts/(.*)", r"\\1/mlp/\\2"), (".*/router/.*", ""))   sparse upcycling
 
-A workdir of parameter-efficient tuning (models/peft.py) counts as the whole model, merged. Prompts and
-adapters that the source does not hold are left fresh without a rule; a fresh prompt starts as
-the embeddings of common tokens.
+A workdir of parameter-efficient tuning (models/peft.py) counts as the whole model, merged. Prompts,
+adapters and a scalar head that the source does not hold are left fresh without a rule; a fresh prompt
+starts as the embeddings of common tokens, a fresh head at 0.
 
 Two shapes may differ: a vocabulary may be padded (the new rows are the mean of the others,
 so that by Jensen's inequality they take no more of the softmax than their share of the

@@ -137,8 +137,11 @@ class Progress:
 
 def evaluation_line(step: int, task: str, metrics: Mapping[str, float]) -> str:
     """One task's held-out metrics in one line."""
-    text = (f"eval {task} at step {step}: loss {metrics['loss']:.4f} nats/token, "
-            f"accuracy {metrics['accuracy']:.2%}, perplexity {metrics['perplexity']:.4g}")
+    text = f"eval {task} at step {step}: loss {metrics['loss']:.4f} "
+    if "perplexity" in metrics:
+        text += f"nats/token, accuracy {metrics['accuracy']:.2%}, perplexity {metrics['perplexity']:.4g}"
+    else:
+        text += ", ".join(["of a pair", *(f"{n} {v:.4g}" for n, v in metrics.items() if n != "loss")])
     if math.isfinite(metrics.get("bits_per_byte", math.nan)):
         text += f", {metrics['bits_per_byte']:.3f} bits/byte"
     if "unigram_entropy" in metrics:

@@ -85,7 +85,7 @@ class Rows:
     def cuts_prompt(self) -> bool:
         """Whether a decoder's row is several segments, of which a soft prompt before it would reach
         the first alone."""
-        return self.shares_row and "decoder_segment_ids" in self.made["decoder"]
+        return "encoder" not in self.sides and "decoder_segment_ids" in self.made["decoder"]
 
     @property
     def reading_sides(self) -> list[str]:
@@ -227,6 +227,27 @@ def _preference(example: dict, eos_id: int, shared: bool) -> Sides:
     return {**encoder, "decoder": decoder}
 
 
+def _ranked(example: dict, eos_id: int, shared: bool) -> Sides:
+    """Two answers to one prompt as in `_preference`, each with a place more, of target 0, where the whole
+    answer has been read, EOS included: ANSWER is 1 or 2 there alone."""
+    import tensorflow as tf
+    prompt = example["inputs"] if shared else example["inputs"][:0]
+    decoder: dict = {}
+    for number, tokens in enumerate((example["targets"], example["rejected"]), 1):
+        inside = tf.concat([tf.zeros_like(prompt), tf.ones_like(tokens), [0]], 0)
+        segment = {
+            **_predict(tf.concat([prompt, tokens, [0]], 0),
+                       tf.cast(inside, tf.float32) if number == 1 else
+                       tf.zeros_like(inside, tf.float32)),
+            "decoder_segment_ids": number * tf.ones_like(inside),
+            "decoder_positions": tf.range(tf.size(inside)),
+            ANSWER: tf.concat([tf.zeros_like(inside[1:]), [number]], 0)}
+        decoder = {name: tf.concat([decoder[name], x], 0) if decoder else x
+                   for name, x in segment.items()}
+    encoder = {} if shared else {"encoder": {"encoder_input_tokens": example["inputs"]}}
+    return {**encoder, "decoder": decoder}
+
+
 def _rows_apart(task: "seqio.Task", inputs_length: int, targets_length: int) -> dict[str, int]:
     """Inputs and targets on a side each."""
     return {"inputs": inputs_length, "targets": targets_length}
@@ -249,15 +270,16 @@ def _inputs_alone(task: "seqio.Task", inputs_length: int, targets_length: int) -
     return {"inputs": inputs_length, "targets": inputs_length}
 
 
-def _two_answers(task: "seqio.Task", inputs_length: int, targets_length: int, *, shared: bool
-                 ) -> dict[str, int]:
-    """Half of the decoder's row for each answer, with its prompt where they share the row."""
-    room = targets_length // 2 - shared * inputs_length
+def _two_answers(task: "seqio.Task", inputs_length: int, targets_length: int, *, shared: bool,
+                 more: int = 0) -> dict[str, int]:
+    """Half of the decoder's row for each answer, with its prompt where they share the row, and `more`
+    places behind."""
+    room = targets_length // 2 - shared * inputs_length - more
     if room < 2:
         prompt = f"data.inputs_length={inputs_length} tokens of prompt and " if shared else ""
         raise UserError(f"data.targets_length={targets_length} holds two answers of {task.name!r}, "
                         f"each with {prompt}at least 2 of its own: set at least "
-                        f"{2 * (shared * inputs_length + 2)}")
+                        f"{2 * (shared * inputs_length + 2 + more)}")
     lengths = {"inputs": inputs_length, "targets": room, "rejected": room}
     return lengths | ({"reference": 2} if "reference" in task.output_features else {})
 
@@ -278,6 +300,16 @@ def _preferences(shared: bool, scored: bool) -> Rows:
             example if scored else {n: x for n, x in example.items() if n != "reference"},
             eos_id, shared),
         functools.partial(_two_answers, shared=shared), ends=not shared, packs=False)
+
+
+def _rankings(shared: bool) -> Rows:
+    """The kind of rows of `_ranked`."""
+    return Rows(
+        ("inputs", "targets", "rejected"), _DECODER if shared else _TWO_SIDES,
+        ({} if shared else {"encoder": _INPUTS}) | {"decoder": _ANSWERS},
+        functools.partial(_ranked, shared=shared),
+        functools.partial(_two_answers, shared=shared, more=1), pairs=False, ends=not shared,
+        packs=False)
 
 
 # An objective of training/objectives.py names its kind of rows. Add a row to add a kind.
@@ -301,6 +333,8 @@ ROWS: dict[str, Rows] = {
     "scored_preferences": _preferences(shared=True, scored=True),
     "seq2seq_preferences": _preferences(shared=False, scored=False),
     "seq2seq_scored_preferences": _preferences(shared=False, scored=True),
+    "rankings": _rankings(shared=True),
+    "seq2seq_rankings": _rankings(shared=False),
 }
 
 

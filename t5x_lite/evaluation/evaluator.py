@@ -20,7 +20,7 @@ from t5x_lite.data import (
 from t5x_lite.decoding.decode import DecodeConfig
 from t5x_lite.evaluation import predictor
 from t5x_lite.models.blocks import mixture_metrics
-from t5x_lite.training import metrics
+from t5x_lite.training import metrics, objectives
 
 ALL = "all"   # the key of the metrics over every task together
 
@@ -131,6 +131,8 @@ class Evaluator:
         nats, tokens = map(float, total["loss"])
         num_bytes = float(total["bytes"][0])
         result = metrics.divide(mixture_metrics({n: v for n, v in total.items() if n != "bytes"}))
+        if not objectives.OBJECTIVES[self._program.config.objective.name].predicts:
+            return result
         return {**result, "perplexity": metrics.perplexity(nats, tokens),
                 "bits_per_byte": metrics.bits_per_byte(nats, num_bytes) if num_bytes else math.nan,
                 "unigram_entropy": self._unigram_entropy[task]}
@@ -139,9 +141,11 @@ class Evaluator:
         """(input, greedy completion, target) texts of held-out rows, the tasks in turn.
 
         A language model goes on from a row's inputs, or from its first half; a masked one names
-        the tokens of a row that are to be named.
+        the tokens of a row that are to be named. Of a reward model there are none.
         """
         config = self._program.config
+        if not objectives.OBJECTIVES[config.objective.name].predicts:
+            return []
         rows = []
         for i in range(count):   # spread over a batch: neighbours come from one document
             task = list(self._batches)[i % len(self._batches)]

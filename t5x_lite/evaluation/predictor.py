@@ -86,8 +86,8 @@ class Predictor:
         config = program.config
         self._kind = data_rows.of(config.objective.rows)
         if not self._kind.pairs:
-            raise UserError(f"objective.name={config.objective.name!r} has no decoder to predict "
-                            "with: use a seq2seq, lm or prefix_lm model.")
+            raise UserError(f"objective.name={config.objective.name!r} writes no answers: use a "
+                            "seq2seq, lm or prefix_lm model.")
         self._program = program
         self._inputs_length = config.data.inputs_length
         self.widths = widths(config)

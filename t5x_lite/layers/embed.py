@@ -76,6 +76,22 @@ class HeadTransform(nnx.Module):
         return self.norm(ACTIVATIONS[self.activation](x))
 
 
+class ScalarHead(nnx.Module):
+    """A number a position, x_D . kernel_D: a reward model's score, or the value of a state.
+
+    It starts at 0: a reward model then finds all answers equally good, and values are 0.
+    """
+
+    def __init__(self, key: jax.Array, features: int):
+        self.kernel = param(key, (features, 1), ("embed", None), fan_in=features)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x_BLD -> float32 [B, L]."""
+        kernel = sharding.weight(self.kernel[...], ("embed", None), jnp.float32)
+        return sharding.dense(x.astype(jnp.float32), kernel,
+                              ("act_batch", "act_length", None))[..., 0]
+
+
 class LogitsBias(nnx.Module):
     """A bias a vocabulary entry, where the kernel is the embedding table."""
 

@@ -108,6 +108,9 @@ class ModelConfig:
     token_types: int = 0                    # BERT: 2; ids in the batch's encoder_token_types
     decoder_start_id: int = 0               # the token that the decoder behind an encoder begins with
     further_tokens: int = 0                 # predicted beside the next one, see further_tokens.py
+    # A number a position beside the logits: what objectives reward (the score of an answer) and ppo (the
+    # value of its beginning) learn. It starts at 0, and init_from need not hold it.
+    scalar_head: bool = False
     prompt_length: int = 0                  # learned vectors before the encoder's row, or before
     #                                         that of a decoder without encoder; not for packing
     init: InitConfig = InitConfig()

@@ -16,7 +16,14 @@ from flax import nnx
 from t5x_lite import tree
 from t5x_lite.errors import UserError, at_least, one_of
 from t5x_lite.layers import attention, masks, mlp, moe, norm, position
-from t5x_lite.layers.embed import HeadTransform, LogitsBias, Prompt, TokenEmbedding, TokenTypes
+from t5x_lite.layers.embed import (
+    HeadTransform,
+    LogitsBias,
+    Prompt,
+    ScalarHead,
+    TokenEmbedding,
+    TokenTypes,
+)
 from t5x_lite.layers.linear import INIT_KERNELS, Dense, RowKey, kernel_std
 from t5x_lite.layers.masks import Masking
 from t5x_lite.layers.routing import EXPERT_LOAD
@@ -63,6 +70,8 @@ class LanguageModel(nnx.Module):
             block = Block(own[0], config.embed_dim, stack.segments[-1].blocks[-1], *rest)
             setattr(self, f"further_token_{step}",
                     FurtherToken(own[1], config.embed_dim, block, *rest))
+        if config.scalar_head:
+            self.scalar_head = ScalarHead(jax.random.fold_in(key, 5), config.embed_dim)
         if config.prompt_length:
             self.prompt = Prompt(jax.random.fold_in(key, 6), config.prompt_length,
                                  config.embed_dim, config.init.embedding_std, dtype)
@@ -146,6 +155,10 @@ class LanguageModel(nnx.Module):
         if "bias" in params:
             logits = logits + params["bias"]
         return softcap * jnp.tanh(logits / softcap) if softcap else logits
+
+    def scalars(self, x: jax.Array) -> jax.Array:
+        """Hidden states x_BLD -> float32 [B, L], a number a position (config.scalar_head)."""
+        return self.scalar_head(x)
 
     def decode(self, tokens: jax.Array, cache: dict, head: Mapping[str, jax.Array] | None = None
                ) -> tuple[jax.Array, dict]:

@@ -74,6 +74,10 @@ class BoundModel(Protocol):
     def head(self, params: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
         """Hidden states [..., D] -> float32 logits [..., V]."""
 
+    def scalars(self, x: jax.Array) -> jax.Array:
+        """Hidden states x_BLD -> float32 [B, L], a number a position; asked where
+        config.scalar_head is set."""
+
     def init_cache(self, batch: Mapping[str, jax.Array], length: int) -> dict:
         """The cache of `length` slots a row that `decode` continues; see models/cache.py."""
 

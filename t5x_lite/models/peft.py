@@ -57,6 +57,8 @@ METHODS = ("none", "lora", "ia3", "prompt", "adapter", "bitfit", "regex")
 
 PROMPT = "prompt/embedding"              # models.ModelConfig.prompt_length
 EMBEDDING = "token_embedding/embedding"
+# models.ModelConfig.scalar_head: it starts at 0, so that every method trains it in full.
+SCALAR_HEAD = "scalar_head/kernel"
 
 _TARGETS = {
     "none": (r".*",),
@@ -123,7 +125,7 @@ class Tuning:
     @functools.cached_property
     def roles(self) -> dict[str, str]:
         """{base path: full | lora | ia3_output | ia3_input} of what the regexes select."""
-        roles: dict[str, str] = {}
+        roles: dict[str, str] = {SCALAR_HEAD: "full"} if SCALAR_HEAD in self.table else {}
         for field, role, patterns in _selections(self.config):
             for pattern in patterns:
                 for path in self._matches(field, pattern):
@@ -159,8 +161,8 @@ class Tuning:
 
     @property
     def keeps_base(self) -> bool:
-        """Whether every parameter of the model stays as it was, beside what trains."""
-        return not self.trainable.keys() & self.table.keys()
+        """Whether every parameter of the language model stays as it was, beside what trains."""
+        return not (self.trainable.keys() & self.table.keys()) - {SCALAR_HEAD}
 
     def split(self, params: Mapping[str, jax.Array], key: jax.Array) -> tuple[Flat, Flat]:
         """Base parameters -> (trainable, frozen), fresh A, B and l among the trainable.
@@ -238,8 +240,8 @@ def _added_rows(info: ParamInfo, role: str, config: PeftConfig) -> list[ParamInf
 
 
 def added(table: Table) -> frozenset[str]:
-    """Paths of the model's own parameters that only tuning needs: prompts and adapters."""
-    patterns = (*_TARGETS["prompt"], *_TARGETS["adapter"])
+    """Paths of the model's own parameters that only tuning needs: prompts, adapters and a scalar head."""
+    patterns = (*_TARGETS["prompt"], *_TARGETS["adapter"], SCALAR_HEAD)
     return frozenset(p for p in table if any(re.fullmatch(pattern, p) for pattern in patterns))
 
 

@@ -13,6 +13,9 @@ data/rows.py) and the one loss that train, eval and plan share:
     dpo         lm with two answers to a prompt, of which the chosen one is to become likelier than
                 the rejected one, measured from a reference model (training/preferences.py)
     seq2seq_dpo the same of an encoder-decoder
+    reward      two answers to a prompt, of which the chosen one is to have the higher score: a reward
+                model (training/preferences.py); its score is the model's scalar head
+    seq2seq_reward the same of an encoder-decoder
 
 Losses are sums. They are divided by the weight of the whole global batch, which is known
 before the first micro-batch, so that accumulating gradients changes nothing.
@@ -27,9 +30,11 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
+from t5x_lite.data import rows as data_rows
 from t5x_lite.data.rows import ANSWER, REFERENCE
 from t5x_lite.errors import Positive, Rate, UserError, one_of
 from t5x_lite.models import ahead
+from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.params import BoundModel
 from t5x_lite.training import losses, preferences
 from t5x_lite.training.preferences import REFERENCES
@@ -219,6 +224,38 @@ def _margin_metrics(margin_B: jax.Array, batch: Batch) -> Sums:
             "margin": (jnp.sum(jnp.where(is_pair_B, margin_B, 0.0)), pairs)}
 
 
+def _reward_pairs(batch: Batch) -> dict[str, jax.Array]:
+    """The number of pairs."""
+    return {"pairs": jnp.sum(preferences.is_pair(batch[ANSWER]), dtype=jnp.float32)}
+
+
+def _reward(module: BoundModel, batch: Batch, key: jax.Array | None, config: ObjectiveConfig,
+            divisors: Mapping[str, jax.Array], parts: int = 1) -> tuple[jax.Array, Sums]:
+    """Bradley and Terry's loss of the scores' difference, its mean over pairs (Ouyang et al. 2022,
+    arXiv:2203.02155, equation 1, with one pair a prompt); a loss of the table.
+
+        - log sigmoid(r(x, y_w) - r(x, y_l))
+    """
+    hidden, aux = module(batch, key)
+    scores_BL = module.scalars(hidden)
+    margin_B = preferences.margins(scores_BL, batch[ANSWER], None)
+    is_pair_B = preferences.is_pair(batch[ANSWER])
+    loss_B = preferences.sigmoid_loss(margin_B, 1.0, config.label_smoothing)
+    loss_sum = jnp.sum(jnp.where(is_pair_B, loss_B, 0.0))
+    total, aux = _with_aux(loss_sum / divisors["pairs"], aux, parts)
+    metrics = _margin_metrics(margin_B, batch)
+    pairs = metrics["margin"][1]
+    chosen = preferences.of_answers(scores_BL, batch[ANSWER])[:, 0]
+    metrics |= {"loss": (loss_sum, pairs), "chosen_score": (jnp.sum(chosen), pairs)}
+    return total, {**jax.lax.stop_gradient(metrics), **aux}
+
+
+def answer_score(module: BoundModel, batch: Batch) -> jax.Array:
+    """float32 [B]: what a reward model makes of rows whose ANSWER is 1 where an answer has been read."""
+    hidden, _ = module(batch, None)
+    return preferences.of_answers(module.scalars(hidden), batch[ANSWER])[:, 0]
+
+
 def _margin(module: BoundModel, hidden: jax.Array, batch: Batch, config: ObjectiveConfig,
             divisors: Mapping[str, jax.Array]) -> tuple[float, Sums]:
     """No further term, but the metrics of the margin: held-out data of `_dpo`."""
@@ -239,6 +276,9 @@ class Objective:
     divisors: Callable[[Batch], dict[str, jax.Array]] = target_weight
     # As `loss`, of held-out data: its "loss" is the targets' cross-entropy; None: `loss` itself.
     held_out: Callable[..., tuple[jax.Array, Sums]] | None = None
+    scalar_head: bool = False   # whether it needs model.scalar_head
+    # Whether "loss" of held-out data is nats of targets, of which perplexity and bits per byte are made.
+    predicts: bool = True
     scored: str = ""   # a key of ROWS: `rows` with a reference's scores, of objectives that have one
 
 
@@ -252,19 +292,24 @@ OBJECTIVES: dict[str, Objective] = {
     "mlm": Objective(("encoder_only",), "mlm"),
     "dpo": Objective(
         ("decoder_only",), "preferences", _dpo, _dpo_weight,
-        functools.partial(likelihood, also=_margin), "scored_preferences"),
+        functools.partial(likelihood, also=_margin), scored="scored_preferences"),
     "seq2seq_dpo": Objective(
         ("encoder_decoder",), "seq2seq_preferences", _dpo, _dpo_weight,
-        functools.partial(likelihood, also=_margin), "seq2seq_scored_preferences"),
+        functools.partial(likelihood, also=_margin), scored="seq2seq_scored_preferences"),
+    "reward": Objective(("decoder_only",), "rankings", _reward, _reward_pairs, scalar_head=True,
+                        predicts=False),
+    "seq2seq_reward": Objective(("encoder_decoder",), "seq2seq_rankings", _reward, _reward_pairs,
+                                scalar_head=True, predicts=False),
 }
 
 
-def validate(config: ObjectiveConfig, architecture: str) -> None:
-    """Raises UserError for an unknown objective or one that the architecture cannot take."""
+def validate(config: ObjectiveConfig, model: ModelConfig) -> None:
+    """Raises UserError for an unknown objective or one that the model cannot take."""
+    architecture = model.architecture
     one_of("objective.name", config.name, OBJECTIVES)
     one_of("objective.preference_loss", config.preference_loss, preferences.LOSSES)
     one_of("objective.reference", config.reference, REFERENCES)
-    if OBJECTIVES[config.name].scored and config.label_smoothing >= 0.5:
+    if data_rows.of(OBJECTIVES[config.name].rows).compares and config.label_smoothing >= 0.5:
         raise UserError(f"objective.label_smoothing={config.label_smoothing} is the share of pairs "
                         f"that are labelled wrongly in objective.name={config.name!r}: from 0.5 on "
                         "nothing can be learned of them. Set it below.")
@@ -272,6 +317,9 @@ def validate(config: ObjectiveConfig, architecture: str) -> None:
         fitting = of_architecture(architecture)
         raise UserError(f"objective.name={config.name!r} does not fit "
                         f"model.architecture={architecture!r}: use {' or '.join(fitting)}.")
+    if OBJECTIVES[config.name].scalar_head and not model.scalar_head:
+        raise UserError(f"objective.name={config.name!r} learns a number a position: set "
+                        "model.scalar_head=True.")
 
 
 def of_architecture(architecture: str) -> list[str]:
