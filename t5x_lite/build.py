@@ -240,7 +240,7 @@ def build(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Pro
     errors.check(config)   # a config made in Python has not come through the door
     policy = precision.policy(config.precision)
     language_model.validate(config.model)
-    objectives.validate(config.objective, config.model)
+    objectives.validate(config.objective, config.model.architecture, config.model.scalar_head)
     mesh = sharding.make_mesh(config.mesh, devices)
     _check_fp8(policy, mesh)
     rules = Rules({**sharding.DEFAULT_RULES, **config.sharding.rules})

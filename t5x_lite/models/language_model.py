@@ -156,10 +156,6 @@ class LanguageModel(nnx.Module):
             logits = logits + params["bias"]
         return softcap * jnp.tanh(logits / softcap) if softcap else logits
 
-    def scalars(self, x: jax.Array) -> jax.Array:
-        """Hidden states x_BLD -> float32 [B, L], a number a position (config.scalar_head)."""
-        return self.scalar_head(x)
-
     def decode(self, tokens: jax.Array, cache: dict, head: Mapping[str, jax.Array] | None = None
                ) -> tuple[jax.Array, dict]:
         """The next tokens_BL of each row -> (float32 logits_BLV, cache).

@@ -5,7 +5,7 @@ The table says what is known of each parameter of a model before it holds a numb
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -52,6 +52,8 @@ class BoundModel(Protocol):
     """
 
     config: Any
+    # Hidden states x_BLD -> float32 [B, L], a number a position; there where config.scalar_head is set.
+    scalar_head: Callable[[jax.Array], jax.Array]
 
     def __call__(self, batch: Mapping[str, jax.Array], key: Any = None) -> tuple[jax.Array, dict]:
         """A training batch and dropout keys (None: no dropout) -> (hidden states before the
@@ -73,10 +75,6 @@ class BoundModel(Protocol):
 
     def head(self, params: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
         """Hidden states [..., D] -> float32 logits [..., V]."""
-
-    def scalars(self, x: jax.Array) -> jax.Array:
-        """Hidden states x_BLD -> float32 [B, L], a number a position; asked where
-        config.scalar_head is set."""
 
     def init_cache(self, batch: Mapping[str, jax.Array], length: int) -> dict:
         """The cache of `length` slots a row that `decode` continues; see models/cache.py."""

@@ -34,7 +34,6 @@ from t5x_lite.data import rows as data_rows
 from t5x_lite.data.rows import ANSWER, REFERENCE
 from t5x_lite.errors import Positive, Rate, UserError, one_of
 from t5x_lite.models import ahead
-from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.params import BoundModel
 from t5x_lite.training import losses, preferences
 from t5x_lite.training.preferences import REFERENCES
@@ -237,7 +236,7 @@ def _reward(module: BoundModel, batch: Batch, key: jax.Array | None, config: Obj
         - log sigmoid(r(x, y_w) - r(x, y_l))
     """
     hidden, aux = module(batch, key)
-    scores_BL = module.scalars(hidden)
+    scores_BL = module.scalar_head(hidden)
     margin_B = preferences.margins(scores_BL, batch[ANSWER], None)
     is_pair_B = preferences.is_pair(batch[ANSWER])
     loss_B = preferences.sigmoid_loss(margin_B, 1.0, config.label_smoothing)
@@ -253,7 +252,7 @@ def _reward(module: BoundModel, batch: Batch, key: jax.Array | None, config: Obj
 def answer_score(module: BoundModel, batch: Batch) -> jax.Array:
     """float32 [B]: what a reward model makes of rows whose ANSWER is 1 where an answer has been read."""
     hidden, _ = module(batch, None)
-    return preferences.of_answers(module.scalars(hidden), batch[ANSWER])[:, 0]
+    return preferences.of_answers(module.scalar_head(hidden), batch[ANSWER])[:, 0]
 
 
 def _margin(module: BoundModel, hidden: jax.Array, batch: Batch, config: ObjectiveConfig,
@@ -303,9 +302,11 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
-def validate(config: ObjectiveConfig, model: ModelConfig) -> None:
-    """Raises UserError for an unknown objective or one that the model cannot take."""
-    architecture = model.architecture
+def validate(config: ObjectiveConfig, architecture: str, scalar_head: bool = False) -> None:
+    """Raises UserError for an unknown objective or one that the model cannot take.
+
+    scalar_head: whether the model has one.
+    """
     one_of("objective.name", config.name, OBJECTIVES)
     one_of("objective.preference_loss", config.preference_loss, preferences.LOSSES)
     one_of("objective.reference", config.reference, REFERENCES)
@@ -317,7 +318,7 @@ def validate(config: ObjectiveConfig, model: ModelConfig) -> None:
         fitting = of_architecture(architecture)
         raise UserError(f"objective.name={config.name!r} does not fit "
                         f"model.architecture={architecture!r}: use {' or '.join(fitting)}.")
-    if OBJECTIVES[config.name].scalar_head and not model.scalar_head:
+    if OBJECTIVES[config.name].scalar_head and not scalar_head:
         raise UserError(f"objective.name={config.name!r} learns a number a position: set "
                         "model.scalar_head=True.")
 

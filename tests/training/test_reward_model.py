@@ -96,7 +96,7 @@ def test_it_learns_and_equals_answers_apart(pairs, name):  # noqa: F811
         def expected(trained):
             flat = of.tuning.combine(tree.flatten(trained), tree.flatten(state["frozen"]))
             module = program.model.bind(tree.unflatten(flat))
-            chosen, rejected = (module.scalars(module(part, None)[0])[places]
+            chosen, rejected = (module.scalar_head(module(part, None)[0])[places]
                                 for part, places in apart(batch))
             return -jnp.mean(jax.nn.log_sigmoid(chosen - rejected))
 
