@@ -125,7 +125,7 @@ def _cell(value: bias.Value) -> str:
 
 
 def to_json(kind: str, data: str, results: Sequence[Result]) -> dict[str, Any]:
-    """The same for programs; what is no number is null."""
+    """The results of one kind of measurement as one JSON object; what is no number is null."""
     def plain(value: bias.Value) -> dict[str, float | None]:
         return {n: v if math.isfinite(v) else None for n, v in value._asdict().items()}
     return {"kind": kind, "data": data, "bootstrap": bias.SAMPLES, "checkpoints": [

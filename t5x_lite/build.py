@@ -329,7 +329,7 @@ def _check_rows(config: RunConfig) -> None:
 
 
 def _check_reference(config: RunConfig, tuning: Tuning) -> None:
-    """That the untuned model is there, where the objective measures from it."""
+    """Raises UserError where the objective measures from an untuned model that the run does not keep."""
     if config.objective.asks_base and not tuning.keeps_base:
         raise UserError(
             f"objective.reference='base' is the model under peft.method=lora or ia3, but "

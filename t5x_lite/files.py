@@ -235,7 +235,7 @@ def write_whole(path: os.PathLike | str, text: str) -> None:
 
 
 def write_bytes(path: os.PathLike | str, content: bytes) -> None:
-    """The same of bytes. A bucket's objects are never seen in part."""
+    """Writes a file whole: readers see the old content or the new one, never a part, in a bucket too."""
     if is_url(path):
         buckets.write(path, content)
         return

@@ -146,7 +146,7 @@ def load(workdir: str | os.PathLike, step: int | str = "last", overrides: Sequen
 
 
 def _texts(texts: Iterable[str], what: str) -> list[str]:
-    """As a list. Raises UserError for one string, and where others than strings are among them."""
+    """The texts as a list. Raises UserError for a single string, and for what is no string."""
     if isinstance(texts, str):
         raise UserError(f"{what} must be a list of strings; for one, write [{texts!r}]")
     texts = list(texts)
@@ -157,7 +157,7 @@ def _texts(texts: Iterable[str], what: str) -> list[str]:
 
 
 def _pairs(examples: Examples, what: str) -> list[tuple[str, str]]:
-    """As a list. Raises UserError for none, and for what is no pair of strings."""
+    """The examples as a list. Raises UserError for none, and for what is no pair of strings."""
     examples = list(examples)
     if not examples:
         raise UserError(f"no examples to {what}")

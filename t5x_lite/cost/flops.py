@@ -303,7 +303,7 @@ class ParameterCounts:
 
     @property
     def non_embedding_active(self) -> float:
-        """Those of them that one token meets."""
+        """Parameters beside embeddings and head that one token meets (of a mixture, its experts' alone)."""
         return self.active - self.embedding - self.logits
 
 

@@ -53,7 +53,7 @@ def all_spans(unit: str, subject: str, spans: Spans) -> Spans:
 
 
 def spans_beside_the_name(unit: str, subject: str, spans: Spans) -> Spans:
-    """Those that do not touch the subject's name, in a unit that holds it."""
+    """The spans that do not touch the subject's name; none where the unit does not hold the name."""
     named = names.places(unit, subject)
     if not named:
         return []

@@ -101,7 +101,8 @@ def _counted(task: str) -> tuple[str, dict[Neighbours, str]]:
 
 
 def count(rows: Iterable[tuple[str, str]]) -> tuple[str, dict[Neighbours, str]]:
-    """The same of (inputs, targets) texts."""
+    """(the most frequent filling, {its neighbours: the most frequent filling there}) of rows of
+    (inputs, targets) texts."""
     overall: collections.Counter = collections.Counter()
     beside: dict[Neighbours, collections.Counter] = collections.defaultdict(collections.Counter)
     for inputs, targets in rows:

@@ -131,7 +131,8 @@ def normalize_squad(answer: str) -> str:
 
 
 def normalize_trivia_qa(answer: str) -> str:
-    """As SQuAD's, but punctuation, curly quotes included, becomes a space (TriviaQA's script)."""
+    """An answer in lower case without articles and double spaces, its punctuation and curly quotes
+    become spaces (TriviaQA's script; SQuAD's drops them)."""
     text = answer.lower().translate({ord(c): " " for c in _TRIVIA_QA_PUNCTUATION})
     return " ".join(_ARTICLES.sub(" ", text).split())
 

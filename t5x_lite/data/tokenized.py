@@ -69,7 +69,7 @@ class TokenizedSource(seqio.DataSource):
 
     def get_dataset(self, split: str = "train", shuffle: bool = True, seed: int | None = None,
                     shard_info: seqio.ShardInfo | None = None, **unused) -> tf.data.Dataset:
-        """As DocumentSource's, of examples instead of documents."""
+        """Tokenised examples of the split or of a shard's files, files shuffled anew each epoch."""
         if split not in self._specs:
             self._specs[split] = self._examples(split).element_spec
         spec = self._specs[split]

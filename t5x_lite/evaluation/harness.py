@@ -283,7 +283,7 @@ class HarnessModel(TemplateLM):
         return [data_vocabulary.text_of(self._vocabulary, [i]) for i in range(size)]
 
     def _prompt(self, context: str, new: int) -> list[int]:
-        """Its tokens, cut at the left to leave room for `new` ones in a row that both share."""
+        """The context's tokens, cut at the left to leave room for `new` ones in a row that both share."""
         room = self.max_length - new if self._kind.shares_row else self.max_length
         if self._kind.shares_row and self._kind.ends:
             return [self._start, *self.tok_encode(context)[-max(room - 1, 1):]]

@@ -33,7 +33,7 @@ class Runs:
     settings: Sequence[Mapping[str, str]]
 
     def rows(self, chosen: Sequence[int]) -> "Runs":
-        """Those runs alone."""
+        """The chosen runs (indices) alone."""
         return Runs(self.name, self.x[chosen], self.budget[chosen], self.loss[chosen],
                     [self.seeds[i] for i in chosen], [self.settings[i] for i in chosen])
 

@@ -51,7 +51,8 @@ def fitted(workdir: files.Path, names: Sequence[str], columns: Mapping[str, str]
 
 def fitted_to(table: Table, curves: Table | None, names: Sequence[str], *, draws: int = 200
               ) -> dict[str, Found]:
-    """The same of tables that have been read; without curves there is no envelope."""
+    """{law or approach: its fit, or in words why there is none} of tables that have been read; without
+    curves there is no envelope."""
     found: dict[str, Found] = {}
     for name in names:
         runs = curves if name in frontier.OF_CURVES else table

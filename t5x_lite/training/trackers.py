@@ -71,7 +71,7 @@ TRACKERS: dict[str, Callable[[About], TrackedRun]] = {"wandb": _wandb, "trackio"
 
 
 class Trackers:
-    """Those that a run names; in processes other than 0, none.
+    """The trackers that a run names; in processes other than 0, none.
 
     Raises:
         UserError: one that is not installed, or does not let the run begin.
