@@ -5,6 +5,7 @@ import json
 import re
 import runpy
 import shutil
+import tomllib
 
 import pytest
 
@@ -60,3 +61,9 @@ def test_a_release_fills_it_in_everywhere(tmp_path, new):
         file: len(names) for file, names in before.items()}
     assert {one for names in after.values() for one in names} == {new}
     assert set_repository.change(tmp_path, new) == []
+
+
+def test_extras_keep_their_spelling_in_the_wheel():
+    """setuptools 75 writes plan_gpu as plan-gpu, of which the pip of Python 3.11 installs nothing."""
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]
+    assert build["requires"] == ["setuptools>=64,<75"]
