@@ -2,8 +2,9 @@
 
     --input=FILE        .jsonl ({"inputs" or "question": …, "targets" or "answer": …}), .json (a
                         list of such objects), .tsv (inputs, tab, targets) or text (an input a
-                        line), also .gz; - is standard input, which as any pipe needs
-                        --format=jsonl|json|tsv|text
+                        line), also .gz, or conversations, .jsonl of {"messages"} (data/chats.py);
+                        - is standard input, which as any pipe needs
+                        --format=jsonl|json|tsv|text|chats
     --task=NAME         instead: the --split of a seqio task
     --mode=predict      or score: the log-probability of each of the targets
     --step=last         best or a number: which checkpoint of the workdir
@@ -53,13 +54,14 @@ from t5x_lite import config as configs, files, init_from, log
 from t5x_lite.build import Program, build
 from t5x_lite.config import RunConfig
 from t5x_lite.data import readers, tasks as data_tasks, vocabulary as data_vocabulary
+from t5x_lite.data.chat_prompts import ChatPrompts, is_chats
 from t5x_lite.decoding.decode import DecodeConfig
 from t5x_lite.errors import UserError, nearest
 from t5x_lite.evaluation.predictor import Predictor, Text
 from t5x_lite.parallel import processes
 from t5x_lite.training import state
 
-FORMATS = ("jsonl", "json", "tsv", "text")
+FORMATS = ("jsonl", "json", "tsv", "text", "chats")
 MODES = ("predict", "score")
 _FINGERPRINT = 1 << 16   # bytes of the input's beginning that tell it from another
 _SECONDS_BETWEEN_REPORTS = 10.0
@@ -157,6 +159,16 @@ def _parse_object(record: Mapping, where: str) -> tuple[str, tuple[str, ...]]:
     return inputs, tuple(targets)
 
 
+def _item(number: int, entry: str | Mapping, kind: str, where: str,
+          chats: ChatPrompts | None) -> Item:
+    """The item of a line or an object. Raises UserError, `where` in front, for a malformed one."""
+    if kind == "chats":
+        text, ids, targets = chats.prompt(readers.json_object(entry, where), where)
+        return Item(number, text, ids, targets)
+    inputs, targets = parse(entry, kind, where)
+    return Item(number, inputs, inputs, targets)
+
+
 def _check_targets(targets: Sequence[str], where: str) -> None:
     """Raises UserError where there is nothing to score, or an empty text among it."""
     if not any(target.strip() for target in targets):
@@ -174,7 +186,7 @@ def _refuse(error: UserError) -> NoReturn:
 
 
 def read_lines(file: Iterable[bytes], kind: str, *, on_error: str, needs_targets: bool,
-               name: str = "input") -> Iterator[Item]:
+               name: str = "input", chats: ChatPrompts | None = None) -> Iterator[Item]:
     """The items of a file; a malformed line is said and skipped, or raised with its number.
 
     Args:
@@ -182,17 +194,18 @@ def read_lines(file: Iterable[bytes], kind: str, *, on_error: str, needs_targets
         kind: one of FORMATS.
         on_error: skip or refuse. A compressed file that is cut off ends where it is cut.
         needs_targets: whether a line without targets is malformed.
+        chats: what writes prompts; needed of the kind "chats" alone.
     """
     treat = {"skip": _skip, "refuse": _refuse}[on_error]
     for number, where, entry in _records(file, kind, name, treat):
         try:
-            inputs, targets = parse(entry, kind, where)
+            item = _item(number, entry, kind, where, chats)
             if needs_targets:
-                _check_targets(targets, where)
+                _check_targets(item.targets, where)
         except UserError as error:
             treat(error)
             continue
-        yield Item(number, inputs, inputs, targets)
+        yield item
 
 
 def read_task(config: RunConfig, name: str, split: str) -> Iterator[Item]:
@@ -433,31 +446,37 @@ def _gathered(program: Program, params: dict) -> dict:
     return params
 
 
-def _items(config: RunConfig, values: Any) -> tuple[Iterator[Item], str]:
-    """What the flags say to read, and its name."""
+def _items(config: RunConfig, values: Any, decode: DecodeConfig
+           ) -> tuple[Iterator[Item], str, DecodeConfig]:
+    """What the flags say to read, its name, and how it is decoded: an answer in a conversation ends
+    with its turn."""
     for name, allowed in (("mode", MODES), ("on_error", ("refuse", "skip"))):
         if getattr(values, name) not in allowed:
             raise UserError(f"--{name}={getattr(values, name)}: must be {' or '.join(allowed)}.")
     if bool(values.input) == bool(values.task):
         raise UserError("give either --input=FILE or --task=NAME.")
     if values.task:
-        return read_task(config, values.task, values.split), f"{values.task}/{values.split}"
+        return read_task(config, values.task, values.split), f"{values.task}/{values.split}", decode
     kind = format_of(values.input, values.format)
     lines, name = open_input(values.input)
     if jax.process_count() > 1 and not files.is_file(values.input):
         raise UserError(f"--input={values.input}: {jax.process_count()} processes cannot share one "
                         f"{'pipe' if name == values.input else name}; write it to a file that all "
                         "of them see.")
+    chats = None
+    if kind == "chats" or kind == "jsonl" and is_chats(values.input):
+        kind, chats = "chats", ChatPrompts(config.data)
+        decode = chats.ending(decode)
     log.say(f"reading {name} as {kind}")
-    return read_lines(lines, kind, on_error=values.on_error, name=name,
-                      needs_targets=values.mode == "score"), source_of(values.input, kind)
+    return read_lines(lines, kind, on_error=values.on_error, name=name, chats=chats,
+                      needs_targets=values.mode == "score"), source_of(values.input, kind), decode
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "The folder of the run whose model predicts.")
     flags.DEFINE_string("step", "last", "last, best or the number of a step.")
     flags.DEFINE_string("input", "", "A .jsonl, .json, .tsv or text file; - for standard input.")
-    flags.DEFINE_string("format", "", "jsonl, json, tsv or text; default: by the file's ending.")
+    flags.DEFINE_string("format", "", f"One of {', '.join(FORMATS)}; default: by the file.")
     flags.DEFINE_string("task", "", "A seqio task to read instead of a file.")
     flags.DEFINE_string("split", "validation", "The task's split.")
     flags.DEFINE_string("output", None, "The .jsonl file to write or go on with.")
@@ -473,7 +492,7 @@ if __name__ == "__main__":
         config, workdir = cli.saved_or_given(values.workdir, given_config)
         given = config_flags.get_override_values(values["decode"])
         decode = dataclasses.replace(config.eval.decode, **given)
-        items, source = _items(config, values)
+        items, source, decode = _items(config, values, decode)
         infer(config, workdir, values.step, decode, items, files.path(values.output),
               mode=values.mode, source=source)
 

@@ -63,6 +63,15 @@ def side_by_side(ids: Sequence[int], used: int, vocabulary) -> Iterator[str]:
         yield f"    {used:>5}  {len(ids) - used} x padding"
 
 
+def _spans(is_learned: np.ndarray) -> str:
+    """": 3-5, 9-12", the places of targets that are learned, where others stand between them."""
+    steps = np.diff(np.pad(is_learned.astype(np.int8), 1))
+    firsts, lasts = np.flatnonzero(steps > 0), np.flatnonzero(steps < 0) - 1
+    if len(firsts) < 2:
+        return ""
+    return ": " + ", ".join(f"{a}-{b}" for a, b in zip(firsts, lasts, strict=True))
+
+
 def describe(config: DataConfig, name: str, split: str, objective: str, rows: int,
              examples: int) -> str:
     """The whole report. Raises UserError for an unknown task, split or objective."""
@@ -92,7 +101,7 @@ def describe(config: DataConfig, name: str, split: str, objective: str, rows: in
         weights = np.asarray(batch["decoder_loss_weights"][row])
         first = int(np.argmax(weights > 0))
         lines.append(f"  loss on {int((weights > 0).sum())} of {len(weights)} targets, the first "
-                     f"at {first}")
+                     f"at {first}{_spans(weights > 0)}")
     return "\n".join([*lines, *_lengths(config, name, split, kind, examples)])
 
 
@@ -109,9 +118,13 @@ def _lengths(config: DataConfig, name: str, split: str, kind: str, examples: int
             shown, rows.task_lengths(task, config.inputs_length, config.targets_length))
         return
     shares = rows.shares_row and "inputs" in shown[0]
-    rooms = {"inputs": [config.inputs_length] * len(shown),
+    limits = rows.task_lengths(task, config.inputs_length, config.targets_length)
+    # Conversations have all of their row (data/rows.py).
+    whole = shares and limits["inputs"] == limits["row"]
+    held = {"inputs": "targets_length" if whole else "inputs_length", "targets": "targets_length"}
+    rooms = {"inputs": [getattr(config, held["inputs"])] * len(shown),
              "targets": [config.targets_length - shares * min(
-                 len(e.get("inputs", ())), config.inputs_length) for e in shown]}
+                 len(e.get("inputs", ())), limits.get("inputs", 0)) for e in shown]}
     yield f"lengths of the first {len(shown)} examples, in tokens"
     for feature in sorted(rooms.keys() & shown[0].keys()):
         sizes = [len(example[feature]) for example in shown]
@@ -119,7 +132,7 @@ def _lengths(config: DataConfig, name: str, split: str, kind: str, examples: int
         line = f"  {feature:<8} mean {np.mean(sizes):.1f}, longest {max(sizes)}; {cut} of "
         line += f"{len(sizes)} longer than "
         line += "what inputs leave of " if shares and feature == "targets" else ""
-        line += f"{feature}_length={getattr(config, f'{feature}_length')} and cut"
+        line += f"{held[feature]}={getattr(config, held[feature])} and cut"
         empty = sum(n <= 1 for n in sizes)
         yield line + (f"; {empty} empty" if empty else "")
 

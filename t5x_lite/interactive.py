@@ -4,6 +4,7 @@
     session = interactive.load("runs/my_run")               # or interactive.start(config)
     session.train([("2 + 2", "4"), ("3 + 1", "4")], num_steps=20)
     session.predict(["2 + 3"], method="beam", beam_size=4)   # ["5"]
+    session.chat([[{"role": "user", "content": "2 + 3?"}]])  # ["5"], by the tokenizer's chat template
     session.score(["2 + 3"], ["5"])                          # [-0.31], nats
     session.evaluate([("2 + 3", "5")], [metrics.accuracy])   # {"accuracy": 100.0}
 
@@ -12,7 +13,7 @@ Nothing is written; the steps are those of t5x_lite.train, on the config's mesh.
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read on import
 
@@ -25,6 +26,7 @@ from t5x_lite import config as configs, errors, files, init_from
 from t5x_lite.build import Program, build
 from t5x_lite.config import RunConfig
 from t5x_lite.data import tasks as data_tasks, vocabulary as data_vocabulary
+from t5x_lite.data.chat_prompts import ChatPrompts
 from t5x_lite.decoding.decode import DecodeConfig
 from t5x_lite.decoding.logits_fn import LogitsFn
 from t5x_lite.errors import UserError
@@ -89,6 +91,19 @@ class Session:
             predictions = predictor.predict(self.params, inputs)
         predictor.say_misfits()
         return predictions
+
+    def chat(self, conversations: Sequence[Sequence[Mapping[str, str]]], **decode) -> list[str]:
+        """The assistant's next message in each conversation, a list of {"role", "content"} that the
+        chat template of the vocabulary writes out; decode: fields of DecodeConfig."""
+        prompts = ChatPrompts(self.program.config.data)
+        read = [prompts.prompt({"messages": list(turns)}, f"conversation {number}")[1]
+                for number, turns in enumerate(conversations, 1)]
+        config = prompts.ending(_decode_config(self.program.config.eval.decode, decode))
+        predictor = self._predictor(config)
+        with self.program.activate():
+            predictions = predictor.predict(self.params, read)
+        predictor.say_misfits()
+        return [p.texts[0] for p in predictions]
 
     def score(self, inputs: Sequence[str], targets: Sequence[str]) -> list[float]:
         """log p(target | input) of each pair, in nats."""

@@ -35,7 +35,7 @@ LONGEST_CHAIN = 12   # modules, each importing the next
 # it where a task is made; the rest of the house reaches it by data/tasks.py, which imports it inside
 # functions only. So does the command that reads Mesh TensorFlow's checkpoints.
 TENSORFLOW = ("tensorflow", "tensorflow_datasets", "tensorflow_text", "seqio")
-TENSORFLOW_FREE_DATA = ("config", "tasks", "batches", "vocabulary", "spans")
+TENSORFLOW_FREE_DATA = ("config", "tasks", "batches", "vocabulary", "spans", "chat_template", "chat_prompts")
 MAY_IMPORT_TENSORFLOW = ("data", "convert")
 
 MAX_LINES = 500

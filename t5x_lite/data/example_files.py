@@ -6,7 +6,8 @@
 A .jsonl line is {"inputs": …, "targets": …} or {"question": …, "answer": […]}; a .tsv line
 inputs, a tab, the target, and further allowed answers behind more tabs. A .json file is a list of
 such objects, or of WebQuestions' own (its published files), or a task of BIG-bench (see below).
-A .jsonl of {"prompt", "chosen", "rejected"} is preferences (preferences.py).
+A .jsonl of {"prompt", "chosen", "rejected"} is preferences (preferences.py), one of {"messages": [{"role",
+"content"}, …]} conversations (chats.py).
 Each may be compressed: .jsonl.gz. Paths with commas, "=" and "[" are read as they are (paths.py).
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 import seqio
 
 from t5x_lite.data import (
+    chats,
     choices,
     paths,
     preferences,
@@ -174,8 +176,10 @@ def task(path: str, field: str = "data.train") -> seqio.Task:
             kind = kind_of(files)
         elif any(map(preferences.is_preferences, files)):
             kind = preferences.kind_of(files)
+        elif any(map(chats.is_chats, files)):
+            kind = chats.KIND
         _TASKS[path] = _TASKS[name] = seqio.Task(
-            name, source=records.RecordSource(
+            name, source=kind.source(
                 "examples", splits,
                 functools.partial(_part, start=start, stop=stop, read=kind.read),
                 version=f"{start}:{stop}:{kind.read.__qualname__}"),

@@ -32,6 +32,8 @@ from t5x_lite.errors import UserError, one_of
 if TYPE_CHECKING:
     import seqio
 
+# A feature that tasks may have, of conversations: the loss weights of the tokens of "inputs".
+INPUTS_WEIGHTS = "inputs_weights"
 ANSWER, REFERENCE = "decoder_answer", "decoder_reference"   # arrays of rows that hold preferences
 # What to do about a task that lacks a feature, of those that few tasks have.
 FIXES = {
@@ -173,7 +175,8 @@ def _lm(example: dict, eos_id: int) -> Sides:
     if "inputs" not in example:
         return {"decoder": _predict(example["targets"])}
     inputs, targets = example["inputs"], example["targets"]
-    weights = tf.concat([tf.zeros_like(inputs, tf.float32), tf.ones_like(targets, tf.float32)], 0)
+    before = example.get(INPUTS_WEIGHTS, tf.zeros_like(inputs, tf.float32))
+    weights = tf.concat([before, tf.ones_like(targets, tf.float32)], 0)
     return {"decoder": _predict(tf.concat([inputs, targets], 0), weights)}
 
 
@@ -265,6 +268,13 @@ def _one_row(task: "seqio.Task", inputs_length: int, targets_length: int) -> dic
             "row": targets_length}
 
 
+def _one_row_of_turns(task: "seqio.Task", inputs_length: int, targets_length: int) -> dict[str, int]:
+    """As _one_row; where inputs bear loss as well they may have all of the row."""
+    if INPUTS_WEIGHTS not in task.output_features:
+        return _one_row(task, inputs_length, targets_length)
+    return dict.fromkeys(("inputs", INPUTS_WEIGHTS, "targets", "row"), targets_length)
+
+
 def _inputs_alone(task: "seqio.Task", inputs_length: int, targets_length: int) -> dict[str, int]:
     """Targets stand where the inputs do."""
     return {"inputs": inputs_length, "targets": inputs_length}
@@ -321,7 +331,7 @@ ROWS: dict[str, Rows] = {
         ("inputs", "targets"), _TWO_SIDES, {"encoder": _INPUTS, "decoder": _TARGETS | _CHOICE},
         _choices, _rows_apart, packs=False),
     "lm": Rows(
-        ("targets",), _DECODER, {"decoder": _TARGETS}, _lm, _one_row,
+        ("targets",), _DECODER, {"decoder": _TARGETS}, _lm, _one_row_of_turns,
         takes=("text", "pairs"), denoiser="causal_lm", ends=False),
     "prefix_lm": Rows(
         ("inputs", "targets"), _DECODER, {"decoder": {**_TARGETS, "decoder_prefix": "int32"}},

@@ -12,11 +12,12 @@ beyond which it is refused. Real templates take a thousandth of each. What an op
 is estimated before it runs, because most of them are C code that nothing interrupts.
 """
 
+import contextlib
 import random
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -46,7 +47,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(["*", "**", "+", "%"])
 
-    def __init__(self):
+    def __init__(self, **options):
         @jinja2.pass_context   # without a context jinja2 would call it once, as it compiles
         def count(context, value):
             self._written += weight(value)
@@ -54,11 +55,15 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 raise TooMuch(f"more than {4 * MAX_CHARACTERS:,} characters")
             return value
 
-        super().__init__(autoescape=False, cache_size=0, finalize=count)
+        super().__init__(autoescape=False, cache_size=0, finalize=count, **options)
         self._written = 0   # in blocks that are kept as well as in what is given
         self.globals.pop("lipsum")
         self.globals["range"] = _range
         self.filters = {name: _bounded(name, function) for name, function in self.filters.items()}
+
+    def begin(self) -> None:
+        """Counts anew what is written, for another rendering."""
+        self._written = 0
 
     def _parse(self, source, name, filename):
         """jinja2's parser, with plain text as constants, which `count` gets to see."""
@@ -185,8 +190,67 @@ class _Watch:
         return self
 
 
+class Refusal(jinja2.TemplateError):
+    """What a template itself says against what it is given."""
+
+
+@contextlib.contextmanager
+def _explained(where: str) -> Iterator[None]:
+    """Raises UserError, `where` in front, for whatever goes wrong in a template."""
+    try:
+        yield
+    except TooMuch as error:
+        raise UserError(f"{where} asks for {error}, which no prompt needs") from error
+    except jinja2.exceptions.SecurityError as error:
+        raise UserError(f"{where} does what a template must not ({error})") from error
+    except Refusal as error:
+        raise UserError(f"{where} refuses it: {str(error)[:300]}") from error
+    except jinja2.TemplateError as error:
+        raise UserError(f"{where} is no template of Jinja ({error})") from error
+    except (TypeError, ValueError, LookupError, ArithmeticError, RecursionError, AttributeError,
+            MemoryError, SyntaxError) as error:   # the last: blocks nested beyond Python's own bounds
+        raise UserError(f"{where} fails ({type(error).__name__}: {str(error)[:200]})") from error
+
+
+class Template:
+    """A template that is compiled once and rendered often.
+
+    where: what errors call it.
+
+    Raises:
+        UserError: it is no Jinja, or too long.
+    """
+
+    def __init__(self, source: str, where: str, sandbox: Sandbox):
+        self._sandbox = sandbox
+        with _explained(where):
+            if len(source) > MAX_CHARACTERS:
+                raise TooMuch(f"{len(source):,} characters of its own")
+            self._template = sandbox.from_string(source)
+
+    def render(self, values: Mapping[str, Any], where: str) -> str:
+        """The text of the template with these values.
+
+        Raises:
+            UserError: `where` in front; it does what it must not, or more than it may.
+        """
+        self._sandbox.begin()
+        parts, size, before = [], 0, sys.gettrace()
+        with _explained(where):
+            sys.settrace(_Watch())
+            try:
+                for part in self._template.generate(**values):
+                    parts.append(part)
+                    size += len(part)
+                    if size > MAX_CHARACTERS:
+                        raise TooMuch(f"more than {MAX_CHARACTERS:,} characters")
+            finally:
+                sys.settrace(before)
+        return "".join(parts)
+
+
 def render(source: str, values: Mapping[str, Any], drawn: random.Random, where: str) -> str:
-    """The text of a template.
+    """The text of a template of promptsource.
 
     Args:
         drawn: what the filter `choice` draws from.
@@ -197,31 +261,7 @@ def render(source: str, values: Mapping[str, Any], drawn: random.Random, where: 
     sandbox = Sandbox()
     sandbox.filters["choice"] = lambda items: drawn.choice(list(items))
     sandbox.filters["most_frequent"] = _most_frequent
-    before = sys.gettrace()
-    try:
-        if len(source) > MAX_CHARACTERS:
-            raise TooMuch(f"{len(source):,} characters of its own")
-        template = sandbox.from_string(source)
-        parts, size = [], 0
-        sys.settrace(_Watch())
-        try:
-            for part in template.generate(**values):
-                parts.append(part)
-                size += len(part)
-                if size > MAX_CHARACTERS:
-                    raise TooMuch(f"more than {MAX_CHARACTERS:,} characters")
-        finally:
-            sys.settrace(before)
-    except TooMuch as error:
-        raise UserError(f"{where} asks for {error}, which no prompt needs") from error
-    except jinja2.exceptions.SecurityError as error:
-        raise UserError(f"{where} does what a template must not ({error})") from error
-    except jinja2.TemplateError as error:
-        raise UserError(f"{where} is no template of Jinja ({error})") from error
-    except (TypeError, ValueError, LookupError, ArithmeticError, RecursionError, AttributeError,
-            MemoryError, SyntaxError) as error:   # the last: blocks nested beyond Python's own bounds
-        raise UserError(f"{where} fails ({type(error).__name__}: {str(error)[:200]})") from error
-    text = "".join(parts)
+    text = Template(source, where, sandbox).render(values, where)
     readers.check_text([text], where)
     return text
 

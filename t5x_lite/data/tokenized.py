@@ -30,7 +30,10 @@ _log = logging.getLogger(f"t5x_lite.{__name__}")   # shown by commands, as its o
 
 
 def ahead(task: seqio.Task) -> seqio.Task:
-    """The task over examples that were tokenised before, where its vocabulary needs that."""
+    """The task over examples that were tokenised before, where its vocabulary or its source (a
+    chats.ChatSource) needs that."""
+    if hasattr(task.source, "of"):
+        return task.replace(source=task.source.of(task.output_features["targets"].vocabulary))
     vocabularies = [f.vocabulary for f in task.output_features.values()]
     steps = [n for n, step in enumerate(task.preprocessors, 1)
              if getattr(step, "func", step) in _TOKENISERS]

@@ -57,7 +57,7 @@ class ObjectiveConfig:
     logits_chunk: int = 0           # positions a chunk of logits spans; 0: chosen by size
     unlikelihood: float = 1.0       # choices: weight of the loss of wrong choices' tokens …
     length_normalized: float = 1.0  # … and of the ranking by mean log-probability
-    preference_loss: str = "sigmoid"   # dpo: sigmoid or ipo
+    preference_loss: str = "sigmoid"   # dpo: sigmoid, ipo, or ipo_by_token (trl's ipo)
     beta: Positive = 0.1            # dpo: how dear it is to leave the reference
     # dpo: base, the model under peft.method=lora or ia3; rows, scores in the data, as
     # `python -m t5x_lite.score_preferences` writes them; none, all answers are equally likely.
@@ -204,8 +204,10 @@ def _dpo(module: BoundModel, batch: Batch, key: jax.Array | None, config: Object
     log_probs_BL = _target_log_probs(module, hidden, batch, config.logits_chunk)
     margin_B = preferences.margins(log_probs_BL, batch[ANSWER], batch.get(REFERENCE))
     is_pair_B = preferences.is_pair(batch[ANSWER])
-    loss_B = preferences.LOSSES[config.preference_loss](
-        margin_B, config.beta, config.label_smoothing)
+    row = preferences.LOSSES[config.preference_loss]
+    compared_B = preferences.margins(
+        log_probs_BL, batch[ANSWER], batch.get(REFERENCE), row.by_token)
+    loss_B = row.of_margins(compared_B, config.beta, config.label_smoothing)
     mean = jnp.sum(jnp.where(is_pair_B, loss_B, 0.0)) / divisors["pairs"]
     total, aux = _with_aux(mean, aux, parts)
     weight = jnp.sum(batch["decoder_loss_weights"])

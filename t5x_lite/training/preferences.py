@@ -37,9 +37,18 @@ def ipo_loss(margin_B: jax.Array, beta: float, label_smoothing: float) -> jax.Ar
             + label_smoothing * jnp.square(margin_B + target))
 
 
-# (margin_B, beta, label_smoothing) -> loss_B
-LOSSES: dict[str, Callable[[jax.Array, float, float], jax.Array]] = {
-    "sigmoid": sigmoid_loss, "ipo": ipo_loss}
+@dataclasses.dataclass(frozen=True)
+class PreferenceLoss:
+    """A loss of margins."""
+
+    of_margins: Callable[[jax.Array, float, float], jax.Array]   # (margin_B, beta, label_smoothing) -> loss_B
+    by_token: bool = False   # margins of log-probabilities a token, which length does not change
+
+
+# ipo_by_token is IPO as its authors' results are computed and as trl has it; ipo is the paper's equation.
+LOSSES: dict[str, PreferenceLoss] = {
+    "sigmoid": PreferenceLoss(sigmoid_loss), "ipo": PreferenceLoss(ipo_loss),
+    "ipo_by_token": PreferenceLoss(ipo_loss, by_token=True)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +72,16 @@ def of_answers(log_probs_BL: jax.Array, answer_BL: jax.Array) -> jax.Array:
                       for n in (1, 2)], axis=1)
 
 
-def margins(log_probs_BL: jax.Array, answer_BL: jax.Array, reference_BL: jax.Array | None
-            ) -> jax.Array:
+def margins(log_probs_BL: jax.Array, answer_BL: jax.Array, reference_BL: jax.Array | None,
+            by_token: bool = False) -> jax.Array:
     """h_B against the reference's log-probabilities, a number a token or the sum at an answer's
-    first; None: a reference that finds all answers equally likely."""
+    first; None: a reference that finds all answers equally likely. by_token: of means over an answer's
+    tokens instead of sums."""
     found_B2 = of_answers(log_probs_BL, answer_BL)
     if reference_BL is not None:
         found_B2 = found_B2 - jax.lax.stop_gradient(of_answers(reference_BL, answer_BL))
+    if by_token:
+        found_B2 = found_B2 / jnp.maximum(of_answers(jnp.ones_like(log_probs_BL), answer_BL), 1.0)
     return found_B2[:, 0] - found_B2[:, 1]
 
 

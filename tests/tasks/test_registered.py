@@ -64,13 +64,14 @@ def test_no_registered_task_is_forgotten():
     assert len(covered) == 44
     elsewhere = ("data_test_", "p3")   # made by tests, and by tasks/p3.py on demand
     others = {n for n in training_names("") if not n.startswith(elsewhere)} - set(covered)
-    assert others == test_formats.names() | set(INTEGERS)
+    assert others == test_formats.names() | {*INTEGERS, "chat_sums"}
 
 
 @pytest.mark.slow
 def test_integers_are_saved_and_restored():
     for name in INTEGERS:
         check_saving(DataConfig(train=name, **LENGTHS | {"targets_length": 8}), "seq2seq")
+    check_saving(DataConfig(train="chat_sums", vocabulary="byt5", **LENGTHS), "lm")
 
 
 @pytest.mark.slow
