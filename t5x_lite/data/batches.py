@@ -172,8 +172,8 @@ class ShardedRows:
 
 def _say_unread(tasks: Sequence, objective: str) -> None:
     """Says which parts of the examples the objective does not read (a rejected answer, say)."""
-    # Of a decoder's row inputs are the context, where a task gives them.
-    read = {"inputs", *data_rows.of(objective).features}
+    kind = data_rows.of(objective)
+    read = {*kind.features, *kind.optional}
     for task in tasks:
         unread = sorted(set(task.output_features) - read)
         if unread:

@@ -67,6 +67,8 @@ class Rows:
     pairs: bool = True    # inputs are read and targets written, which can be completed and scored
     ends: bool = True     # inputs and scored targets end in EOS; False: text is read on unbroken
     packs: bool = True    # several examples may stand in one row (data.packing)
+    # Output features that are read where a task has them.
+    optional: tuple[str, ...] = ("inputs",)
 
     @property
     def shares_row(self) -> bool:
@@ -332,7 +334,8 @@ ROWS: dict[str, Rows] = {
         _choices, _rows_apart, packs=False),
     "lm": Rows(
         ("targets",), _DECODER, {"decoder": _TARGETS}, _lm, _one_row_of_turns,
-        takes=("text", "pairs"), denoiser="causal_lm", ends=False),
+        takes=("text", "pairs"), denoiser="causal_lm", ends=False,
+        optional=("inputs", INPUTS_WEIGHTS)),
     "prefix_lm": Rows(
         ("inputs", "targets"), _DECODER, {"decoder": {**_TARGETS, "decoder_prefix": "int32"}},
         _prefix_lm, _one_row, takes=("pairs",), denoiser="prefix_lm"),
