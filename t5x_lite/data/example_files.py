@@ -179,7 +179,7 @@ def task(path: str, field: str = "data.train") -> seqio.Task:
         elif any(map(chats.is_chats, files)):
             kind = chats.KIND
         _TASKS[path] = _TASKS[name] = seqio.Task(
-            name, source=kind.source(
+            name, source=(kind.source or records.RecordSource)(
                 "examples", splits,
                 functools.partial(_part, start=start, stop=stop, read=kind.read),
                 version=f"{start}:{stop}:{kind.read.__qualname__}"),

@@ -15,7 +15,7 @@ import seqio
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from t5x_lite.data import records, vocabularies
+from t5x_lite.data import vocabularies
 from t5x_lite.data.preprocessors import Format
 from t5x_lite.errors import UserError
 
@@ -72,7 +72,7 @@ class Kind(NamedTuple):
     metric_fns: tuple[Callable, ...]
     preprocessors: Callable[[Format], list] = preprocessors
     features: Callable[[], dict[str, seqio.Feature]] = features
-    source: Callable[..., seqio.DataSource] = records.RecordSource
+    source: Callable[..., seqio.DataSource] | None = None   # None: records.RecordSource
 
 
 def register(name: str, source: seqio.DataSource, format_fn: Format, *,

@@ -127,13 +127,9 @@ def tokenizer_files(vocabulary: "seqio.Vocabulary", starts: bool
         return {}, {}
     ids = {"eos_token": vocabulary.eos_id} | ({"bos_token": start_id(vocabulary)} if starts else {})
     names = {name: vocabulary.tokenizer.id_to_token(i) for name, i in ids.items()}
-    from t5x_lite.data import chat_template  # with Jinja, which only those with data have
-    chat = chat_template.beside(vocabulary.path)
-    written = {"tokenizer.json": content, "tokenizer_config.json": _json(
-        {"tokenizer_class": "PreTrainedTokenizerFast", **(dict(chat.special) if chat else {}), **names})}
-    if chat:
-        written["chat_template.jinja"] = chat.source.encode()
-    return written, {f"{name}_id": i for name, i in ids.items()}
+    return {"tokenizer.json": content, "tokenizer_config.json": _json(
+        {"tokenizer_class": "PreTrainedTokenizerFast", **names})}, {
+            f"{name}_id": i for name, i in ids.items()}
 
 
 def _json(value: dict) -> bytes:

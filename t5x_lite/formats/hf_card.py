@@ -48,9 +48,18 @@ def _tokenizer(folder: pathlib.Path, vocabulary: Any, written: Mapping[str, Any]
     if not found:
         log.say(f"no tokenizer is written: transformers has none for this "
                 f"{type(vocabulary).__name__}")
-    for name, content in found.items():
+    for name, content in {**found, **chat_template_files(vocabulary)}.items():
         (folder / name).write_bytes(content)
     return ids
+
+
+def chat_template_files(vocabulary: Any) -> dict[str, bytes]:
+    """{file: content} of the chat template beside a vocabulary's tokenizer.json, where it has one."""
+    if not hasattr(vocabulary, "content"):
+        return {}
+    from t5x_lite.data import chat_template  # brings Jinja, which an install without data has not
+    found = chat_template.beside(vocabulary.path)
+    return {"chat_template.jinja": found.source.encode()} if found else {}
 
 
 def _write_json(file: pathlib.Path, value: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from t5x_lite.data import chat_template, chats, vocabularies
 from t5x_lite.data.batches import ShardedRows
 from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError
-from t5x_lite.formats import hf
+from t5x_lite.formats import hf, hf_card
 from t5x_lite.formats.mapping import read_parameter
 from t5x_lite.models.language_model import Model
 from t5x_lite.training import objectives
@@ -82,6 +82,16 @@ def test_a_template_that_refuses_is_named(tmp_path):
                        ([said[0], *said], "Roles must alternate")):
         with pytest.raises(UserError, match=f"line 3: .*chat_template.jinja refuses it: {why}"):
             chats.template_of(vocabulary).rendered({"messages": turns}, "line 3")
+
+
+def test_an_exported_folder_keeps_the_template(tmp_path):
+    for in_config in (True, False):
+        folder = tmp_path / str(in_config)
+        folder.mkdir()
+        vocabulary = vocabulary_of(folder, "chatml", True, in_config)
+        [(name, content)] = hf_card.chat_template_files(vocabulary).items()
+        assert name == "chat_template.jinja" and content.decode() == chats.template_of(vocabulary).source
+    assert hf_card.chat_template_files(vocabularies.load("byt5")) == {}
 
 
 def test_the_plain_template():
