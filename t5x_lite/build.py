@@ -20,6 +20,7 @@ from t5x_lite.cost import flops, hardware
 from t5x_lite.data import rows as data_rows
 from t5x_lite.errors import UserError, multiple_of
 from t5x_lite.layers import fp8, moe
+from t5x_lite.layers.mixers import MIXERS
 from t5x_lite.models import language_model, parametrization
 from t5x_lite.models.language_model import Model
 from t5x_lite.models.params import ParamInfo
@@ -250,6 +251,7 @@ def build(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Pro
     _check_rows(config)
     _check_pipelines(config, mesh, rules)
     _check_lengths(config, mesh, rules)
+    _check_mixers(config, mesh)
     with sharding.activate(mesh, rules):
         _check_mixtures(config)
     model = Model(config.model, jnp.dtype(policy.compute_dtype), jnp.dtype(policy.param_dtype))
@@ -364,6 +366,23 @@ def _check_lengths(config: RunConfig, mesh: Mesh, rules: Rules) -> None:
             why = f"{axis} is split over mesh axes {' and '.join(rules.mesh_axes(axis))}"
             multiple_of("model.prompt_length", before, ways, f"like data.{name}, {why}")
             multiple_of(f"data.{name}", length, ways, why)
+
+
+def _check_mixers(config: RunConfig, mesh: Mesh) -> None:
+    """What rows and the mesh may not ask of layers that do not attend."""
+    for side in ("encoder", "decoder"):
+        stack = getattr(config.model, side)
+        kinds = [b.mixer.kind for s in (stack.segments if stack else ()) for b in s.blocks
+                 if not MIXERS[b.mixer.kind].attends]
+        if not kinds:
+            continue
+        where = f"model.{side} has layers of mixer.kind={kinds[0]!r}, which"
+        if mesh.shape["sequence"] > 1:
+            raise UserError(f"mesh.sequence={mesh.shape['sequence']} splits rows, and {where} read them "
+                            "token after token: set mesh.sequence=1.")
+        if side == "decoder" and data_rows.of(config.objective.rows).marks_inputs:
+            raise UserError(f"objective.name={config.objective.name!r} reads inputs both ways, and {where} "
+                            "read from left to right: set objective.name=lm.")
 
 
 def _ways(mesh: Mesh, rules: Rules, axis: str) -> int:

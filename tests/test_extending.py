@@ -19,9 +19,10 @@ from t5x_lite.data import batches as data_batches, denoising, pipeline, rows as 
 from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError, check
 from t5x_lite.formats import hf
-from t5x_lite.layers import position, routing
-from t5x_lite.layers.config import MLPConfig, MoEConfig, PositionConfig
+from t5x_lite.layers import mixers, position, routing
+from t5x_lite.layers.config import MixerConfig, MLPConfig, MoEConfig, PositionConfig
 from t5x_lite.models.config import ModelConfig
+from t5x_lite.models.language_model import Model
 from t5x_lite.training import methods, objectives
 from t5x_lite.training.objectives import ObjectiveConfig
 from tests import tiny
@@ -30,7 +31,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PAGE = (ROOT / "docs/extending.md").read_text()
 SECTIONS = {part.split("\n", 1)[0]: part for part in re.split(r"^## ", PAGE, flags=re.M)[1:]}
 TABLES = (methods.METHODS, data_rows.ROWS, objectives.OBJECTIVES, routing.ROUTERS, position.POSITIONS,
-          denoising.DENOISERS, hf.FAMILIES)
+          mixers.MIXERS, denoising.DENOISERS, hf.FAMILIES)
 
 
 def block(title: str, language: str = "python") -> str:
@@ -137,6 +138,31 @@ def test_a_kind_of_positions(added):
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, **sides))
         return one_step(config, tiny.batch())[0]
     assert loss("flip") != loss("none")
+
+
+def test_a_token_mixer(added):
+    """It trains in a decoder, and is what the cache says one token at a time."""
+    added("A token mixer")
+    config = tiny.seq2seq()
+    decoder = config.model.decoder
+    block = dataclasses.replace(decoder.segments[0].blocks[0], mixer=MixerConfig("mean", head_dim=4))
+    decoder = dataclasses.replace(decoder, position=PositionConfig("none"), segments=(
+        dataclasses.replace(decoder.segments[0], blocks=(block,)),))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, decoder=decoder))
+    loss, _, state = one_step(config, tiny.batch())
+    assert any("/mixer/out/" in path for path in tree.flatten(state["params"])), loss
+    model, batch = Model(config.model), tiny.batch(rows=2)
+
+    def both(params):
+        module = model.bind(params)
+        hidden, _ = module(batch)
+        cache, found = module.init_cache(batch, tiny.TARGETS), []
+        for i in range(tiny.TARGETS):
+            logits, cache = module.decode(batch["decoder_input_tokens"][:, i:i + 1], cache)
+            found.append(logits)
+        return module.head(module.head_params(), hidden), jax.numpy.concatenate(found, axis=1)
+    whole, by_token = jax.jit(both)(tiny.params(config))
+    np.testing.assert_allclose(by_token, whole, atol=1e-4)
 
 
 def test_a_denoiser(added, tmp_path):

@@ -1,7 +1,7 @@
 """FLOPs and parameters from the structure of a model.
 
 A multiply-add counts as two. Counted are matrix multiplications: kernels, attention scores
-and weighted values, router and logits. Free are embedding lookups, norms, softmaxes, biases
+and weighted values, or what another mixer of tokens has in their place, router and logits. Free are embedding lookups, norms, softmaxes, biases
 and activations, as in Kaplan et al. 2020 (arXiv:2001.08361, table 1) and in PaLM's appendix B
 (arXiv:2204.02311). XLA's own cost_analysis() cannot replace this: it counts a scanned
 layer once.
@@ -23,17 +23,18 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from t5x_lite.layers.mixers import MIXERS
 from t5x_lite.layers.routing import ROUTERS
 
 if TYPE_CHECKING:
     from t5x_lite.layers.config import AttentionConfig, MLPConfig, MoEConfig
-    from t5x_lite.models.config import ModelConfig, StackConfig
+    from t5x_lite.models.config import BlockConfig, ModelConfig, StackConfig
     from t5x_lite.models.params import ParamInfo
 
 
 _LAYER = re.compile(r"(encoder|decoder)/segment_(\d+)/block_(\d+)/")
-_KERNEL = re.compile(_LAYER.pattern + r"(?:(self|cross)_attention/((?:query_)?latent|query|key|value|out)|mlp/.+)"
-                     r"/kernel")
+_KERNEL = re.compile(_LAYER.pattern + r"(?:(self|cross)_attention/((?:query_)?latent|query|key|value|out)"
+                     r"|(?:mlp|mixer)/.+)/kernel")
 # What acts before a stack's layers, in the paths of parameters.
 _INPUTS = r"token_embedding/.*|token_types/.*|{side}/(learned_positions|embedding_norm)/.*"
 
@@ -42,8 +43,8 @@ _INPUTS = r"token_embedding/.*|token_types/.*|{side}/(learned_positions|embeddin
 class Flops:
     """FLOPs by component."""
 
-    projections: float = 0.0  # query, key, value and output kernels of all attention
-    attention: float = 0.0    # q k^T and probabilities times v
+    projections: float = 0.0  # query, key, value and output kernels of all attention, and of mixers
+    attention: float = 0.0    # q k^T and probabilities times v; other mixers' products of activations
     mlp: float = 0.0          # of an MoE: the experts a token visits, and shared ones
     router: float = 0.0
     logits: float = 0.0
@@ -232,9 +233,8 @@ def _layer_flops(config: "ModelConfig", stack: "StackConfig", rows: int, encoder
     for segment in stack.segments:
         layers = []
         for block in segment.blocks:
-            flops = _attention_layer(config.embed_dim, block.self_attention, rows, length, length,
-                                     causal=stack.causal, window=block.self_attention.window,
-                                     causal_half=causal_half or least)
+            flops = _mixer_layer(config.embed_dim, block, rows, length, causal=stack.causal,
+                                 causal_half=causal_half or least)
             if block.cross_attention is not None:
                 flops += _attention_layer(config.embed_dim, block.cross_attention, rows, length,
                                           encoder_length)
@@ -340,6 +340,16 @@ def _active_share(config: "ModelConfig", info: "ParamInfo", length: int,
     side, segment, block = where.groups() if where else ("decoder", -1, -1)   # a further token's
     moe = getattr(config, side).segments[int(segment)].blocks[int(block)].moe
     return experts_per_token(moe, length, least) / moe.num_experts
+
+
+def _mixer_layer(embed_dim: int, block: "BlockConfig", rows: int, length: int, *, causal: bool,
+                 causal_half: bool) -> Flops:
+    """What mixes the tokens of a block's rows."""
+    row = MIXERS[block.mixer.kind]
+    if row.flops is not None:
+        return Flops(*row.flops(block.mixer, embed_dim, rows, length))
+    return _attention_layer(embed_dim, block.self_attention, rows, length, length, causal=causal,
+                            window=block.self_attention.window, causal_half=causal_half)
 
 
 def _attention_layer(embed_dim: int, attention: "AttentionConfig", rows: int, q_length: int,

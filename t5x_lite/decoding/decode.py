@@ -5,18 +5,19 @@ input, K beams, P prompt width, T history width (P + max_length), L max_length, 
 
 The cache protocol, all that a model has to offer:
 
-    decode_fn(tokens_RL, cache) -> (logits_RLV float32, cache)
+    decode_fn(tokens_RL, cache, counts_R=None) -> (logits_RLV float32, cache)
     take_rows(cache, rows_R) -> cache     row i of the result is row rows_R[i] of the argument
 
 `cache` is a dict of arrays whose "position" is int32[R], the position at which each row's
-next token stands. The model reads it, writes keys and values there, advances it by L, and
-keeps shapes, dtypes and shardings as they were. Two things are easily missed:
+next token stands. The model reads it, writes keys and values there, advances it by L, or of
+each row by its count, and keeps shapes, dtypes and shardings as they were. Easily missed:
 
   * Rows stand at different positions. Prompts of different lengths are left-aligned and
     prefilled in one call; the padding of a shorter one leaves garbage at and after its
     length, which later tokens overwrite. So a query at position p attends to slots <= p
     only, and a token dropped by an MoE's capacity must not depend on that padding.
-  * A token may be written again at the same position; then it must give the same result.
+  * What the cache holds must be that of the counted tokens alone: a recurrent state cannot be
+    overwritten, so it takes up no more of a row than its count. Tokens behind are only read.
   * The number of slots must be at least P + max_length - 1; nothing can check it here.
 
 take_rows never moves a row between inputs (rows of input b are b*N … b*N + N - 1, as
@@ -238,11 +239,9 @@ def decode(decode_fn: Callable, take_rows: Callable, cache: dict[str, Any], prom
         prompt_BP, prompt_lengths_B, index_B, ids_B)
     if width > 1:
         prompt_BP, lengths_B = local(lambda *x: x)(prompt_BP, prompt_lengths_B)
-        start_B = cache["position"]
         # The loop reads each row's last token again, so that no logits are computed here; yet
         # it is read here too, because a prefix LM lets the whole prompt see it.
-        _, cache = decode_fn(prompt_BP, cache)
-        cache = {**cache, "position": start_B + lengths_B - 1}
+        _, cache = decode_fn(prompt_BP, cache, lengths_B - 1)
     run = _decode_beams if config.method == "beam" else _decode_samples
     return run(decode_fn, take_rows, cache, rows, width, config, local, logits_fn)
 

@@ -9,7 +9,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from t5x_lite.layers.config import AttentionConfig, MoEConfig, PositionConfig
+from t5x_lite.layers.config import AttentionConfig, MixerConfig, MoEConfig, PositionConfig
+from t5x_lite.layers.mixers import MIXERS
 from t5x_lite.layers.position import POSITIONS
 from t5x_lite.layers.routing import ROUTERS
 from t5x_lite.models import parametrization
@@ -80,8 +81,12 @@ def _matters(config: Any, field: str) -> bool:
         if field == "latent":
             return config.kind == "latent"
         return config.qk_norm or not field.startswith("qk_norm_")
+    if isinstance(config, MixerConfig):
+        return field == "kind" or field in MIXERS[config.kind].settings
     if isinstance(config, BlockConfig):
-        return field != "mlp" or config.moe is None
+        unused = {"mlp": config.moe is not None,
+                  "self_attention": not MIXERS[config.mixer.kind].attends}
+        return not unused.get(field, False)
     if isinstance(config, MoEConfig):
         if field in ("group_size", "overflow", "mask_padding", "prioritized", "expert_capacity",
                      "eval_capacity_factor"):

@@ -106,6 +106,20 @@ class AttentionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MixerConfig:
+    """What mixes the tokens of a row; of all kinds but `attention` this is the whole config."""
+
+    kind: str = "attention"      # a row of mixers.MIXERS; attention: as self_attention says
+    expand: Positive = 1.0       # inner features over embed_dim (Mamba-2: 2)
+    head_dim: Count = 64         # of them in a head; rg_lru: in a block of its gates
+    state_dim: Count = 64        # features of a head's keys and queries: rows of its state
+    taps: Count = 4              # of convolutions along the row: conv, rg_lru, ssd
+    max_length: Count = 512      # gmlp: the longest row
+    chunk: Count = 64            # linear, retention, gated_linear, ssd: tokens at a time
+    use_bias: bool = False       # on the projections into and out of it
+
+
+@dataclasses.dataclass(frozen=True)
 class MLPConfig:
     """wo(act(wi(x))), or gated wo(act(wi_0(x)) * wi_1(x)) (Shazeer 2020, GLU variants)."""
 

@@ -19,23 +19,26 @@ INIT_KERNELS = ("fan_in", "fan_avg", "fixed")
 
 def param(key: jax.Array, shape: tuple[int, ...], axes: tuple[str | None, ...], *,
           std: float = 0.0, mean: float = 0.0, fan_in: int = 0,
-          units: tuple[int, ...] | None = None) -> nnx.Param:
-    """A float32 parameter drawn from a truncated normal (at two deviations), or constant.
+          units: tuple[int, ...] | None = None, value: jax.Array | None = None) -> nnx.Param:
+    """A float32 parameter drawn from a truncated normal (at two deviations), constant, or given.
 
     Args:
         axes: logical axis of each dim.
         std: standard deviation of the draw (after truncation); 0 gives the constant `mean`.
         fan_in: inputs summed into one output; 0 where that means nothing.
         units: what each dim counts, for divisibility: num_heads for heads * head_dim.
+        value: what a layer has drawn by itself, in place of std and mean.
     """
     assert len(shape) == len(axes), (shape, axes)
-    if std:
+    described = f"truncated_normal({std:.4g})" if std else f"constant({mean:g})"
+    if value is not None:
+        described = "as its layer draws it"
+    elif std:
         # 0.8796… is the deviation of a unit normal truncated at +-2: rescale to have `std`.
         draw = jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32)
         value = draw * (std / 0.87962566103423978) + mean
     else:
         value = jnp.full(shape, mean, jnp.float32)
-    described = f"truncated_normal({std:.4g})" if std else f"constant({mean:g})"
     return nnx.Param(value, logical_axes=axes, fan_in=fan_in, init=described,
                      units=units or shape)
 

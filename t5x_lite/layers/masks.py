@@ -32,6 +32,8 @@ class Masking:
     k_prefix: jax.Array | None = None      # bool [B, S]: keys seen by every query (prefix LM)
     causal: bool = False
     window: int = 0                        # keys at distance >= window are hidden; 0: none are
+    # bool [B, L], while decoding: tokens that the state of a recurrent mixer takes up; None: all.
+    kept: jax.Array | None = None
 
     def with_window(self, window: int) -> "Masking":
         """This masking with another attention window."""
@@ -39,7 +41,7 @@ class Masking:
 
 
 jax.tree_util.register_dataclass(
-    Masking, data_fields=["q_positions", "k_positions", "q_segments", "k_segments", "k_prefix"],
+    Masking, data_fields=["q_positions", "k_positions", "q_segments", "k_segments", "k_prefix", "kept"],
     meta_fields=["causal", "window"])
 
 

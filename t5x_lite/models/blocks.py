@@ -1,7 +1,8 @@
 """Blocks, and stacks of them: what every architecture is made of.
 
 A stack is a list of segments, each a few blocks repeated with stacked parameters; a block is
-self-attention, perhaps cross-attention, and an MLP, wired by one of the RESIDUALS.
+self-attention or another of the MIXERS, perhaps cross-attention, and an MLP, wired by one of the
+RESIDUALS.
 
 Modules are plain functions of their parameters: dropout keys, caches and auxiliary values
 are arguments and results.
@@ -18,9 +19,10 @@ from flax import nnx
 
 from t5x_lite.layers import attention_implementations
 from t5x_lite.layers.attention import ATTENTIONS
-from t5x_lite.layers.config import InitConfig, PositionConfig
+from t5x_lite.layers.config import AttentionConfig, InitConfig, PositionConfig
 from t5x_lite.layers.linear import RowKey, dropout
 from t5x_lite.layers.masks import Masking
+from t5x_lite.layers.mixers import MIXERS
 from t5x_lite.layers.mlp import MLP, Adapter
 from t5x_lite.layers.moe import MoE
 from t5x_lite.layers.norm import Norm
@@ -150,20 +152,19 @@ def deepnorm_constants(encoder_layers: int, decoder_layers: int
 
 
 class Block(nnx.Module):
-    """Self-attention, cross-attention where configured, and an MLP."""
+    """What mixes tokens (a row of MIXERS), cross-attention where configured, and an MLP."""
 
     def __init__(self, key: jax.Array, embed_dim: int, config: BlockConfig, stack: StackConfig,
                  init: InitConfig, dtype: jnp.dtype):
         keys = jax.random.split(key, 10)
-        self.self_attention = ATTENTIONS[config.self_attention.kind].module(
-            keys[0], embed_dim, config.self_attention, config.position or stack.position, init,
-            dtype)
-        self.names = ("self_attention", "mlp")
+        mixer = MIXERS[config.mixer.kind]
+        setattr(self, mixer.name, mixer.module(keys[0], embed_dim, config, stack, init, dtype))
+        self.names = (mixer.name, "mlp")
         if config.cross_attention is not None:
             self.cross_attention = ATTENTIONS[config.cross_attention.kind].module(
                 keys[1], embed_dim, config.cross_attention, PositionConfig(kind="none"), init,
                 dtype)
-            self.names = ("self_attention", "cross_attention", "mlp")
+            self.names = (mixer.name, "cross_attention", "mlp")
         if config.moe is None:
             self.mlp = MLP(keys[2], embed_dim, config.mlp, init, dtype)
         else:
@@ -177,7 +178,8 @@ class Block(nnx.Module):
             if stack.adapter_dim:
                 setattr(self, f"{name}_adapter", Adapter(
                     jax.random.fold_in(key, i), embed_dim, stack.adapter_dim, init, dtype))
-        if stack.position.per_layer:
+        self.own_bias = mixer.attends and stack.position.per_layer
+        if self.own_bias:
             self.relative_position = make_bias(keys[9], config.self_attention.num_heads,
                                                stack.position, not stack.causal, dtype)
         self.stack = stack
@@ -188,19 +190,20 @@ class Block(nnx.Module):
 
         Args:
             key: this layer's dropout key, None outside training.
-            cache: {"self_attention": …, "cross_attention": …}, see Attention.
+            cache: {"self_attention" or "mixer": …, "cross_attention": …}, see MIXERS and Attention.
         """
+        mixer = self.names[0]
         keys = dict.fromkeys(("attention", "cross", "mlp", *self.names))
         if key is not None:
             keys = {name: key.fold_in(i) for i, name in enumerate(keys)}
         bias = inputs.bias
-        if self.stack.position.per_layer:
+        if self.own_bias:
             bias = self.relative_position()
 
-        def self_attention(h):
-            return self.self_attention(
+        def mix(h):
+            return getattr(self, mixer)(
                 h, None, inputs.masking, bias, key=keys["attention"],
-                cache=None if cache is None else cache["self_attention"])
+                cache=None if cache is None else cache[mixer])
 
         def cross_attention(h):
             kv = (cache["cross_attention"]["key"], cache["cross_attention"]["value"]) \
@@ -212,7 +215,7 @@ class Block(nnx.Module):
             return self.mlp(h, keys["mlp"], mask=inputs.real, tokens=inputs.tokens,
                             decoding=cache is not None)
 
-        runs = {"self_attention": self_attention, "cross_attention": cross_attention, "mlp": mlp}
+        runs = {mixer: mix, "cross_attention": cross_attention, "mlp": mlp}
 
         def with_dropout(name):
             def run(h):
@@ -229,7 +232,7 @@ class Block(nnx.Module):
                       getattr(self, f"post_{n}_norm", None)) for n in self.names]
         x, outs = RESIDUALS[self.stack.residual].wire(x, sublayers, self.stack.residual_alpha)
         if cache is not None:
-            cache = {**cache, "self_attention": outs[0]}
+            cache = {**cache, mixer: outs[0]}
         return x, (cache, outs[-1])
 
 
@@ -327,8 +330,8 @@ class Stack(nnx.Module):
             setattr(self, name, jax.vmap(
                 lambda k, s=segment: Segment(k, embed_dim, s, config, init, dtype))(
                     jax.random.split(k, segment.repeats)))
-        first = config.segments[0].blocks[0].self_attention
-        if not config.position.per_layer:
+        first = next(iter(self._attentions(config)), None)
+        if first is not None and not config.position.per_layer:
             self.relative_position = make_bias(keys[0], first.num_heads, config.position,
                                                not config.causal, dtype)
         self.adds_positions = POSITIONS[config.position.kind].vectors is not None
@@ -340,7 +343,7 @@ class Stack(nnx.Module):
             self.embedding_norm = Norm(keys[2], embed_dim, config.norm, dtype)
         if config.final_norm:
             self.final_norm = Norm(keys[3], embed_dim, config.norm, dtype)
-        self.config = config
+        self.config, self.embed_dim = config, embed_dim
         self.dtype = dtype
         self.side = side
 
@@ -392,28 +395,34 @@ class Stack(nnx.Module):
         if getattr(self, "relative_position", None) is None:
             return None
         bias = self.relative_position()
-        layers = (b.self_attention for s in self.config.segments for b in s.blocks)
-        if any(attention_implementations.by_chunks(a.implementation, masking) for a in layers):
+        if any(attention_implementations.by_chunks(a.implementation, masking)
+               for a in self._attentions(self.config)):
             return bias
         return bias.whole(masking.q_positions, masking.k_positions)
+
+    @staticmethod
+    def _attentions(config: StackConfig) -> list[AttentionConfig]:
+        """Of the blocks that attend."""
+        return [b.self_attention for s in config.segments for b in s.blocks
+                if MIXERS[b.mixer.kind].attends]
 
     def _dropout(self, x, key, site):
         key = None if key is None else key.fold_in(site)
         return dropout(x, self.config.dropout_rate, key, *RESIDUAL_AXES, broadcast_dims=(1,))
 
     def init_cache(self, batch: int, length: int, encoded: jax.Array | None = None) -> dict:
-        """Empty self-attention caches of `length` slots, and the encoder's keys and values."""
+        """Empty caches of the mixers, `length` slots where they keep tokens, and the encoder's keys
+        and values."""
         caches = {}
         for name, segment in zip(self.names, self.config.segments, strict=True):
             caches[name] = {}
             for i, block in enumerate(segment.blocks):
-                kept, attention = products.read_as(self.dtype), block.self_attention
-                cache = {"self_attention": {
-                    entry: sharding.shard(
-                        jnp.zeros((segment.repeats, batch, heads, length, features), kept),
-                        None, "act_batch", axis, "act_keys", None)
-                    for entry, (heads, features, axis) in
-                    ATTENTIONS[attention.kind].cache(attention).items()}}
+                kept, mixer = products.read_as(self.dtype), MIXERS[block.mixer.kind]
+                cache = {mixer.name: {
+                    name: sharding.shard(
+                        jnp.zeros((segment.repeats, batch, *entry.shape), entry.dtype or kept),
+                        None, "act_batch", *entry.axes)
+                    for name, entry in mixer.cache(block, self.embed_dim, length).items()}}
                 if encoded is not None:
                     module = getattr(getattr(self, name), f"block_{i}").cross_attention
                     _, kv, _ = run_layers(

@@ -3,14 +3,23 @@
     position    int32 [B], the tokens that each row has so far
     segments    int32 [B, S], of the encoder's tokens, where there is an encoder
     prefix      bool [B, L], the decoder's tokens that all others see, for a prefix LM
-    layers/…    what self-attention's kind keeps (attention.ATTENTIONS), keys and values as a rule, and
-                cross-attention's keys and values, [layers, B, heads, length, features]
+    layers/…    what each layer's mixer keeps (mixers.MIXERS): of attention keys and values as a rule,
+                [layers, B, heads, length, features], of recurrences a state [layers, B, …] whose size
+                no length changes; and cross-attention's keys and values
 """
 
 import jax
 
 from t5x_lite import tree
 from t5x_lite.parallel import sharding
+
+
+def slots(cache: dict) -> int:
+    """Tokens for which its layers of attention have room; 0 where no layer attends."""
+    found = {leaf.shape[3] for path, leaf in tree.flatten(cache["layers"]).items()
+             if "/self_attention/" in path}
+    assert len(found) <= 1, found
+    return found.pop() if found else 0
 
 
 def take_rows(cache: dict, rows: jax.Array) -> dict:

@@ -8,6 +8,7 @@ from t5x_lite.errors import Count, Rate
 from t5x_lite.layers.config import (
     AttentionConfig,
     InitConfig,
+    MixerConfig,
     MLPConfig,
     MoEConfig,
     NormConfig,
@@ -26,6 +27,7 @@ class BlockConfig:
     moe: MoEConfig | None = None   # takes the place of `mlp`
     # None: the stack's; else rotary or none (Gemma 3: another base in local layers).
     position: PositionConfig | None = None
+    mixer: MixerConfig = MixerConfig()   # what mixes tokens; attention: `self_attention`
 
 
 @dataclasses.dataclass(frozen=True)

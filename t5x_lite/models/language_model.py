@@ -15,7 +15,7 @@ from flax import nnx
 
 from t5x_lite import tree
 from t5x_lite.errors import UserError, at_least, one_of
-from t5x_lite.layers import attention, masks, mlp, moe, norm, position
+from t5x_lite.layers import attention, masks, mixers, mlp, moe, norm, position
 from t5x_lite.layers.embed import (
     HeadTransform,
     LogitsBias,
@@ -27,7 +27,7 @@ from t5x_lite.layers.embed import (
 from t5x_lite.layers.linear import INIT_KERNELS, Dense, RowKey, kernel_std
 from t5x_lite.layers.masks import Masking
 from t5x_lite.layers.routing import EXPERT_LOAD
-from t5x_lite.models import further_tokens, parametrization
+from t5x_lite.models import cache as cache_lib, further_tokens, parametrization
 from t5x_lite.models.ahead import ahead
 from t5x_lite.models.blocks import RESIDUALS, Block, BlockInputs, Stack, add_aux
 from t5x_lite.models.config import BlockConfig, ModelConfig, StackConfig
@@ -156,35 +156,37 @@ class LanguageModel(nnx.Module):
             logits = logits + params["bias"]
         return softcap * jnp.tanh(logits / softcap) if softcap else logits
 
-    def decode(self, tokens: jax.Array, cache: dict, head: Mapping[str, jax.Array] | None = None
-               ) -> tuple[jax.Array, dict]:
+    def decode(self, tokens: jax.Array, cache: dict, head: Mapping[str, jax.Array] | None = None,
+               counts: jax.Array | None = None) -> tuple[jax.Array, dict]:
         """The next tokens_BL of each row -> (float32 logits_BLV, cache).
 
         Each row continues at cache["position"]; see decoding/decode.py for the protocol.
 
         Args:
             head: `head_params`, made outside of a loop over tokens.
+            counts: int32 [B], how many of the tokens each row then has; None: all L.
         """
-        x, cache = self._decode(self.embed(tokens), tokens, cache)
+        x, cache = self._decode(self.embed(tokens), tokens, cache, counts)
         head = self.head_params() if head is None else head
         return self.head(head, x, products.wide), cache
 
-    def _decode(self, x: jax.Array, tokens: jax.Array, cache: dict) -> tuple[jax.Array, dict]:
+    def _decode(self, x: jax.Array, tokens: jax.Array, cache: dict, counts: jax.Array | None = None
+                ) -> tuple[jax.Array, dict]:
         """Runs the decoder: embedded tokens x_BLD -> hidden states x_BLD before the logits, and the
-        cache, which then stands L tokens further."""
+        cache, which then stands L tokens further, or counts_B."""
         stack = self.decoder
         positions = cache["position"][:, None] + jnp.arange(tokens.shape[1])[None]
-        slots = jax.tree.leaves(
-            cache["layers"]["segment_0"]["block_0"]["self_attention"])[0].shape[3]
-        masking = Masking(positions, jnp.arange(slots)[None], causal=True,
-                          k_prefix=cache.get("prefix"))
+        kept = None if counts is None else jnp.arange(tokens.shape[1])[None] < counts[:, None]
+        masking = Masking(positions, jnp.arange(cache_lib.slots(cache))[None], causal=True,
+                          k_prefix=cache.get("prefix"), kept=kept)
         cross = None
         if "segments" in cache:
             cross = Masking(positions, jnp.arange(cache["segments"].shape[1])[None],
                             jnp.ones_like(positions), cache["segments"])
         x, layers, _ = stack(x, masking, positions, cross_masking=cross,
                              tokens=tokens, cache=cache["layers"])
-        return x, {**cache, "layers": layers, "position": cache["position"] + tokens.shape[1]}
+        read = tokens.shape[1] if counts is None else counts
+        return x, {**cache, "layers": layers, "position": cache["position"] + read}
 
 
 def _row_masking(batch: Batch, side: str, causal: bool) -> tuple[Masking, jax.Array]:
@@ -444,6 +446,7 @@ def validate(config: ModelConfig) -> None:
         if stack is not None:
             crosses = name == "decoder" and config.encoder is not None
             _validate_stack(f"model.{name}", stack, crosses)
+            mixers.validate(f"model.{name}", stack, config)
             _validate_branches(f"model.{name}", stack, config.base_depth)
 
 

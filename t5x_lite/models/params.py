@@ -79,9 +79,10 @@ class BoundModel(Protocol):
     def init_cache(self, batch: Mapping[str, jax.Array], length: int) -> dict:
         """The cache of `length` slots a row that `decode` continues; see models/cache.py."""
 
-    def decode(self, tokens: jax.Array, cache: dict, head: Mapping[str, jax.Array] | None = None
-               ) -> tuple[jax.Array, dict]:
-        """The next tokens_BL of each row -> (float32 logits_BLV, cache)."""
+    def decode(self, tokens: jax.Array, cache: dict, head: Mapping[str, jax.Array] | None = None,
+               counts: jax.Array | None = None) -> tuple[jax.Array, dict]:
+        """The next tokens_BL of each row, of which the cache counts so many (None: all) -> (float32
+        logits_BLV, cache)."""
 
 
 class ModelDefinition(Protocol):

@@ -344,8 +344,8 @@ def make_decode_step(model: ModelDefinition, config: DecodeConfig,
         head = module.head_params()
         turned = jax.lax.optimization_barrier(head["kernel"].T)
 
-        def decode_fn(tokens, cache):
-            return module.decode(tokens, cache, {**head, "kernel": turned.T})
+        def decode_fn(tokens, cache, counts=None):
+            return module.decode(tokens, cache, {**head, "kernel": turned.T}, counts)
         return decoding.decode(decode_fn, take_rows, cache, prompt, lengths, config,
                                batch.get("row_ids"), logits_fn)
     return decode_step
