@@ -23,6 +23,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from t5x_lite.layers.attention import ATTENTIONS
 from t5x_lite.layers.mixers import MIXERS
 from t5x_lite.layers.routing import ROUTERS
 
@@ -66,7 +67,7 @@ def matmul_flops(rows: int, d_in: int, d_out: int) -> float:
     return 2.0 * rows * d_in * d_out
 
 
-def visible_keys(q_length: int, k_length: int, *, causal: bool, window: int = 0,
+def visible_keys(q_length: int, k_length: float, *, causal: bool, window: int = 0,
                  causal_half: bool = False) -> float:
     """Keys that one query sees, averaged over the queries.
 
@@ -83,7 +84,7 @@ def visible_keys(q_length: int, k_length: int, *, causal: bool, window: int = 0,
     return min(k_length, reach) if window else k_length
 
 
-def attention_flops(rows: int, q_length: int, k_length: int, num_heads: int, head_dim: int, *,
+def attention_flops(rows: int, q_length: int, k_length: float, num_heads: int, head_dim: int, *,
                     causal: bool = False, window: int = 0, causal_half: bool = False) -> float:
     """Scores and weighted values: 2 x (2 B N L S H)."""
     keys = visible_keys(q_length, k_length, causal=causal, window=window, causal_half=causal_half)
@@ -362,12 +363,16 @@ def _attention_layer(embed_dim: int, attention: "AttentionConfig", rows: int, q_
                              causal_half=causal_half)
     query_width = attention.num_heads * attention.head_dim
     kv_width = attention.kv_heads * attention.head_dim
+    heads, head_dim = attention.num_heads, attention.head_dim
+    visible = ATTENTIONS[attention.kind].visible
+    if visible is None:
+        pairs = attention_flops(rows, q_length, k_length, heads, head_dim, causal=causal, window=window,
+                                causal_half=causal_half)
+    else:
+        pairs = attention_flops(rows, q_length, visible(attention, k_length), heads, head_dim)
     return Flops(
         projections=2 * matmul_flops(rows * q_length, embed_dim, query_width)
-        + 2 * matmul_flops(rows * k_length, embed_dim, kv_width),
-        attention=attention_flops(rows, q_length, k_length, attention.num_heads,
-                                  attention.head_dim, causal=causal, window=window,
-                                  causal_half=causal_half))
+        + 2 * matmul_flops(rows * k_length, embed_dim, kv_width), attention=pairs)
 
 
 def _latent_layer(embed_dim: int, attention: "AttentionConfig", rows: int, length: int, *,

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from t5x_lite.layers.attention import ATTENTIONS
 from t5x_lite.layers.config import AttentionConfig, MixerConfig, MoEConfig, PositionConfig
 from t5x_lite.layers.mixers import MIXERS
 from t5x_lite.layers.position import POSITIONS
@@ -78,8 +79,8 @@ def _matters(config: Any, field: str) -> bool:
     if isinstance(config, StackConfig):
         return field != "residual_alpha" or config.residual == "deepnorm"
     if isinstance(config, AttentionConfig):
-        if field == "latent":
-            return config.kind == "latent"
+        if any(field == row.section for row in ATTENTIONS.values()):
+            return field == ATTENTIONS[config.kind].section
         return config.qk_norm or not field.startswith("qk_norm_")
     if isinstance(config, MixerConfig):
         return field == "kind" or field in MIXERS[config.kind].settings

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from t5x_lite.errors import UserError, at_least, one_of
-from t5x_lite.layers import attention_implementations, dot_product, norm
+from t5x_lite.layers import attention_implementations, dot_product, norm, sparse_attention
 from t5x_lite.layers.attention_implementations import FUSED_KERNELS, IMPLEMENTATIONS
 from t5x_lite.layers.config import AttentionConfig, InitConfig, NormConfig, PositionConfig
 from t5x_lite.layers.linear import Dense, RowKey, dropout, kernel_std
@@ -225,15 +225,39 @@ class Attention(nnx.Module):
                     broadcast_dims=(3,))
         k, v = _for_queries(k, v, config)
         q = q.astype(k.dtype)   # a cache may be wider: products.read_as
-        chosen = attention_implementations.choose(
-            config.implementation, q, k, masking=masking, softcap=config.logit_softcap,
-            bias=bias is not None or relative is not None)
         terms = Terms(bias, relative, config.logit_softcap)
-        y = attend(chosen, q, k, v, terms, masking, config.chunk).astype(self.dtype)
+        y = self.attend(q, k, v, terms, masking).astype(self.dtype)
         y = y.transpose(0, 2, 1, 3)
         y = sharding.reshape(y, (*y.shape[:2], config.num_heads * config.head_dim), *flat)
         y = tag(y, "context")
         return self.out(y, ("act_batch", "act_norm_length", "act_embed")), cache
+
+
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, terms: Terms, masking: Masking
+               ) -> jax.Array:
+        """softmax(q . k + terms, masked) v of scaled q_BNLH, [B, N, L, H]."""
+        config = self.config
+        chosen = attention_implementations.choose(
+            config.implementation, q, k, masking=masking, softcap=config.logit_softcap,
+            bias=terms.bias is not None or terms.relative is not None)
+        return attend(chosen, q, k, v, terms, masking, config.chunk)
+
+
+class SparseAttention(Attention):
+    """Self-attention over a window, global tokens and random blocks: sparse_attention.py."""
+
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, terms: Terms, masking: Masking
+               ) -> jax.Array:
+        """Attention's, over the keys that the pattern lets a query see."""
+        assert terms.bias is None and terms.relative is None and not masking.causal
+
+        def run(q, k, v, terms, masking):
+            return sparse_attention.attend(q, k, v, masking.q_segments, self.config)
+        # A device that holds a part of the length would not have its neighbours' keys.
+        if sharding.mesh_sizes().get("sequence", 1) > 1:
+            raise UserError(f"mesh.sequence splits rows, and kind={self.config.kind!r} needs them whole: "
+                            "set mesh.sequence=1.")
+        return _per_device(run, q, k, v, terms, masking)
 
 
 def _qk_norm(key: jax.Array, heads: int, axis: str, config: AttentionConfig, dtype: jnp.dtype
@@ -260,6 +284,25 @@ def _for_queries(k: jax.Array, v: jax.Array, config: AttentionConfig):
         return k, v
     return tuple(sharding.shard(jnp.repeat(x, groups, axis=1),
                                 "act_batch", "act_heads", "act_keys", None) for x in (k, v))
+
+
+def validate_pattern(config: AttentionConfig, position: PositionConfig, where: str, *, causal: bool
+                     ) -> None:
+    """Raises UserError for what a kind with a pattern of its own cannot be given.
+
+    Args:
+        position, causal: of the stack.
+    """
+    if ATTENTIONS[config.kind].visible is None:
+        return
+    if causal:
+        raise UserError(f"{where}.kind={config.kind!r} sees both ways, and is for encoders. Use kind=heads "
+                        "with a window in a decoder.")
+    row = POSITIONS[position.kind]
+    if row.bias or row.parameters:
+        fit = [name for name, kind in POSITIONS.items() if not (kind.bias or kind.parameters)]
+        raise UserError(f"position.kind={position.kind!r} acts on the logits of pairs, which {where}.kind="
+                        f"{config.kind!r} makes by blocks. Use one of {', '.join(fit)}.")
 
 
 # --- latent ---------------------------------------------------------------------------------------
@@ -430,10 +473,20 @@ class AttentionKind:
     validate: Callable[[AttentionConfig, str], None]   # of fields that it alone reads
     crosses: bool = True      # it can read another sequence (`project_kv`)
     turns_only: bool = False  # positions may only turn queries and keys
+    section: str = ""         # of AttentionConfig, that it alone reads
+    # Keys that a query sees, (config, length) -> their mean, of kinds with a pattern of their own: for
+    # encoders, without positions that act on the logits.
+    visible: Callable[[AttentionConfig, int], float] | None = None
 
 
 ATTENTIONS = {
     "heads": AttentionKind(Attention, _cache_of_heads, lambda config, where: None),
     "latent": AttentionKind(LatentAttention, _latent_cache, _validate_latent, crosses=False,
-                            turns_only=True),
+                            turns_only=True, section="latent"),
+    "longformer": AttentionKind(
+        SparseAttention, _cache_of_heads, sparse_attention.validate_longformer, crosses=False,
+        section="sparse", visible=sparse_attention.visible),
+    "bigbird": AttentionKind(
+        SparseAttention, _cache_of_heads, sparse_attention.validate_bigbird, crosses=False,
+        section="sparse", visible=sparse_attention.visible),
 }

@@ -78,6 +78,16 @@ class LatentConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SparseConfig:
+    """Which keys longformer and bigbird see, beside AttentionConfig.window; see sparse_attention.py."""
+
+    block: Count = 64          # bigbird: tokens of a block; longformer's is the window
+    global_tokens: int = 1     # first tokens of a row, which see all and are seen by all
+    random_blocks: int = 0     # bigbird: random blocks of keys for each block of queries
+    seed: Seed = 0             # of these blocks
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionConfig:
     """One attention layer."""
 
@@ -98,6 +108,7 @@ class AttentionConfig:
     chunk: Count = 1024              # chunked: queries, and keys, at a time
     kind: str = "heads"            # a row of attention.ATTENTIONS
     latent: LatentConfig = LatentConfig()   # of kind=latent
+    sparse: SparseConfig = SparseConfig()   # of kind=longformer and bigbird
 
     @property
     def kv_heads(self) -> int:

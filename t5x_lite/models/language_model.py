@@ -491,6 +491,8 @@ def _validate_block(where: str, block: BlockConfig, stack: StackConfig) -> None:
         position.validate(block.position, f"{where}.position")
         position.validate_own(block.position, stack.position, f"{where}.position")
     attention.validate(block.self_attention, f"{where}.self_attention")
+    attention.validate_pattern(block.self_attention, stack.position, f"{where}.self_attention",
+                               causal=stack.causal)
     if attention.ATTENTIONS[block.self_attention.kind].turns_only:
         position.validate_own(block.position or stack.position, stack.position, f"{where}.position")
     if block.cross_attention is not None:

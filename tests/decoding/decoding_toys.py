@@ -25,8 +25,13 @@ def log_softmax(x):
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
-def markov(tokens, cache):
-    return cache["table"][tokens], {**cache, "position": cache["position"] + tokens.shape[1]}
+def read(tokens, cache, counts):
+    """The position after the tokens, or after as many of each row as count."""
+    return cache["position"] + (tokens.shape[1] if counts is None else counts)
+
+
+def markov(tokens, cache, counts=None):
+    return cache["table"][tokens], {**cache, "position": read(tokens, cache, counts)}
 
 
 def markov_cache(table, batch):
@@ -40,7 +45,7 @@ def mixing_logits(table, tokens):
     return np.asarray(hidden, np.float32)
 
 
-def mixing(tokens, cache):
+def mixing(tokens, cache, counts=None):
     """mixing_logits with a cache: slots hold the table rows of the tokens written there."""
     position = cache["position"][:, None] + jnp.arange(tokens.shape[1])
     place = jnp.arange(cache["slots"].shape[1])
@@ -54,10 +59,10 @@ def mixing(tokens, cache):
     logits = jnp.einsum("BLS,BSV->BLV", share, slots)
     if not jax.sharding.get_abstract_mesh().empty:
         logits = jax.sharding.reshard(logits, P(BATCH_AXES, None, "tensor"))
-    return logits, {**cache, "slots": slots, "position": position[:, -1] + 1}
+    return logits, {**cache, "slots": slots, "position": read(tokens, cache, counts)}
 
 
-def prefix_lm(tokens, cache):
+def prefix_lm(tokens, cache, counts=None):
     """Two layers: tokens within cache["prefix"] mix before anything else is made of them."""
     position = cache["position"][:, None] + jnp.arange(tokens.shape[1])
     put = jax.vmap(lambda slots, at, new: slots.at[at].set(new))
@@ -68,7 +73,7 @@ def prefix_lm(tokens, cache):
     mixed = put(cache["mixed"], position, made)
     seen = (position[:, :, None] >= place).astype(jnp.float32)
     return (jnp.einsum("BLS,BSV->BLV", seen, mixed),
-            {**cache, "raw": raw, "mixed": mixed, "position": position[:, -1] + 1})
+            {**cache, "raw": raw, "mixed": mixed, "position": read(tokens, cache, counts)})
 
 
 def mixing_cache(table, batch, slots=24):

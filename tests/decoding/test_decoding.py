@@ -86,9 +86,9 @@ def test_stop_ids_end_a_sequence_too(method):
 def test_stops_when_every_row_is_done(method):
     calls = []
 
-    def counting(tokens, cache):
+    def counting(tokens, cache, counts=None):
         jax.debug.callback(lambda: calls.append(1))
-        return markov(tokens, cache)
+        return markov(tokens, cache, counts)
 
     config = DecodeConfig(method=method, max_length=200, beam_size=1)
     run(counting, markov_cache(chain(0, 2, 3, 1), 2), jnp.array([[0], [2]]),
