@@ -45,7 +45,7 @@ def main() -> None:
         SparseConfig,
     )
     from t5x_lite.layers.masks import Masking
-    from t5x_lite.layers.mixers import MIXERS
+    from t5x_lite.models.blocks import MIXERS
     from t5x_lite.models.config import BlockConfig, StackConfig
 
     heads = WIDTH // HEAD

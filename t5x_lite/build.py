@@ -20,8 +20,8 @@ from t5x_lite.cost import flops, hardware
 from t5x_lite.data import rows as data_rows
 from t5x_lite.errors import UserError, multiple_of
 from t5x_lite.layers import fp8, moe
-from t5x_lite.layers.mixers import MIXERS
 from t5x_lite.models import language_model, parametrization
+from t5x_lite.models.blocks import MIXERS
 from t5x_lite.models.language_model import Model
 from t5x_lite.models.params import ParamInfo
 from t5x_lite.models.peft import Tuning

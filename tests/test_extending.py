@@ -19,8 +19,9 @@ from t5x_lite.data import batches as data_batches, denoising, pipeline, rows as 
 from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError, check
 from t5x_lite.formats import hf
-from t5x_lite.layers import mixers, position, routing
+from t5x_lite.layers import position, routing
 from t5x_lite.layers.config import MixerConfig, MLPConfig, MoEConfig, PositionConfig
+from t5x_lite.models import blocks
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.language_model import Model
 from t5x_lite.training import methods, objectives
@@ -31,7 +32,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PAGE = (ROOT / "docs/extending.md").read_text()
 SECTIONS = {part.split("\n", 1)[0]: part for part in re.split(r"^## ", PAGE, flags=re.M)[1:]}
 TABLES = (methods.METHODS, data_rows.ROWS, objectives.OBJECTIVES, routing.ROUTERS, position.POSITIONS,
-          mixers.MIXERS, denoising.DENOISERS, hf.FAMILIES)
+          blocks.MIXERS, denoising.DENOISERS, hf.FAMILIES)
 
 
 def block(title: str, language: str = "python") -> str:

@@ -24,8 +24,8 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from t5x_lite.layers.attention import ATTENTIONS
-from t5x_lite.layers.mixers import MIXERS
 from t5x_lite.layers.routing import ROUTERS
+from t5x_lite.models.blocks import MIXERS
 
 if TYPE_CHECKING:
     from t5x_lite.layers.config import AttentionConfig, MLPConfig, MoEConfig

@@ -11,10 +11,10 @@ from typing import Any
 
 from t5x_lite.layers.attention import ATTENTIONS
 from t5x_lite.layers.config import AttentionConfig, MixerConfig, MoEConfig, PositionConfig
-from t5x_lite.layers.mixers import MIXERS
 from t5x_lite.layers.position import POSITIONS
 from t5x_lite.layers.routing import ROUTERS
 from t5x_lite.models import parametrization
+from t5x_lite.models.blocks import MIXERS
 from t5x_lite.models.config import BlockConfig, ModelConfig, StackConfig
 
 # How a model is initialised, regularised and run, rather than what it computes.

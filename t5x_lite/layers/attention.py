@@ -21,7 +21,7 @@ from t5x_lite.layers import attention_implementations, dot_product, norm, sparse
 from t5x_lite.layers.attention_implementations import FUSED_KERNELS, IMPLEMENTATIONS
 from t5x_lite.layers.config import AttentionConfig, InitConfig, NormConfig, PositionConfig
 from t5x_lite.layers.linear import Dense, RowKey, dropout, kernel_std
-from t5x_lite.layers.masks import Masking, Terms
+from t5x_lite.layers.masks import Masking, Terms, write_cache
 from t5x_lite.layers.norm import Norm
 from t5x_lite.layers.position import POSITIONS, PositionBias
 from t5x_lite.parallel import sharding
@@ -94,26 +94,6 @@ def _per_device(kernel: Callable, q, k, v, terms: Terms, masking: Masking) -> ja
     args = (q, k, v, terms, masking)
     specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, args)
     return sharding.manual(kernel, specs, specs[0], check_vma=False)(*args)
-
-
-def write_cache(cache: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
-    """cache_BKSH with new_BKLH at positions_B … positions_B + L - 1 of each row; all must fit.
-
-    Rows stand at different positions. Each writes its own L slots, in place where the caller
-    has no other use for the cache: selecting among all slots read and wrote the whole of it
-    twice for every token.
-    """
-    def write(cache, new, positions):
-        return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (0, at, 0)))(
-            cache, new, positions)
-
-    new = new.astype(cache.dtype)
-    if not sharding.mesh_sizes():
-        return write(cache, new, positions)
-    spec = jax.typeof(cache).sharding.spec
-    by_row = jax.sharding.PartitionSpec(spec[0])
-    return sharding.manual(write, (spec, spec, by_row), spec, check_vma=False)(
-        cache, jax.sharding.reshard(new, spec), jax.sharding.reshard(positions, by_row))
 
 
 class Attention(nnx.Module):

@@ -120,7 +120,7 @@ class AttentionConfig:
 class MixerConfig:
     """What mixes the tokens of a row; of all kinds but `attention` this is the whole config."""
 
-    kind: str = "attention"      # a row of mixers.MIXERS; attention: as self_attention says
+    kind: str = "attention"      # a row of blocks.MIXERS; attention: as self_attention says
     expand: Positive = 1.0       # inner features over embed_dim (Mamba-2: 2)
     head_dim: Count = 64         # of them in a head; rg_lru: in a block of its gates
     state_dim: Count = 64        # features of a head's keys and queries: rows of its state

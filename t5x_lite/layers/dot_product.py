@@ -12,11 +12,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from t5x_lite.layers.masks import Masking, Terms, allowed
+from t5x_lite.layers.masks import MASKED, Masking, Terms, allowed
 from t5x_lite.parallel import sharding
-
-# Large enough to vanish in the softmax, small enough to stay finite in bfloat16.
-MASKED = -1e10
 
 
 def scores(q: jax.Array, k: jax.Array) -> jax.Array:

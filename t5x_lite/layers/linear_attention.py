@@ -13,47 +13,20 @@ from t5x_lite.layers.config import InitConfig, MixerConfig, NormConfig
 from t5x_lite.layers.linear import Dense, RowKey, kernel_std
 from t5x_lite.layers.masks import Masking
 from t5x_lite.layers.norm import Norm
-from t5x_lite.layers.recurrences import Row, both_ways, decayed_sums, per_device, row_of
+from t5x_lite.layers.recurrences import (
+    FLAT,
+    HEADS,
+    both_ways,
+    merge_heads,
+    per_device,
+    row_of,
+    run_sums,
+    split_heads,
+)
 from t5x_lite.parallel import sharding
 from t5x_lite.parallel.remat import tag
 
-FLAT = ("act_batch", "act_length", "act_heads")
-HEADS = ("act_batch", "act_heads", None, None)
 _GATE_TEMPERATURE = 16.0   # tau of Yang et al. 2024, section 4.2: decays near 1
-
-
-def split_heads(x: jax.Array, heads: int) -> jax.Array:
-    """x_BL(NH) -> BNLH."""
-    x = sharding.reshape(x, (*x.shape[:2], heads, x.shape[2] // heads), *FLAT, None)
-    return x.transpose(0, 2, 1, 3)
-
-
-def merge_heads(x: jax.Array) -> jax.Array:
-    """x_BNLH -> BL(NH)."""
-    x = x.transpose(0, 2, 1, 3)
-    return sharding.reshape(x, (*x.shape[:2], x.shape[2] * x.shape[3]), *FLAT)
-
-
-def run_sums(q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array | None, row: Row,
-             state: jax.Array | None, chunk: int) -> tuple[jax.Array, jax.Array]:
-    """decayed_sums on each device's rows and heads; tokens that are not kept leave the state alone.
-
-    log_decay: float32 [B, N, L], None: 0.
-    """
-    if log_decay is None:
-        log_decay = jnp.zeros_like(v[..., 0], jnp.float32)
-    if row.kept is not None:
-        kept = row.kept[:, None, :]
-        k, log_decay = jnp.where(kept[..., None], k, 0), jnp.where(kept, log_decay, 0)
-
-    def run(q, k, v, log_decay, starts, state=None):
-        return list(decayed_sums(q, k, v, log_decay, starts, state, chunk=chunk))
-
-    axes = {**dict.fromkeys("qkv", HEADS), "log_decay": HEADS[:3], "state": HEADS,
-            "starts": ("act_batch", None)}
-    arrays = {"q": q, "k": k, "v": v, "log_decay": log_decay, "starts": row.starts, "state": state}
-    y, state = per_device(run, arrays, axes, [HEADS, HEADS])
-    return y, state
 
 
 class LinearAttention(nnx.Module):

@@ -14,6 +14,9 @@ import jax.numpy as jnp
 
 from t5x_lite.parallel import sharding
 
+# Large enough to vanish in the softmax, small enough to stay finite in bfloat16.
+MASKED = -1e10
+
 
 @dataclasses.dataclass(frozen=True)
 class Masking:
@@ -102,3 +105,23 @@ def up_to_the_last(weights_BL: jax.Array) -> jax.Array:
 def as_keys(x: jax.Array | None) -> jax.Array | None:
     """[B, S] as attention reads it: keys are whole even where queries' length is sharded."""
     return None if x is None else sharding.shard(x, "act_batch", "act_keys")
+
+
+def write_cache(cache: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
+    """cache_BKSH with new_BKLH at positions_B … positions_B + L - 1 of each row; all must fit.
+
+    Rows stand at different positions. Each writes its own L slots, in place where the caller
+    has no other use for the cache: selecting among all slots read and wrote the whole of it
+    twice for every token.
+    """
+    def write(cache, new, positions):
+        return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (0, at, 0)))(
+            cache, new, positions)
+
+    new = new.astype(cache.dtype)
+    if not sharding.mesh_sizes():
+        return write(cache, new, positions)
+    spec = jax.typeof(cache).sharding.spec
+    by_row = jax.sharding.PartitionSpec(spec[0])
+    return sharding.manual(write, (spec, spec, by_row), spec, check_vma=False)(
+        cache, jax.sharding.reshard(new, spec), jax.sharding.reshard(positions, by_row))

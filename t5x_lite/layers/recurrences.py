@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from t5x_lite.errors import UserError
-from t5x_lite.layers.masks import Masking
 from t5x_lite.parallel import sharding
+
+FLAT = ("act_batch", "act_length", "act_heads")
+HEADS = ("act_batch", "act_heads", None, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +29,8 @@ class Row:
     kept: jax.Array | None     # bool [B, L], tokens that a state takes up; None: all
 
 
-def row_of(masking: Masking, batch: int) -> Row:
-    """The Row of what self-attention masks by.
+def row_of(masking, batch: int) -> Row:
+    """The Row of the masks.Masking that self-attention has.
 
     Raises:
         UserError: a split length, or a prefix that reads both ways.
@@ -180,3 +182,37 @@ def both_ways(q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array, *, ch
     back, _ = decayed_sums(*(x[:, :, ::-1] for x in (q, k, v)), none, ends[:, ::-1], chunk=chunk)
     itself = jnp.sum(q.astype(jnp.float32) * k, axis=-1, keepdims=True) * v
     return forward + back[:, :, ::-1] - itself
+
+
+def split_heads(x: jax.Array, heads: int) -> jax.Array:
+    """x_BL(NH) -> BNLH."""
+    x = sharding.reshape(x, (*x.shape[:2], heads, x.shape[2] // heads), *FLAT, None)
+    return x.transpose(0, 2, 1, 3)
+
+
+def merge_heads(x: jax.Array) -> jax.Array:
+    """x_BNLH -> BL(NH)."""
+    x = x.transpose(0, 2, 1, 3)
+    return sharding.reshape(x, (*x.shape[:2], x.shape[2] * x.shape[3]), *FLAT)
+
+
+def run_sums(q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array | None, row: Row,
+             state: jax.Array | None, chunk: int) -> tuple[jax.Array, jax.Array]:
+    """decayed_sums on each device's rows and heads; tokens that are not kept leave the state alone.
+
+    log_decay: float32 [B, N, L], None: 0.
+    """
+    if log_decay is None:
+        log_decay = jnp.zeros_like(v[..., 0], jnp.float32)
+    if row.kept is not None:
+        kept = row.kept[:, None, :]
+        k, log_decay = jnp.where(kept[..., None], k, 0), jnp.where(kept, log_decay, 0)
+
+    def run(q, k, v, log_decay, starts, state=None):
+        return list(decayed_sums(q, k, v, log_decay, starts, state, chunk=chunk))
+
+    axes = {**dict.fromkeys("qkv", HEADS), "log_decay": HEADS[:3], "state": HEADS,
+            "starts": ("act_batch", None)}
+    arrays = {"q": q, "k": k, "v": v, "log_decay": log_decay, "starts": row.starts, "state": state}
+    y, state = per_device(run, arrays, axes, [HEADS, HEADS])
+    return y, state

@@ -17,7 +17,7 @@ import numpy as np
 
 from t5x_lite.errors import UserError, at_least
 from t5x_lite.layers.config import AttentionConfig
-from t5x_lite.layers.dot_product import MASKED
+from t5x_lite.layers.masks import MASKED
 
 _NONE = -1   # no block, in a table of blocks
 

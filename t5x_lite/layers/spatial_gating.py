@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from t5x_lite.errors import UserError
-from t5x_lite.layers.attention import write_cache
 from t5x_lite.layers.config import InitConfig, MixerConfig, NormConfig
 from t5x_lite.layers.linear import Dense, RowKey, kernel_std, param
-from t5x_lite.layers.masks import Masking
+from t5x_lite.layers.masks import Masking, write_cache
 from t5x_lite.layers.norm import Norm
 from t5x_lite.layers.recurrences import examples, row_of
 from t5x_lite.parallel import sharding

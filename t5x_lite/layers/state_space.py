@@ -10,10 +10,9 @@ from flax import nnx
 from t5x_lite.layers.config import InitConfig, MixerConfig, NormConfig
 from t5x_lite.layers.convolution import DepthwiseConv
 from t5x_lite.layers.linear import Dense, RowKey, kernel_std, param
-from t5x_lite.layers.linear_attention import FLAT, HEADS, merge_heads, run_sums, split_heads
 from t5x_lite.layers.masks import Masking
 from t5x_lite.layers.norm import Norm
-from t5x_lite.layers.recurrences import row_of
+from t5x_lite.layers.recurrences import FLAT, HEADS, merge_heads, row_of, run_sums, split_heads
 from t5x_lite.parallel import sharding
 from t5x_lite.parallel.remat import tag
 

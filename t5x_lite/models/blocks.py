@@ -11,23 +11,31 @@ Shape letters: B batch, L length, S key length, D model, N heads, H head dim.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from t5x_lite.layers import attention_implementations
+from t5x_lite.errors import UserError
+from t5x_lite.layers import attention_implementations, mixers
 from t5x_lite.layers.attention import ATTENTIONS
 from t5x_lite.layers.config import AttentionConfig, InitConfig, PositionConfig
+from t5x_lite.layers.convolution import Convolution
 from t5x_lite.layers.linear import RowKey, dropout
+from t5x_lite.layers.linear_attention import GatedLinearAttention, LinearAttention, constant_decays
+from t5x_lite.layers.lstm import LSTM
 from t5x_lite.layers.masks import Masking
-from t5x_lite.layers.mixers import MIXERS
+from t5x_lite.layers.mixers import Kept, Mixer
 from t5x_lite.layers.mlp import MLP, Adapter
 from t5x_lite.layers.moe import MoE
 from t5x_lite.layers.norm import Norm
 from t5x_lite.layers.position import POSITIONS, PositionBias, make_bias
+from t5x_lite.layers.rg_lru import RGLRU
 from t5x_lite.layers.routing import EXPERT_LOAD, load_metrics
+from t5x_lite.layers.spatial_gating import SpatialGating
+from t5x_lite.layers.state_space import StateSpace
 from t5x_lite.models.config import BlockConfig, SegmentConfig, StackConfig
 from t5x_lite.parallel import products, sharding
 from t5x_lite.parallel.pipeline import run_layers
@@ -134,6 +142,16 @@ RESIDUALS = {
 }
 
 
+def validate_branches(where: str, stack: StackConfig, base_depth: int) -> None:
+    """Raises UserError where a norm behind the branches would undo their scale."""
+    if RESIDUALS[stack.residual].post == "none" or (stack.branch_scale == 1.0 and not base_depth):
+        return
+    field = f"model.base_depth={base_depth}" if base_depth else f"{where}.branch_scale={stack.branch_scale:g}"
+    fitting = [name for name, row in RESIDUALS.items() if row.post == "none"]
+    raise UserError(f"{field} scales what sub-layers add; {where}.residual={stack.residual!r} has norms "
+                    f"behind them. Use one of {', '.join(fitting)}, or leave it out.")
+
+
 def deepnorm_constants(encoder_layers: int, decoder_layers: int
                        ) -> tuple[tuple[float, float], tuple[float, float]]:
     """((alpha, beta) of the encoder, (alpha, beta) of the decoder) (Wang et al. 2022, figure 2).
@@ -149,6 +167,47 @@ def deepnorm_constants(encoder_layers: int, decoder_layers: int
         return (1.0, 1.0), ((2 * m) ** 0.25, (8 * m) ** -0.25)
     depth = (n ** 4 * m) ** (1 / 16)
     return (0.81 * depth, 0.87 / depth), ((3 * m) ** 0.25, (12 * m) ** -0.25)
+
+
+def _attention(key, embed_dim, block, stack, init, dtype):
+    return ATTENTIONS[block.self_attention.kind].module(
+        key, embed_dim, block.self_attention, block.position or stack.position, init, dtype)
+
+
+def _attention_cache(block: BlockConfig, embed_dim: int, length: int) -> dict[str, Kept]:
+    entries = ATTENTIONS[block.self_attention.kind].cache(block.self_attention)
+    return {name: Kept((heads, length, features), (axis, "act_keys", None))
+            for name, (heads, features, axis) in entries.items()}
+
+
+def _own(module: Callable) -> Callable:
+    """A row's constructor of a module that MixerConfig describes."""
+    return lambda key, embed_dim, block, stack, init, dtype: module(
+        key, embed_dim, block.mixer, stack.causal, init, dtype)
+
+
+_HEADS = ("expand", "head_dim", "state_dim", "use_bias")
+_with = functools.partial
+MIXERS = {
+    "attention": Mixer(_attention, _attention_cache, None, name="self_attention", causal=False, attends=True),
+    "lstm": Mixer(_own(LSTM), mixers.kept(mixers.lstm_cache), mixers.lstm_flops,
+                  settings=("expand", "use_bias")),
+    "rg_lru": Mixer(_own(RGLRU), mixers.kept(mixers.rg_lru_cache), mixers.rg_lru_flops,
+                    settings=("expand", "head_dim", "taps", "use_bias"), heads=True),
+    "ssd": Mixer(_own(StateSpace), mixers.kept(mixers.ssd_cache), mixers.ssd_flops,
+                 settings=(*_HEADS, "taps"), heads=True),
+    "conv": Mixer(_own(Convolution), mixers.kept(mixers.conv_cache), mixers.conv_flops,
+                  settings=("expand", "taps", "use_bias"), causal=False),
+    "gmlp": Mixer(_own(SpatialGating), mixers.gmlp_cache, mixers.gmlp_flops,
+                  settings=("expand", "max_length", "use_bias"), causal=False),
+    "linear": Mixer(_own(LinearAttention), mixers.kept(_with(mixers.linear_cache, more=1)),
+                    _with(mixers.linear_flops, more=1), settings=_HEADS, causal=False, heads=True),
+    "gated_linear": Mixer(_own(GatedLinearAttention), mixers.kept(mixers.linear_cache),
+                          _with(mixers.linear_flops, gate=True, decay=True), settings=_HEADS, heads=True),
+    "retention": Mixer(_own(_with(GatedLinearAttention, decays=constant_decays)),
+                       mixers.kept(mixers.linear_cache), _with(mixers.linear_flops, gate=True),
+                       settings=_HEADS, heads=True),
+}
 
 
 class Block(nnx.Module):

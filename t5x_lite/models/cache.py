@@ -3,7 +3,7 @@
     position    int32 [B], the tokens that each row has so far
     segments    int32 [B, S], of the encoder's tokens, where there is an encoder
     prefix      bool [B, L], the decoder's tokens that all others see, for a prefix LM
-    layers/…    what each layer's mixer keeps (mixers.MIXERS): of attention keys and values as a rule,
+    layers/…    what each layer's mixer keeps (blocks.MIXERS): of attention keys and values as a rule,
                 [layers, B, heads, length, features], of recurrences a state [layers, B, …] whose size
                 no length changes; and cross-attention's keys and values
 """

@@ -29,7 +29,15 @@ from t5x_lite.layers.masks import Masking
 from t5x_lite.layers.routing import EXPERT_LOAD
 from t5x_lite.models import cache as cache_lib, further_tokens, parametrization
 from t5x_lite.models.ahead import ahead
-from t5x_lite.models.blocks import RESIDUALS, Block, BlockInputs, Stack, add_aux
+from t5x_lite.models.blocks import (
+    MIXERS,
+    RESIDUALS,
+    Block,
+    BlockInputs,
+    Stack,
+    add_aux,
+    validate_branches,
+)
 from t5x_lite.models.config import BlockConfig, ModelConfig, StackConfig
 from t5x_lite.models.further_tokens import FurtherToken
 from t5x_lite.models.params import ParamInfo
@@ -356,7 +364,6 @@ ARCHITECTURES = {"encoder_decoder": (EncoderDecoder, ("encoder", "decoder")),
 
 # --- the boundary: modules inside, nested dicts of arrays outside ---------------------------------
 
-
 class Model:
     """A model definition: builds parameters and binds them to the module."""
 
@@ -446,8 +453,8 @@ def validate(config: ModelConfig) -> None:
         if stack is not None:
             crosses = name == "decoder" and config.encoder is not None
             _validate_stack(f"model.{name}", stack, crosses)
-            mixers.validate(f"model.{name}", stack, config)
-            _validate_branches(f"model.{name}", stack, config.base_depth)
+            mixers.validate(f"model.{name}", stack, config, MIXERS)
+            validate_branches(f"model.{name}", stack, config.base_depth)
 
 
 def _validate_start(config: ModelConfig) -> None:
@@ -474,16 +481,6 @@ def _validate_stack(where: str, stack: StackConfig, crosses: bool) -> None:
             if (block.cross_attention is not None) != crosses:
                 raise UserError(f"{here}.cross_attention must be "
                                 f"{'given' if crosses else 'None'} here.")
-
-
-def _validate_branches(where: str, stack: StackConfig, base_depth: int) -> None:
-    """Raises UserError where a norm behind the branches would undo their scale."""
-    if RESIDUALS[stack.residual].post == "none" or (stack.branch_scale == 1.0 and not base_depth):
-        return
-    field = f"model.base_depth={base_depth}" if base_depth else f"{where}.branch_scale={stack.branch_scale:g}"
-    fitting = [name for name, row in RESIDUALS.items() if row.post == "none"]
-    raise UserError(f"{field} scales what sub-layers add; {where}.residual={stack.residual!r} has norms "
-                    f"behind them. Use one of {', '.join(fitting)}, or leave it out.")
 
 
 def _validate_block(where: str, block: BlockConfig, stack: StackConfig) -> None:

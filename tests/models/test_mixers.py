@@ -22,7 +22,7 @@ from t5x_lite.layers.config import (
     PositionConfig,
 )
 from t5x_lite.layers.masks import Masking
-from t5x_lite.layers.mixers import MIXERS
+from t5x_lite.models.blocks import MIXERS
 from t5x_lite.models.cache import take_rows
 from t5x_lite.models.config import BlockConfig, ModelConfig, SegmentConfig, StackConfig
 from t5x_lite.models.language_model import Model
