@@ -3,8 +3,8 @@
     python scripts/bench_mixers.py --lengths=1024,4096,16384,65536
 
 One layer's mixer of width 256 (heads of 64, a state of 64) on one row of float32 tokens: a forward and a
-backward pass, jitted. Prints seconds (the least of --repeats, after one that is not timed), the
-temporaries that XLA allocates for it (memory_analysis of the compiled pass, no measurement) and both
+backward pass, jitted. Prints CPU seconds of all cores (the least of --repeats, after one that is not timed; a
+busy machine changes them little), the temporaries that XLA allocates for it (memory_analysis of the compiled pass, no measurement) and both
 relative to attention by chunks at the same length. A line says the machine. Attention over more tokens than
 --most_attention is compiled, for its memory, and not run.
 """
@@ -23,7 +23,6 @@ _REPEATS = flags.DEFINE_integer("repeats", 2, "Passes timed.")
 _MOST = flags.DEFINE_integer("most_attention", 16384, "Tokens up to which attention over all pairs is run.")
 WIDTH, HEAD = 256, 64
 PLAIN_UP_TO = 4096   # tokens whose L * L logits of 4 heads are kept for the backward pass
-PAIRS = ("attention", "gmlp")   # all pairs of tokens
 
 
 def machine() -> str:
@@ -72,22 +71,22 @@ def main() -> None:
         return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(module, x).compile(), (module, x)
 
     print(f"{machine()}; width {WIDTH}, heads of {HEAD}, float32, forward and backward")
-    print(f"{'tokens':>7}  {'mixer':<17} {'seconds':>9} {'/ attention':>12} {'temporaries MiB':>16} {'/ attention':>12}",
+    print(f"{'tokens':>7}  {'mixer':<17} {'CPU s':>9} {'/ attention':>12} {'temporaries MiB':>16} {'/ attention':>12}",
           flush=True)
+    limits = {"attention, plain": PLAIN_UP_TO, "gmlp": _MOST.value}
     names = _KINDS.value or [*attentions, *(name for name in MIXERS if name != "attention")]
     for length in map(int, _LENGTHS.value):
         base = None
         for name in names:
-            if name == "attention, plain" and length > PLAIN_UP_TO or (
-                    name == "gmlp" and length > _MOST.value):
+            if length > limits.get(name, length):
                 continue
             run, args = compiled(name, length)
             memory = run.memory_analysis().temp_size_in_bytes / 2**20
             taken = []
             for _ in range(_REPEATS.value + 1 if name != "attention" or length <= _MOST.value else 0):
-                begin = time.perf_counter()
+                begin = time.process_time()
                 jax.block_until_ready(run(*args))
-                taken.append(time.perf_counter() - begin)
+                taken.append(time.process_time() - begin)
             seconds = min(taken[1:], default=float("nan"))
             base = base or (seconds, memory)
             print(f"{length:>7}  {name:<17} {seconds:>9.3f} {seconds / base[0]:>12.3f} {memory:>16.1f} "
