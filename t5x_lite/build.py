@@ -25,11 +25,14 @@ from t5x_lite.models.blocks import MIXERS
 from t5x_lite.models.language_model import Model
 from t5x_lite.models.params import ParamInfo
 from t5x_lite.models.peft import Tuning
-from t5x_lite.parallel import offload, pipeline, sharding
+from t5x_lite.parallel import disk, offload, pipeline, sharding
+from t5x_lite.parallel.offload import ON_DEVICE
 from t5x_lite.parallel.sharding import Rules
 from t5x_lite.running import counts
 from t5x_lite.training import objectives, precision, state, steps
+from t5x_lite.training.layerwise import Layerwise, held_of
 from t5x_lite.training.optimizers import EMA, Optimizer, make_optimizer, until
+from t5x_lite.training.streamed import StreamedStep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,9 +148,10 @@ class Program:
 
     def init_state(self) -> state.State:
         """Fresh parameters and optimizer state, drawn shard by shard."""
-        init = jax.jit(lambda: state.init(self.model, self.optimizer, self.tuning, self._key),
-                       out_shardings=state.shardings(self.abstract_state))
-        return init()
+        init = jax.jit(lambda: disk.instead(
+            state.init(self.model, self.optimizer, self.tuning, self._key), self.abstract_state),
+            out_shardings=state.shardings(self.abstract_state))
+        return self._filled(init())
 
     def init_params(self) -> dict:
         """The fresh parameters of the whole model alone: those that init_state starts from."""
@@ -159,16 +163,29 @@ class Program:
 
         trained: state["params"], where it is not to be what models/peft.py starts with.
         """
-        start = jax.jit(lambda params, trained: state.start(
+        start = jax.jit(lambda params, trained: disk.instead(state.start(
             params, self.optimizer, self.tuning,
-            jax.random.fold_in(self._key, 1), trained),
+            jax.random.fold_in(self._key, 1), trained), self.abstract_state),
             donate_argnums=0, out_shardings=state.shardings(self.abstract_state))
         with self.activate():
-            return start(params, trained)
+            return self._filled(start(params, trained))
+
+    def _filled(self, fresh: state.State) -> state.State:
+        """A state of step 0 whose optimizer state on disk is made, a moment at a time."""
+        for name, arrays in held_of(self.abstract_state["opt_state"]).items():
+            if disk.kept(arrays):
+                moment = jax.jit(lambda params, name=name: tree.flatten(
+                    self.optimizer.init(params)[name]), out_shardings={
+                        path: place.sharding for path, place in arrays.items()})
+                for path, values in moment(fresh["params"]).items():
+                    arrays[path].fill(values)
+        return fresh
 
     def gathered(self, params: Mapping) -> dict:
         """The parameters, which it consumes, whole on every device of the fsdp axis: what decodes
-        token by token must not gather them at every step."""
+        token by token must not gather them at every step. Those in the host's memory stay there."""
+        if self.config.sharding.places.params == "host":
+            return params
         flat = tree.flatten(params)
         places = {path: self.rules.spec(info.logical_axes, dict(self.mesh.shape),
                                         drop=sharding.GATHERED_AXES)
@@ -185,7 +202,7 @@ class Program:
         if EMA not in state["opt_state"] or not self.config.eval.ema:
             return self.whole_params(state)
         with self.activate():
-            averaged = self._averaged(state["params"], state["opt_state"][EMA])
+            averaged = self._averaged(state["params"], disk.read(state["opt_state"][EMA]))
         return self.whole_params({**state, "params": averaged})
 
     @functools.cached_property
@@ -210,16 +227,32 @@ class Program:
     def _key(self) -> jax.Array:
         return jax.random.key(self.config.train.seed)
 
-    def jit_train_step(self):
+    def jit_train_step(self) -> Callable:
         """The compiled-on-first-call train step; donates the state."""
+        if disk.kept(self.abstract_state):
+            return self._streamed
         return jax.jit(self.train_step, donate_argnums=0,
                        out_shardings=(state.shardings(self.abstract_state), None))
 
-    def compile_train_step(self, rows: int):
+    @functools.cached_property
+    def _streamed(self) -> StreamedStep:
+        return StreamedStep(
+            steps.make_gradient_step(self.differentiated, self.optimizer, self.config.train.seed),
+            Layerwise(self.optimizer), self.abstract_state)
+
+    def largest_program(self) -> Callable:
+        """The train step; where it is several programs, that of the gradients: it holds what the others
+        hold, but for the moments of a layer."""
+        streamed = disk.kept(self.abstract_state)
+        return self._streamed.gradients if streamed else self.jit_train_step()
+
+    def compile_train_step(self, rows: int) -> Callable:
         """The train step for batches of so many rows, compiled now; called as jit_train_step's."""
         guard = (jax.ShapeDtypeStruct((), jnp.float32),) \
             if self.config.train.bad_steps == "skip" else ()
         with self.activate():
+            if disk.kept(self.abstract_state):
+                return self._streamed.compile(self.abstract_state, self.abstract_batch(rows))
             return self.jit_train_step().lower(
                 self.abstract_state, self.abstract_batch(rows), *guard).compile()
 
@@ -264,16 +297,19 @@ def build(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Pro
                                seed=config.train.seed,
                                width=parametrization.width_ratio(config.model),
                                ema_decay=config.train.ema_decay)
-    if config.sharding.offload_optimizer:
+    if config.sharding.places != ON_DEVICE:
         optimizer.check_offload()
+        _check_places(config, policy, mesh)
     differentiated = steps.Differentiated(
         model, config.objective, tuning, optimizer.frozen, config.train.accumulation,
         config.sharding.zero, config.train.noise_scale)
     return Program(
         config=config, mesh=mesh, rules=rules, policy=policy, model=model, optimizer=optimizer,
         abstract_state=state.abstract(model, optimizer, mesh, rules, tuning,
-                                      config.sharding.zero, config.sharding.offload_optimizer),
-        abstract_params=state.abstract_params(model, mesh, rules, config.sharding.zero),
+                                      config.sharding.zero, config.sharding.places,
+                                      config.sharding.offload_folder),
+        abstract_params=state.abstract_params(model, mesh, rules, config.sharding.zero,
+                                              config.sharding.places),
         tuning=tuning, merge_changed=jax.jit(tuning.merged),
         batch_sharding=sharding.named_sharding(mesh, rules, ("act_batch", "act_length")),
         differentiated=differentiated,
@@ -292,6 +328,40 @@ def _check_fp8(policy: precision.Policy, mesh: Mesh) -> None:
         raise UserError(f"precision=fp8: a {device.device_kind!r} has no 8-bit float products, or "
                         f"none that this program knows of; {', '.join(able)} have (and the CPU, "
                         f"which only imitates them). Use precision=bf16.")
+
+
+def _check_places(config: RunConfig, policy: precision.Policy, mesh: Mesh) -> None:
+    """What arrays that visit the device a layer at a time cannot be combined with."""
+    places, model = config.sharding.places, config.model
+    visits = f"sharding.offload={config.sharding.offload}"
+    if places.opt_state == "host" and places.params == "device":
+        return
+    stacks = {f"model.{side}": stack for side in ("encoder", "decoder")
+              if (stack := getattr(model, side)) is not None}
+    mixture = any(block.moe for stack in stacks.values() for s in stack.segments for block in s.blocks)
+    refusals = [
+        (mesh.shape["stage"] > 1, f"mesh.stage={mesh.shape['stage']}", "mesh.stage=1 and mesh.fsdp"),
+        (mixture, "mixtures of experts", "sharding.offload=optimizer_host"),
+        (jax.process_count() > 1, f"{jax.process_count()} processes", "sharding.offload=optimizer_host"),
+        (config.train.bad_steps == "skip", "train.bad_steps=skip, which needs the state before the step",
+         "train.bad_steps=stop"),
+        (policy.stochastic_rounding, f"precision={config.precision}, whose rounding is of whole arrays",
+         "precision=bf16"),
+    ]
+    if places.params == "host":
+        refusals += [
+            (policy.loss_scaling, f"precision={config.precision}", "precision=bf16"),
+            (config.peft.method != "none", f"peft.method={config.peft.method}", "sharding.offload=optimizer_host"),
+            (mesh.shape["slice"] > 1, f"mesh.slice={mesh.shape['slice']}", "sharding.offload=optimizer_host"),
+            (config.train.noise_scale, "train.noise_scale=True", "train.noise_scale=False"),
+            (config.sharding.zero == 2, "sharding.zero=2", "sharding.zero=3"),
+            *((not stack.scan, f"{name}.scan=False", f"{name}.scan=True") for name, stack in stacks.items()),
+            *((stack.remat == "none" or stack.remat.startswith("recompute"),
+               f"{name}.remat={stack.remat}, which keeps what is fetched", f"{name}.remat=full")
+              for name, stack in stacks.items())]
+    for refused, what, fix in refusals:
+        if refused:
+            raise UserError(f"{visits} cannot be combined with {what}: set {fix}.")
 
 
 def _lengths(config: RunConfig) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from t5x_lite.decoding.decode import DecodeConfig
 from t5x_lite.errors import Bounds, Count, Rate, Seed, UserError, at_least, nearest, one_of, refuse
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.peft import PeftConfig
+from t5x_lite.parallel.offload import OFFLOADS, Places
 from t5x_lite.parallel.sharding import DEFAULT_RULES, MeshConfig
 from t5x_lite.running import profile
 from t5x_lite.running.clock import WatchdogConfig
@@ -113,11 +114,26 @@ class ShardingConfig:
     # Split norms, dropout and residuals over mesh.tensor too, by length (Megatron's sequence
     # parallelism, Korthikanti et al. 2022): their activations then cost 1/tensor of the memory.
     sequence_parallel: bool = False
-    # Keep the optimizer state in the host's memory; it visits the device layer by layer.
-    offload_optimizer: bool = False
+    # Where parameters and optimizer state are between their visits to the device, a layer at a time;
+    # one of offload.OFFLOADS: none, optimizer_host, params_host (both in the host's memory; needs
+    # remat) or optimizer_disk (the optimizer's in files in offload_folder).
+    offload: str = "none"
+    offload_folder: str = ""        # on a local disk; its files are scratch, and gone with the process
+    offload_optimizer: bool = False   # offload=optimizer_host, as it was called before
     # Logical axis -> mesh axes; see sharding.DEFAULT_RULES.
     rules: dict[str, tuple[str, ...]] = dataclasses.field(
         default_factory=lambda: dict(DEFAULT_RULES))
+
+    def __post_init__(self):
+        one_of("sharding.offload", self.offload, OFFLOADS)
+        if self.offload_optimizer and self.offload not in ("none", "optimizer_host"):
+            raise UserError(f"sharding.offload_optimizer=True is sharding.offload=optimizer_host, and "
+                            f"sharding.offload={self.offload}: set offload_optimizer=False.")
+
+    @property
+    def places(self) -> Places:
+        """Where a state's arrays are."""
+        return OFFLOADS["optimizer_host" if self.offload_optimizer else self.offload]
 
 
 @dataclasses.dataclass(frozen=True)

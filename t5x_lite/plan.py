@@ -42,6 +42,8 @@ if __name__ == "__main__":
     _PUE = flags.DEFINE_float("pue", energy.PUE_GOOGLE_2020, "Of the data centre.")
     _KG = flags.DEFINE_float("kg_per_kwh", energy.KG_PER_KWH_US_2020, "CO2e, gross.")
     _KG_NET = flags.DEFINE_float("kg_per_kwh_net", None, "CO2e after matched clean energy.")
+    _HOST = flags.DEFINE_float("host_bandwidth", None, "GB/s of host and chip, each way; default: the table's.")
+    _DISK = flags.DEFINE_float("disk_bandwidth", None, "GB/s of the disk of sharding.offload_folder.")
     _DOLLARS = flags.DEFINE_float("dollars_per_chip_hour", None, "Default: the list price.")
 
     def main() -> None:
@@ -53,7 +55,7 @@ if __name__ == "__main__":
         # A search's trials, each of which may take minutes.
         logging.getLogger(search.__name__).setLevel(logging.INFO)
         given = make.Assumptions(_MFU.value, _WATTS.value, _PUE.value, _KG.value, _KG_NET.value,
-                                 _DOLLARS.value)
+                                 _DOLLARS.value, _HOST.value, _DISK.value)
         if _PUBLISHED.value:
             print(json.dumps(show.published_json()) if _JSON.value else show.published())
             return

@@ -43,7 +43,7 @@ def header(program: Program) -> str:
                     f"use {'it' if config.eval.ema else 'the last parameters, not it (eval.ema)'}")]
     after = config.optimizer.delay_after
     delays = [] if after is None else [
-        ("delayed", f"from step {after + 1:,} on every update uses the gradients of the step before "
+        ("delayed", f"from step {after + 2:,} on every update uses the gradients of the step before "
                     "(optimizer.delay_after)")]
     lines = [
         ("run", f"{config.name}: {config.model.architecture}, {config.objective.name}, "

@@ -60,7 +60,13 @@ def digests_of(arrays: Mapping[str, jax.Array], finite: bool = False) -> Digests
     """The digests of these arrays; without `finite`, the bits alone. Dispatched, not waited for, but for
     arrays in the host's memory: those visit the device one by one, which may have no room for all."""
     on_host = [p for p, x in arrays.items() if offload.is_on_host(x)]
-    total = _digest_all({p: x for p, x in arrays.items() if p not in on_host}, finite)
+    places: dict = {}   # a program is for arrays on the same devices
+    for path in sorted(arrays.keys() - set(on_host)):
+        places.setdefault(frozenset(arrays[path].sharding.device_set), []).append(path)
+    total = Digests({}, {})
+    for paths in places.values():
+        some = _digest_all({p: arrays[p] for p in paths}, finite)
+        total = Digests(total.bits | some.bits, total.finite | some.finite)
     for path in on_host:
         one = jax.block_until_ready(_digest_all({path: arrays[path]}, finite))
         total = Digests(total.bits | one.bits, total.finite | one.finite)

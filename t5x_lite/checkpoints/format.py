@@ -42,6 +42,7 @@ from jax.experimental import multihost_utils
 from t5x_lite import files, tree
 from t5x_lite.checkpoints.digests import digests_of
 from t5x_lite.errors import UserError
+from t5x_lite.parallel import disk
 
 FORMAT_VERSION = 1
 _STAMP = "stamp"     # beside the iterator states in their file
@@ -127,12 +128,12 @@ class Restored(NamedTuple):
 
 
 def named_leaves(pytree: Any) -> dict[str, Any]:
-    """{slash path: leaf} of any pytree (optax's named tuples too), in flattening order.
+    """{slash path: leaf} of any pytree (optax's named tuples too), OnDisk among them, in flattening order.
 
     The checkpoint stores plain nested dicts by these paths, so that it outlives the classes
     of the optimizer's state.
     """
-    pairs, _ = jax.tree_util.tree_flatten_with_path(pytree)
+    pairs, _ = jax.tree_util.tree_flatten_with_path(pytree, is_leaf=disk.is_on_disk)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in pairs}
     assert len(named) == len(pairs), "two leaves share a path: a key holds a slash"
     return named
@@ -224,7 +225,7 @@ def save_args(step: int, state: Any, iterator_states: Mapping[int, bytes], confi
       progress: JSON values, see Record; as they are now, whatever the run counts on while a thread
         writes them (a bucket is slow enough for the next step to come first).
     """
-    arrays = named_leaves(state)
+    arrays = {p: disk.as_array(x) for p, x in named_leaves(state).items()}
     written = {p: x for p, x in arrays.items() if not p.startswith(f"{FROZEN}/")}
     infos = {p: ArrayInfo(tuple(x.shape), str(x.dtype)) for p, x in arrays.items()}
     return ocp.args.Composite(
@@ -287,10 +288,15 @@ def read_step(folder: epath.Path, abstract_state: Any,
     _check_same(folder, expected, record.arrays)
     iterator_states, problem = _attempt(folder, lambda: _read_iterators(folder / "record", record))
     _agree(problem)
+    on_disk = {p: x for p, x in expected.items() if disk.is_on_disk(x)}
     arrays, finite = _read_arrays(folder, record, {
-        p: x for p, x in expected.items() if not p.startswith(f"{FROZEN}/")})
+        p: x for p, x in expected.items() if p not in on_disk and not p.startswith(f"{FROZEN}/")})
+    for path, place in on_disk.items():   # one after another: memory may have no room for all
+        found, whether = _read_arrays(folder, record, {path: disk.on_cpu(place)})
+        place.fill(found[path])
+        arrays[path], finite = place, finite | whether
     # A scalar of an optimizer may be infinite by design.
-    wrong = [p for p, good in finite.items() if not good and arrays[p].ndim]
+    wrong = [p for p, good in finite.items() if not good and arrays[p].shape]
     if wrong:
         raise Unreadable(f"{_some(wrong)} hold numbers that are not finite, and nothing can go on "
                          "from them")
@@ -299,7 +305,8 @@ def read_step(folder: epath.Path, abstract_state: Any,
         frozen = {FROZEN: frozen_fn()}
         check_frozen(folder, record, frozen[FROZEN])
         arrays |= named_leaves(frozen)
-    state = jax.tree.unflatten(jax.tree.structure(abstract_state), [arrays[p] for p in expected])
+    structure = jax.tree.structure(abstract_state, is_leaf=disk.is_on_disk)
+    state = jax.tree.unflatten(structure, [arrays[p] for p in expected])
     return Restored(state, iterator_states, record)
 
 

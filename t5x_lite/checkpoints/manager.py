@@ -36,6 +36,7 @@ from t5x_lite.checkpoints.best import BEST
 from t5x_lite.checkpoints.config import CheckpointConfig
 from t5x_lite.checkpoints.format import Record, Restored, Unreadable
 from t5x_lite.errors import UserError, nearest
+from t5x_lite.parallel import disk
 
 _log = logging.getLogger(__name__)
 
@@ -295,7 +296,7 @@ class Checkpointer:
 
         Args:
           step: the number of steps taken.
-          state: pytree of jax.Arrays on the mesh.
+          state: pytree of jax.Arrays on the mesh, and of OnDisk, with which the save is waited for.
           iterator_states: {virtual shard: state} of the shards that this process reads.
           config_json: the resolved config.
           progress: JSON values, see format.Record.
@@ -313,6 +314,8 @@ class Checkpointer:
             self._manager.save(step, force=True, args=checkpoint_format.save_args(
                 step, state, iterator_states, config_json,
                 {**(progress or {}), "verified": self.verified}))
+            if disk.kept(state):   # the next step writes over it
+                self._manager.wait_until_finished()
         except files.failures() as error:
             raise self._not_written(error) from error
 

@@ -9,6 +9,7 @@ Where the figures come from:
   ISCA'23    Jouppi et al., TPU v4: An Optically Reconfigurable Supercomputer, ISCA 2023, table 4
   P'21       Patterson et al., Carbon Emissions and Large Neural Network Training,
              arXiv:2104.10350, tables 1 and 4
+  Austin'25  Austin et al., How to Scale Your Model, jax-ml.github.io/scaling-book, 2025, section 2
   driver     the total that NVIDIA's driver reports, of which JAX takes a share: as PyTorch's
              messages and openxla's target_config/specs show it
   libtpu     the limit that libtpu 0.0.42.1 itself states when a program does not fit
@@ -57,6 +58,7 @@ class Chip:
     # bytes a program may use on one JAX device, by how many devices JAX makes of one chip
     usable_hbm_bytes: Mapping[int, int] = dataclasses.field(default_factory=dict)
     interconnect: Interconnect | None = None
+    host_bytes_per_second: float | None = None  # between the host's memory and one chip, each way
     network_bytes_per_second: float | None = None  # data-centre network, one direction
     chips_per_host: int | None = None
     max_watts: float | None = None  # TDP, or the highest power measured
@@ -127,6 +129,7 @@ _A100 = Chip(
     hbm_bytes=40 * 10**9,  # NVIDIA
     usable_hbm_bytes=_gib(x1=39.42),  # driver
     hbm_bytes_per_second=1555 * GIGA,  # NVIDIA
+    host_bytes_per_second=32 * GIGA,  # NVIDIA: PCIe Gen4, 64 GB/s both ways
     interconnect=Interconnect("nvlink", 12, 25 * GIGA),  # NVIDIA: 600 GB/s both ways
     network_bytes_per_second=25 * GIGA,  # DGX A100: 8 x 200 Gbit/s for 8 GPUs
     max_watts=400,  # NVIDIA: TDP
@@ -148,6 +151,7 @@ _H100 = Chip(
     hbm_bytes=80 * 10**9,  # NVIDIA
     usable_hbm_bytes=_gib(x1=79.11),  # driver
     hbm_bytes_per_second=3350 * GIGA,  # NVIDIA
+    host_bytes_per_second=64 * GIGA,  # NVIDIA: PCIe Gen5, 128 GB/s both ways
     interconnect=Interconnect("nvlink", 18, 25 * GIGA),  # NVIDIA: 900 GB/s both ways
     network_bytes_per_second=50 * GIGA,  # DGX H100: 8 x 400 Gbit/s for 8 GPUs
     max_watts=700,  # NVIDIA: TDP
@@ -195,6 +199,7 @@ CHIPS: dict[str, Chip] = {
             {"bf16": 275 * TERA, "int8": 275 * TERA},  # TPU docs
             hbm_bytes=32 * GIB,  # TPU docs
             hbm_bytes_per_second=1200 * GIGA,  # TPU docs
+            host_bytes_per_second=16 * GIGA,  # Austin'25: each way
             usable_hbm_bytes=_gib(x1=30.75, x2=15.25),  # libtpu; one device a chip is "megacore"
             interconnect=Interconnect("ici", 6, 50 * GIGA, ring_multiple=4),  # ISCA'23; TPU docs
             chips_per_host=4,  # TPU docs
@@ -210,6 +215,7 @@ CHIPS: dict[str, Chip] = {
             {"bf16": 197 * TERA, "int8": 393 * TERA},  # TPU docs
             hbm_bytes=16 * GIB,  # TPU docs
             hbm_bytes_per_second=819 * GIGA,  # TPU docs
+            host_bytes_per_second=15 * GIGA,  # Austin'25
             usable_hbm_bytes=_gib(x1=15.75),  # libtpu
             # TPU docs: 400 GB/s both ways over 4 ports; only a full dimension of 16 is a ring
             interconnect=Interconnect("ici", 4, 50 * GIGA, ring_multiple=16),
@@ -228,6 +234,7 @@ CHIPS: dict[str, Chip] = {
             },
             hbm_bytes=95 * GIB,  # TPU docs
             hbm_bytes_per_second=2765 * GIGA,  # TPU docs
+            host_bytes_per_second=15 * GIGA,  # Austin'25
             usable_hbm_bytes=_gib(x1=95.74),  # libtpu
             # TPU docs: 1200 GB/s both ways; slices of 4x4x4 and larger have full tori
             interconnect=Interconnect("ici", 6, 100 * GIGA, ring_multiple=4),
@@ -242,6 +249,7 @@ CHIPS: dict[str, Chip] = {
             {"bf16": 918 * TERA, "fp8": 918 * TERA, "int8": 1836 * TERA},  # TPU docs
             hbm_bytes=32 * GIB,  # TPU docs
             hbm_bytes_per_second=1638 * GIGA,  # TPU docs
+            host_bytes_per_second=32 * GIGA,  # Austin'25
             usable_hbm_bytes=_gib(x1=31.25),  # libtpu
             interconnect=Interconnect("ici", 4, 100 * GIGA, ring_multiple=16),  # TPU docs: 800 GB/s
             network_bytes_per_second=100 / 8 * GIGA,  # TPU docs: 4 x 200 Gbit/s for 8 chips
@@ -267,6 +275,7 @@ CHIPS: dict[str, Chip] = {
             hbm_bytes=32 * 10**9,  # NVIDIA; the first version had 16 GB
             usable_hbm_bytes=_gib(x1=31.75),  # driver
             hbm_bytes_per_second=900 * GIGA,  # NVIDIA
+            host_bytes_per_second=16 * GIGA,  # NVIDIA: PCIe Gen3, 32 GB/s both ways
             interconnect=Interconnect("nvlink", 6, 25 * GIGA),  # NVIDIA: 300 GB/s both ways
             network_bytes_per_second=6.25 * GIGA,  # DGX-1: 4 x 100 Gbit/s for 8 GPUs
             chips_per_host=8,

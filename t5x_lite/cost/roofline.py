@@ -1,14 +1,16 @@
 """The fastest that a step can be: a bound from published peaks, never a prediction.
 
-Three things take time, and a perfect program would overlap them completely:
+Some things take time, and a perfect program would overlap them completely:
 
     compute        least FLOPs / (chips x peak FLOP/s of a matmul in the compute dtype)
     HBM            (arguments read + results written + temporaries written and read) / bandwidth
     interconnect   bytes that must arrive at a chip / bandwidth of the links they can take
+    host link      bytes of offloaded state, the busier direction / bandwidth to the host's memory
+    disk           bytes of state on disk, read and written / bandwidth of the disk
 
-so that step time >= max(the three). The least FLOPs are those that no implementation can skip,
+so that step time >= their maximum. The least FLOPs are those that no implementation can skip,
 with the idle ticks of a pipeline. MFU counts masked attention too, so that its bound, model
-FLOPs / (chips x peak) / max(the three), may lie a little above 1. What is left out
+FLOPs / (chips x peak) / the maximum, may lie a little above 1. What is left out
 (recomputation, latency, imperfect overlap, kernels below peak) only makes a step slower. A figure
 that nobody published (hardware.py says None) is left out of the maximum and named in `unknown`:
 the bound is then weaker, not wrong.
@@ -41,11 +43,15 @@ class Roofline:
     dcn_seconds: float | None   # data-centre network: between slices or between GPU machines
     unknown: tuple[str, ...]    # what is left out for want of a published figure
     model_seconds: float | None = None   # model FLOPs, as MFU counts; None: compute_seconds
+    host_seconds: float | None = 0.0     # the link between device and host, of offloaded state
+    disk_seconds: float | None = 0.0     # reading and writing optimizer state on disk
 
     @property
     def parts(self) -> dict[str, float]:
         named = {"compute": self.compute_seconds, "HBM": self.hbm_seconds,
                  "interconnect": self.fast_seconds, "network": self.dcn_seconds}
+        beyond = {"host link": self.host_seconds, "disk": self.disk_seconds}
+        named |= {name: seconds for name, seconds in beyond.items() if seconds != 0}
         return {name: seconds for name, seconds in named.items() if seconds is not None}
 
     @property
@@ -63,6 +69,30 @@ class Roofline:
     def limited_by(self) -> str | None:
         """The part that sets the bound."""
         return None if self.bound_seconds is None else max(self.parts, key=self.parts.get)
+
+
+@dataclasses.dataclass(frozen=True)
+class Beyond:
+    """What a step moves beyond the device, and how fast; None: nobody says."""
+
+    link_bytes: int = 0                          # a chip's, the busier direction
+    link_bytes_per_second: float | None = None
+    disk_bytes: int = 0                          # read and written, of all chips of a machine
+    disk_bytes_per_second: float | None = None
+
+    def seconds(self) -> tuple[float | None, float | None]:
+        """(the host's link, the disk); None where something is moved at an unknown rate."""
+        return (_over(self.link_bytes, self.link_bytes_per_second),
+                _over(self.disk_bytes, self.disk_bytes_per_second))
+
+
+def _over(moved: int, rate: float | None) -> float | None:
+    if not moved:
+        return 0.0
+    return None if rate is None else moved / rate
+
+
+NOTHING_BEYOND = Beyond()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +162,7 @@ def by_machine(collectives: Sequence[Collective], placement: Placement) -> list[
 def roofline(chip: Chip, *, num_chips: int, model_flops: float, dtype: str,
              least_flops: float | None = None, argument_bytes: int = 0,
              output_bytes: int = 0, temp_bytes: int = 0, collectives: Sequence[Collective] = (),
-             placement: Placement | None = None) -> Roofline:
+             placement: Placement | None = None, beyond: Beyond = NOTHING_BEYOND) -> Roofline:
     """The bound for one step.
 
     Args:
@@ -144,6 +174,7 @@ def roofline(chip: Chip, *, num_chips: int, model_flops: float, dtype: str,
             Arguments are read and results written at least once; a temporary at least both.
         collectives: hlo.find_collectives of the compiled step.
         placement: needed where there are collectives.
+        beyond: what is offloaded.
     """
     peak = chip.matmul_flops_per_second(dtype)
     devices_per_chip = placement.devices_per_chip if placement is not None else 1
@@ -155,12 +186,15 @@ def roofline(chip: Chip, *, num_chips: int, model_flops: float, dtype: str,
         moved = argument_bytes + output_bytes + 2 * temp_bytes
         hbm = moved * devices_per_chip / chip.hbm_bytes_per_second
     fast, dcn = _communication(chip, collectives, placement)
+    host, stored = beyond.seconds()
     missing = {f"peak FLOP/s in {dtype}": peak is None,
                "HBM bandwidth": hbm is None and argument_bytes > 0,
                "interconnect bandwidth": fast is None,
-               "data-centre network bandwidth": dcn is None}
+               "data-centre network bandwidth": dcn is None,
+               "the host's link (--host_bandwidth)": host is None,
+               "the disk (--disk_bandwidth)": stored is None}
     unknown = tuple(name for name, is_missing in missing.items() if is_missing)
-    return Roofline(compute, hbm, fast, dcn, unknown, model)
+    return Roofline(compute, hbm, fast, dcn, unknown, model, host, stored)
 
 
 def _communication(chip: Chip, collectives: Sequence[Collective], placement: Placement | None

@@ -4,10 +4,12 @@ Moving whole trees at once would need the device memory that offloading is to sa
 for the copies (1316 MiB where no offloading took 1236, in one measurement; by layers 934).
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from t5x_lite.parallel.sharding import spec_of
@@ -15,14 +17,48 @@ from t5x_lite.parallel.sharding import spec_of
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 
 
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """A row of OFFLOADS: where the arrays of a state are between their visits to the device."""
+
+    opt_state: Literal["device", "host", "disk"] = "device"   # moments, averages, master copies
+    params: Literal["device", "host"] = "device"
+
+
+ON_DEVICE = Places()
+# sharding.offload. Arrays that visit come a layer of a stack at a time.
+OFFLOADS: dict[str, Places] = {
+    "none": ON_DEVICE,
+    "optimizer_host": Places(opt_state="host"),                 # ZeRO-Offload, Ren et al. 2021
+    # L2L, Pudipeddi et al. 2020: gradients arise there too; what is in no stack stays on the device.
+    "params_host": Places(opt_state="host", params="host"),
+    "optimizer_disk": Places(opt_state="disk"),                 # ZeRO-Infinity, Rajbhandari et al. 2021
+}
+
+
 def to_device(tree: Any) -> Any:
     """The tree with what the host keeps of it on the device."""
     return jax.tree.map(lambda x: _move(x, DEVICE), tree)
 
 
+def to_host(x: jax.Array) -> jax.Array:
+    """The array in the host's memory."""
+    return _move(x, HOST)
+
+
 def at_once(fn: Callable[[Any, Any], Any], inputs: Any, kept: Any) -> Any:
     """fn(inputs, kept) on the device; the result, a tree like kept, returns where kept was."""
-    return _back(fn(inputs, to_device(kept)), kept)
+    return _back(fn(to_device(inputs), to_device(kept)), kept)
+
+
+def total(fn: Callable[[jax.Array], jax.Array], x: jax.Array, layers: int) -> jax.Array:
+    """fn(x), a sum over x [layers, …] or […]; of a stack in the host's memory a layer at a time."""
+    if not layers or not is_on_host(x):
+        return fn(to_device(x))
+
+    def add(i, so_far):
+        return so_far + fn(to_device(jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=True)))
+    return jax.lax.fori_loop(0, layers, add, jnp.float32(0.0))
 
 
 def each_layer(fn: Callable[[Any, Any], Any], inputs: Any, kept: Any) -> Any:
@@ -37,7 +73,7 @@ def each_layer(fn: Callable[[Any, Any], Any], inputs: Any, kept: Any) -> Any:
     def layer(i, whole):
         at = lambda x: jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False)
         here = jax.tree.map(at, whole)
-        new = _back(fn(jax.tree.map(at, inputs), to_device(here)), here)
+        new = _back(fn(to_device(jax.tree.map(at, inputs)), to_device(here)), here)
         return jax.tree.map(
             lambda x, part: jax.lax.dynamic_update_index_in_dim(x, part, i, 1), whole, new)
 

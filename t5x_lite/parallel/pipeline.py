@@ -41,7 +41,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from t5x_lite.errors import UserError, at_least, one_of
-from t5x_lite.parallel import remat, sharding
+from t5x_lite.parallel import offload, remat, sharding
 from t5x_lite.parallel.pipeline_schedules import (
     SCHEDULES,
     PipelineConfig,
@@ -105,8 +105,9 @@ def run_layers(layer_fn: Callable, stacked: Any, x: jax.Array, xs: Any, inputs: 
         a stage's layers, averaged over micro-batches and stacked over stages; and
         {metric: (sum, count)} of the pipeline: pipeline_bubble, the share of idle stage-ticks.
     """
-    fn = remat.remat(lambda x, *rest: layer_fn(remat.tag(x, "layer_input"), *rest), remat_policy,
-                     in_scan=scan)
+    # Inside of what is computed again: parameters in the host's memory are fetched again too.
+    fn = remat.remat(lambda x, layer, *rest: layer_fn(
+        remat.tag(x, "layer_input"), offload.to_device(layer), *rest), remat_policy, in_scan=scan)
     stages = sharding.mesh_sizes().get("stage", 1)
     if stages == 1:
         x, outputs = _in_turn(fn, stacked, x, xs, inputs, repeats, scan)

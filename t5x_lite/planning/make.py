@@ -11,11 +11,12 @@ from t5x_lite.build import Program, build
 from t5x_lite.config import RunConfig, replace
 from t5x_lite.cost import energy, hlo, roofline as roofline_lib
 from t5x_lite.cost.roofline import Roofline
-from t5x_lite.errors import UserError, at_least, between
+from t5x_lite.errors import UserError, at_least, between, positive
 from t5x_lite.layers import attention_implementations
 from t5x_lite.parallel.sharding import MeshConfig
-from t5x_lite.planning import gpus, rehearse
+from t5x_lite.planning import gpus, rehearse, traffic
 from t5x_lite.planning.rehearse import Compiled, Topology
+from t5x_lite.planning.traffic import Kept, Traffic
 from t5x_lite.training import batch_ramp
 
 DEFAULT_MFU = 0.4       # of a tuned run on TPUs; --mfu
@@ -31,8 +32,13 @@ class Assumptions:
     kg_per_kwh: float = energy.KG_PER_KWH_US_2020
     kg_per_kwh_net: float | None = None
     dollars_per_chip_hour: float | None = None
+    host_bandwidth: float | None = None   # GB/s between the host's memory and one chip, each way
+    disk_bandwidth: float | None = None   # GB/s of the disk in sharding.offload_folder
 
     def __post_init__(self):
+        for name in ("host_bandwidth", "disk_bandwidth"):
+            if getattr(self, name) is not None:
+                positive(f"--{name}", getattr(self, name))
         between("--mfu", self.mfu, 0, 1, open_below=True)
         for name in ("watts", "kg_per_kwh", "kg_per_kwh_net", "dollars_per_chip_hour"):
             if getattr(self, name) is not None:
@@ -49,13 +55,18 @@ class Plan:
     program: Program
     compiled: Compiled | None        # None: there is no compiler, or the state alone is too large
     arguments: dict[str, int]        # params, opt_state, batch
-    host_bytes: int                  # of offloaded optimizer state
+    kept: Kept                       # of parameters and optimizer state beyond the device
     activation_bytes: int
     model_flops: float               # a step's
     roofline: Roofline
     cost: energy.RunCost | None
     assumptions: Assumptions
     notes: tuple[str, ...]
+
+    @property
+    def host_bytes(self) -> int:
+        """Parameters and optimizer state in the host's memory."""
+        return self.kept.host
 
     @property
     def argument_bytes(self) -> int:
@@ -143,10 +154,10 @@ def make_plan(config: RunConfig, topology: Topology,
         compiled, memory_note = _compile(program, topology, arguments)
     notes = [note for note in (mesh_note, memory_note, compiled and compiled.note) if note]
     model_flops = config.train.global_batch_size * program.flops_per_sequence
-    bound = _bound(program, topology, compiled, arguments, model_flops)
+    bound = _bound(program, topology, compiled, arguments, model_flops, assumptions)
     cost = _run_cost(program, topology, assumptions)
     plan = Plan(config, topology, program, compiled, arguments,
-                rehearse.host_bytes(program), activations, model_flops, bound, cost,
+                traffic.kept(program), activations, model_flops, bound, cost,
                 assumptions, ())
     return dataclasses.replace(plan, notes=(*notes, *_remarks(plan)))
 
@@ -165,7 +176,7 @@ def _compile(program: Program, topology: Topology, arguments: dict[str, int]
 
 
 def _bound(program: Program, topology: Topology, compiled: Compiled | None,
-           arguments: dict[str, int], model_flops: float) -> Roofline:
+           arguments: dict[str, int], model_flops: float, given: Assumptions) -> Roofline:
     mesh = program.mesh
     known = compiled is not None and compiled.argument_bytes is not None
     written = (compiled.output_bytes if known else arguments["params"] + arguments["opt_state"]) \
@@ -180,7 +191,19 @@ def _bound(program: Program, topology: Topology, compiled: Compiled | None,
         output_bytes=written,
         temp_bytes=compiled.temp_bytes if known else 0,
         collectives=(compiled and compiled.collectives) or (),
-        placement=roofline_lib.place(mesh.devices, mesh.axis_names, topology.chip))
+        placement=roofline_lib.place(mesh.devices, mesh.axis_names, topology.chip),
+        beyond=_beyond(traffic.traffic(program), topology, given))
+
+
+def _beyond(moved: Traffic, topology: Topology, given: Assumptions) -> roofline_lib.Beyond:
+    """Seconds that the host's link and the disk take."""
+    link = topology.chip.host_bytes_per_second if given.host_bandwidth is None \
+        else given.host_bandwidth * 1e9
+    per_chip = len(topology.devices) // topology.num_chips
+    return roofline_lib.Beyond(
+        max(moved.to_device, moved.to_host) * per_chip, link,   # at once, in both directions
+        moved.disk_read + moved.disk_written,
+        None if given.disk_bandwidth is None else given.disk_bandwidth * 1e9)
 
 
 def _run_cost(program: Program, topology: Topology, given: Assumptions
@@ -207,6 +230,9 @@ def _remarks(plan: Plan) -> list[str]:
     dtype = plan.program.policy.matmul_dtype
     if chip.peak_flops and chip.matmul_flops_per_second(dtype) is None:
         remarks.append(f"a {chip.name} has no {dtype} units: use --config.precision=fp16")
+    if plan.kept.disk and plan.compiled is not None:
+        remarks.append("compiled: the gradients' program; the update reads and writes files between programs, "
+                       "a layer at a time, beside it")
     if plan.topology.is_gpu:
         remarks += _gpu_remarks(plan)
     bound_mfu, mfu = plan.roofline.bound_mfu, plan.assumptions.mfu
@@ -229,7 +255,7 @@ def _gpu_remarks(plan: Plan) -> list[str]:
         remarks.append(f"activations are counted without cuDNN's attention ({lacks})")
     if plan.compiled is not None and plan.host_bytes:
         remarks.append("the compiler does not see the host's memory of described GPUs: the "
-                       "optimizer state there was taken off arguments and peak, and what of it "
+                       "state there was taken off arguments and peak, and what of it "
                        "visits the device at a time is not counted")
     stacks = [plan.config.model.encoder, plan.config.model.decoder]
     if any(stack is not None and stack.remat.startswith("offload") for stack in stacks):

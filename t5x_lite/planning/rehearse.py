@@ -28,7 +28,7 @@ from t5x_lite.cost.hardware import Chip
 from t5x_lite.errors import UserError, nearest
 from t5x_lite.layers.linear import RowKey
 from t5x_lite.parallel import sharding
-from t5x_lite.planning import gpus
+from t5x_lite.planning import gpus, traffic
 from t5x_lite.training import objectives, state
 
 # What libtpu reads when it is loaded: no questions to a metadata server, no lock against a
@@ -235,7 +235,8 @@ def compile_step(program: Program) -> Compiled:
     """Compiles the step that train runs, for the devices of the program's mesh."""
     began, platform = time.perf_counter(), program.mesh.devices.flat[0].platform
     with program.activate():
-        lowered = program.jit_train_step().lower(
+        # Of a step of several programs the one that needs the most: what the others hold, it holds.
+        lowered = program.largest_program().lower(
             program.abstract_state, program.abstract_batch())
         try:
             compiled, peak, temp = compile_lowered(lowered, platform)
@@ -250,7 +251,7 @@ def compile_step(program: Program) -> Compiled:
     collectives, note = _collectives(compiled, program)
     # A CPU has one memory, a described GPU knows of one only: their compilers count what is
     # offloaded with the rest.
-    offloaded = 0 if platform == "tpu" else host_bytes(program)
+    offloaded = 0 if platform == "tpu" else traffic.kept(program).host
     return Compiled(seconds, True, temp, memory.argument_size_in_bytes - offloaded,
                     memory.output_size_in_bytes - offloaded, peak - offloaded, collectives,
                     memory.host_argument_size_in_bytes + offloaded,
@@ -328,31 +329,16 @@ def _placement(mesh: jax.sharding.Mesh) -> roofline.Placement:
 def argument_bytes(program: Program) -> dict[str, int]:
     """One device's bytes of params, opt_state and batch, before the compiler's padding, without
     what is offloaded."""
-    abstract = program.abstract_state
+    abstract, away = program.abstract_state, traffic.kept(program)
     params = [abstract["params"], abstract.get("frozen", {})]
-    return {"params": state.num_bytes_per_device(params),
-            "opt_state": state.num_bytes_per_device(_optimizer_state(program, on_host=False)),
+    return {"params": state.num_bytes_per_device(params) - away.host_params,
+            "opt_state": state.num_bytes_per_device(abstract["opt_state"]) - away.host_optimizer,
             "batch": state.num_bytes_per_device(program.abstract_batch())}
 
 
 def frozen_bytes(program: Program) -> int:
     """One device's bytes of parameters that do not train (config.peft), counted in "params"."""
     return state.num_bytes_per_device(program.abstract_state.get("frozen", {}))
-
-
-def host_bytes(program: Program) -> int:
-    """Bytes of optimizer state that the host keeps for one device."""
-    return state.num_bytes_per_device(_optimizer_state(program, on_host=True))
-
-
-def _optimizer_state(program: Program, *, on_host: bool) -> list[jax.ShapeDtypeStruct]:
-    """The arrays of the optimizer's state that the host's memory keeps, or the device's.
-
-    As state.abstract places them; a described GPU's sharding does not know its memory kind.
-    """
-    offload = program.config.sharding.offload_optimizer
-    leaves = jax.tree.leaves(program.abstract_state["opt_state"])
-    return [x for x in leaves if (offload and x.ndim > 0) == on_host]
 
 
 def activation_bytes(program: Program) -> int:

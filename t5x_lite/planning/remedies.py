@@ -41,7 +41,7 @@ def remedies(config: RunConfig, num_devices: int) -> Iterator[Change]:
     # Offloading on top of the first mesh that leaves no state whole.
     finest, config = next(((f"{changes} ", c) for changes, c in candidates if c.mesh.data == 1),
                           ("", config))
-    if not config.sharding.offload_optimizer:
+    if config.sharding.places.opt_state == "device":
         config = replace(config, "sharding.offload_optimizer", True)
         yield f"{finest}--config.sharding.offload_optimizer=True", config
     if not any(getattr(config.model, side).remat.startswith("offload") for side in sides):

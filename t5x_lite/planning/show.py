@@ -30,7 +30,8 @@ def to_json(plan: Plan, trials: Sequence[Trial] = ()) -> dict[str, Any]:
         "params_bytes": plan.arguments["params"],
         "optimizer_bytes": plan.arguments["opt_state"],
         "batch_bytes": plan.arguments["batch"],
-        "host_bytes": plan.host_bytes,
+        "host_bytes": plan.host_bytes, "host_params_bytes": plan.kept.host_params,
+        "disk_bytes": plan.kept.disk,
         "activation_bytes": plan.activation_bytes,
         "argument_bytes": plan.argument_bytes, "temp_bytes": plan.temp_bytes,
         "temp_size_bytes": compiled and compiled.temp_size_bytes,
@@ -146,9 +147,13 @@ def _memory_table(plan: Plan) -> Table:
                   show_header=False)
     shown = tables.binary_bytes
     table.add_row("parameters", shown(plan.arguments["params"]))
+    if plan.kept.host_params:
+        table.add_row("  and, not counted here, in the host's", shown(plan.kept.host_params))
     table.add_row("optimizer state", shown(plan.arguments["opt_state"]))
-    if plan.host_bytes:
-        table.add_row("  and, not counted here, in the host's", shown(plan.host_bytes))
+    if plan.kept.host_optimizer:
+        table.add_row("  and, not counted here, in the host's", shown(plan.kept.host_optimizer))
+    if plan.kept.disk:
+        table.add_row("  and, of all devices, on disk", shown(plan.kept.disk))
     table.add_row("batch", shown(plan.arguments["batch"]))
     table.add_row("arguments (the above, as laid out)", shown(plan.argument_bytes))
     table.add_row("temporaries at the peak", shown(plan.temp_bytes))

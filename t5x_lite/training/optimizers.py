@@ -15,7 +15,7 @@ policy asks, "master" (float32 parameters) and "loss_scale". With train.ema_deca
 float32 moving average of the parameters, a_t = d a_(t-1) + (1 - d) p_t from a_0 = p_0 on, of p_t before
 it is rounded to its own type; a skipped step leaves it as it was. It is treated as a moment, and so is
 "pending": with optimizer.delay_after the float32 gradients, clipped, that the next update will use
-(Optimizer._apply). Frozen parameters have no state. A moment may be sharded more finely than its parameter (ZeRO-1): the update then runs on the moment's
+(Optimizer.apply). Frozen parameters have no state. A moment may be sharded more finely than its parameter (ZeRO-1): the update then runs on the moment's
 shards and only the new parameters are gathered; every output keeps the sharding of its input. It
 may also be kept in the host's memory (sharding.offload_optimizer): then it visits the device layer
 by layer.
@@ -41,15 +41,15 @@ from t5x_lite.training import optax_state, precision, schedules
 from t5x_lite.training.methods import METHODS, GroupConfig, OptimizerConfig, Trained, stacked_dims
 
 # Names in a state that are no moments of the transformation.
-_OWN = ("master", "loss_scale")
+OWN = ("master", "loss_scale")
 EMA = "ema"   # the moment that no transformation reads
 PENDING = "pending"   # gradients that the next step's update uses, with optimizer.delay_after
 Flat = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class _State:
-    """An optimizer state taken apart."""
+class Parts:
+    """An optimizer state taken apart, or that of some parameters."""
 
     moments: dict[str, Flat]
     rest: dict[str, jax.Array]         # "count", and numbers of the transformation's own
@@ -57,8 +57,8 @@ class _State:
     scale: dict[str, jax.Array] | None   # of the loss
 
     @classmethod
-    def of(cls, opt_state: Mapping) -> "_State":
-        others = {name: x for name, x in opt_state.items() if name not in _OWN}
+    def of(cls, opt_state: Mapping) -> "Parts":
+        others = {name: x for name, x in opt_state.items() if name not in OWN}
         return cls(
             {name: tree.flatten(x) for name, x in others.items() if isinstance(x, Mapping)},
             {name: x for name, x in others.items() if not isinstance(x, Mapping)},
@@ -96,10 +96,10 @@ class Optimizer:
 
     def init(self, params: Mapping) -> dict:
         """The state before the first update; trace it under jit with out_shardings."""
-        flat = self._trainable(params)
+        flat = self.trainable(params)
         master = {path: p.astype(jnp.float32) for path, p in flat.items()}
         moments, rest = optax_state.apart(self.transformation.init(master), flat)
-        assert not {*moments, *rest} & {*_OWN, EMA, PENDING}, (moments.keys(), rest.keys())
+        assert not {*moments, *rest} & {*OWN, EMA, PENDING}, (moments.keys(), rest.keys())
         state = {name: tree.unflatten(x) for name, x in moments.items()}
         state |= {"count": jnp.zeros((), jnp.int32), **rest}
         if self.ema_decay:
@@ -141,7 +141,7 @@ class Optimizer:
         number that is made of all gradients at once cannot be made layer by layer."""
         abstract = jax.eval_shape(self.init, tree.unflatten(
             {p: jax.ShapeDtypeStruct(i.shape, i.dtype) for p, i in self.table.items()}))
-        rest = _State.of(abstract).rest
+        rest = Parts.of(abstract).rest
         shared = [name for name, x in rest.items() if not jnp.issubdtype(x.dtype, jnp.integer)]
         if shared:
             raise UserError(f"optimizer.name={self.config.name!r} keeps {', '.join(shared)} of all "
@@ -166,14 +166,14 @@ class Optimizer:
             loss_scale and skipped (1.0 where an overflow left all as it was). The norm of the
             update is not among them: on CPU it would triple Adafactor's time.
         """
-        flat_params, state = self._trainable(params), _State.of(opt_state)
+        flat_params, state = self.trainable(params), Parts.of(opt_state)
         places = {path: state.place_of(path, p) for path, p in flat_params.items()}
         old = {path: state.masters[path] if path in state.masters else
                place_like(p.astype(jnp.float32), places[path]) for path, p in flat_params.items()}
-        flat_grads = self._trainable(grads)
+        flat_grads = self.trainable(grads)
         g = {path: place_like(flat_grads[path], x).astype(jnp.float32)
              for path, x in places.items()}
-        made = self._updates_before(step)
+        made = self.updates_before(step)
         info = {"learning_rate": schedules.schedule(self.config.schedule)(made)}
         finite = None
         if state.scale is not None:
@@ -202,15 +202,15 @@ class Optimizer:
         new_params = tree.unflatten({**tree.flatten(params), **rounded})
         return new_params, new_state, info
 
-    def _apply_where_kept(self, g: Flat, old: Flat, state: _State, step, finite
+    def _apply_where_kept(self, g: Flat, old: Flat, state: Parts, step, finite
                           ) -> tuple[Flat, dict[str, Flat], dict[str, jax.Array]]:
-        """`_apply`, layer by layer for the stacks whose moments are kept in the host's memory:
+        """`apply`, layer by layer for the stacks whose moments are kept in the host's memory:
         one layer's moments at a time are on the device. What is not stacked comes as a whole.
 
         Args:
             old: float32 parameters; master copies may be in the host's memory like moments.
         """
-        apply = functools.partial(self._apply, rest=state.rest, step=step, finite=finite)
+        apply = functools.partial(self.apply, rest=state.rest, step=step, finite=finite)
         kept = [*old.values(), *(x for moment in state.moments.values() for x in moment.values())]
         if not any(offload.is_on_host(x) for x in kept):
             return apply(g, old, state.moments)
@@ -224,12 +224,18 @@ class Optimizer:
             new |= done[0]
             for name, moment in done[1].items():
                 new_moments[name] |= moment
-        # Counts belong to no layer and go on once; of the rest of this update nothing is computed.
-        blank = {path: jnp.zeros(g[path].shape) for path in [min(g, key=lambda p: g[p].size)]}
-        _, _, rest = apply(blank, blank, {
+        return new, new_moments, self.counted(state.moments, state.rest, step, finite)
+
+    def counted(self, moments: Mapping[str, Flat], rest: Mapping, step, finite
+                 ) -> dict[str, jax.Array]:
+        """The state's numbers that belong to no layer, which go on once an update; of the rest of
+        this one nothing is computed."""
+        path = min(self.weight_decay, key=lambda p: self.table[p].size)
+        blank = {path: jnp.zeros(self.table[path].shape)}
+        return self.apply(blank, blank, {
             name: {path: jnp.zeros(moment[path].shape, moment[path].dtype)
-                   for path in blank if path in moment} for name, moment in state.moments.items()})
-        return new, new_moments, rest
+                   for path in blank if path in moment} for name, moment in moments.items()},
+            rest=rest, step=step, finite=finite)[2]
 
     def _alike(self, g: Flat) -> list[tuple[int, list[str]]]:
         """(layers, paths) of stacks of as many layers (or experts), and (0, all other paths)."""
@@ -240,12 +246,12 @@ class Optimizer:
             alike.setdefault(key, []).append(path)
         return [(layers, paths) for (_, layers), paths in alike.items()]
 
-    def _updates_before(self, step: jax.Array) -> jax.Array:
+    def updates_before(self, step: jax.Array) -> jax.Array:
         """Updates made in so many steps."""
         after = self.config.delay_after
         return step if after is None else step - (step > after)
 
-    def _apply(self, g: Flat, old: Flat, moments: Mapping[str, Flat], *, rest, step, finite
+    def apply(self, g: Flat, old: Flat, moments: Mapping[str, Flat], *, rest, step, finite
                ) -> tuple[Flat, dict[str, Flat], dict[str, jax.Array]]:
         """Clipped float32 gradients and parameters to (new parameters, new moments by name, the
         state's other numbers), the old ones where `finite` is False.
@@ -261,12 +267,12 @@ class Optimizer:
         used = {path: jnp.where(step < after, x, pending[path]) for path, x in g.items()}
         new, new_moments, new_rest = self._apply_now(
             used, old, {name: x for name, x in moments.items() if name != PENDING}, rest=rest,
-            step=self._updates_before(step), finite=step != after)
+            step=self.updates_before(step), finite=step != after)
         return new, {**new_moments, PENDING: g}, new_rest
 
     def _apply_now(self, g: Flat, old: Flat, moments: Mapping[str, Flat], *, rest, step, finite
                    ) -> tuple[Flat, dict[str, Flat], dict[str, jax.Array]]:
-        """`_apply` with these gradients."""
+        """`apply` with these gradients."""
         method, rates = METHODS[self.config.name], self._learning_rates(step)
         if method.decay == "gradient":
             g = {path: x + self.weight_decay[path] * old[path] if self.weight_decay[path] else x
@@ -319,7 +325,8 @@ class Optimizer:
             new = precision.stochastic_round(new, key)
         return place_like(new.astype(old_param.dtype), old_param)
 
-    def _trainable(self, nested: Mapping) -> dict[str, jax.Array]:
+    def trainable(self, nested: Mapping) -> Flat:
+        """The part of a nested dict that is updated, flat."""
         flat = tree.flatten(nested)
         missing = [path for path in self.weight_decay if path not in flat]
         assert not missing, f"no value for {missing[:5]}"

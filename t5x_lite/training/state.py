@@ -16,6 +16,8 @@ from t5x_lite import tree
 from t5x_lite.models.params import ModelDefinition, ParamInfo
 from t5x_lite.models.peft import Tuning
 from t5x_lite.parallel import sharding
+from t5x_lite.parallel.disk import OnDisk
+from t5x_lite.parallel.offload import ON_DEVICE, Places
 from t5x_lite.parallel.sharding import Rules
 from t5x_lite.training.optimizers import Optimizer
 
@@ -61,28 +63,42 @@ def logical_axes(model: ModelDefinition, optimizer: Optimizer) -> State:
 
 
 def abstract(model: ModelDefinition, optimizer: Optimizer, mesh: Mesh, rules: Rules,
-             tuning: Tuning, zero: int = 3, offload: bool = False) -> State:
-    """The state as ShapeDtypeStructs with their shardings.
+             tuning: Tuning, zero: int = 3, places: Places = ON_DEVICE, folder: str = "") -> State:
+    """The state as ShapeDtypeStructs with their shardings, and OnDisk for what is kept there.
 
     Args:
         zero: ZeRO's stage (config.ShardingConfig); below 3 the fsdp axis splits the optimizer
             state and not the parameters.
-        offload: keep the optimizer's moments and master copies in the host's memory.
+        places: where parameters, moments and master copies are kept.
+        folder: for those on disk.
     """
     shapes = jax.eval_shape(lambda: init(model, optimizer, tuning, jax.random.key(0)))
     axes = tree.flatten(logical_axes(model, optimizer))
 
     def place(path, x):
         # What belongs to no parameter stays: it is small, and has no axes.
-        to_host = offload and path.startswith("opt_state/") and any(axes[path])
-        whole = zero < 3 and not path.startswith("opt_state/")
-        return _placed(x, axes[path], mesh, rules, whole, HOST if to_host else None)
+        part = path.partition("/")[0]
+        kept_in = place_of(part, axes[path], places)
+        whole = zero < 3 and part != "opt_state"
+        placed = _placed(x, axes[path], mesh, rules, whole, HOST if kept_in == "host" else None)
+        return placed if kept_in != "disk" else OnDisk(
+            path, tuple(x.shape), x.dtype, placed.sharding, folder)
     return tree.map_with_path(place, shapes)
 
 
-def abstract_params(model: ModelDefinition, mesh: Mesh, rules: Rules, zero: int = 3) -> dict:
+def place_of(part: str, axes: tuple[str | None, ...], places: Places) -> str:
+    """Where an array of a part of the state is kept."""
+    if part == "opt_state":
+        return places.opt_state if any(axes) else "device"
+    return places.params if axes[:1] == ("layers",) else "device"
+
+
+def abstract_params(model: ModelDefinition, mesh: Mesh, rules: Rules, zero: int = 3,
+                    places: Places = ON_DEVICE) -> dict:
     """The whole model's parameters as ShapeDtypeStructs with their shardings, nested."""
-    return tree.unflatten({p: _placed(i, i.logical_axes, mesh, rules, zero < 3)
+    memory = {"host": HOST, "device": None}
+    return tree.unflatten({p: _placed(i, i.logical_axes, mesh, rules, zero < 3,
+                                      memory[place_of("params", i.logical_axes, places)])
                            for p, i in model.table.items()})
 
 

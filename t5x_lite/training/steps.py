@@ -25,6 +25,7 @@ from t5x_lite.models.params import ModelDefinition
 from t5x_lite.models.peft import Tuning
 from t5x_lite.parallel import offload, sharding
 from t5x_lite.training import objectives, precision
+from t5x_lite.training.layerwise import ALL_FINITE, Layerwise
 from t5x_lite.training.objectives import ObjectiveConfig, Sums
 from t5x_lite.training.optimizers import Optimizer
 from t5x_lite.training.state import State
@@ -145,7 +146,8 @@ def gradients(of: Differentiated, params: Mapping, batch: Batch, key: jax.Array 
     rows = sharding.shard(jnp.arange(num_rows), "act_batch")
     batch = {**batch, _ROWS: rows}
     totals, squares = (part_gradients(batch), None) if of.parts == 1 else _accumulated(
-        part_gradients, split_batch(batch, of.parts), of.noise_scale)
+        part_gradients, split_batch(batch, of.parts), of.noise_scale,
+        frozenset(path for path, x in trained.items() if offload.is_on_host(x)))
     if slices > 1:
         totals = jax.tree.map(sharding.sum_of_copies, totals)
     grads, sums = totals
@@ -187,18 +189,28 @@ def _copies(x: jax.Array, slices: int) -> jax.Array:
         "slice", *jax.typeof(x).sharding.spec))
 
 
-def _accumulated(part_gradients: Callable, split: Batch, measured: bool
+def _added(total: jax.Array, part: jax.Array) -> jax.Array:
+    """total + part, where total is kept."""
+    add = lambda part, total: total + part.astype(total.dtype)
+    return offload.each_layer(add, part, total) if offload.is_on_host(total) else add(part, total)
+
+
+def _accumulated(part_gradients: Callable, split: Batch, measured: bool, on_host: frozenset[str]
                  ) -> tuple[tuple[dict, Sums], jax.Array | None]:
     """(the float32 sums of part_gradients over micro-batches [parts, …], one after another; where
-    measured, the sum of the squares of their gradients)."""
+    measured, the sum of the squares of their gradients).
+
+    on_host: paths of stacks whose gradients arise in the host's memory.
+    """
     def accumulate(total, part):
         grads, sums = part_gradients(part)
-        added = jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, (grads, sums))
+        added = jax.tree.map(_added, total, (grads, sums))
         return added, _squares(grads) if measured else None
 
     first = jax.eval_shape(part_gradients, jax.tree.map(lambda x: x[0], split))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32,
-                                             out_sharding=_spec(x)), first)
+    zeros, sums = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32,
+                                                   out_sharding=_spec(x)), first)
+    zeros = {p: offload.to_host(x) if p in on_host else x for p, x in zeros.items()}, sums
     totals, squares = jax.lax.scan(accumulate, zeros, split)
     return totals, None if squares is None else jnp.sum(squares)
 
@@ -207,27 +219,45 @@ def _spec(x: jax.ShapeDtypeStruct) -> PartitionSpec | None:
     return None if x.sharding is None or not sharding.mesh_sizes() else x.sharding.spec
 
 
+def make_gradient_step(of: Differentiated, optimizer: Optimizer, seed: int
+                       ) -> Callable[[State, Batch], tuple[dict, Sums]]:
+    """(state, batch) -> (gradients of the loss, times its scale; {metric: (sum, count)}), what every
+    train step begins with. The metric FILLED counts the positions of the batch that are not padding."""
+    def gradient_step(state, batch):
+        key = jax.random.fold_in(jax.random.key(seed), state["step"])
+        grads, sums = gradients(of, state["params"], batch, key, base=state.get("frozen"),
+                                scale=optimizer.loss_scale(state["opt_state"]))
+        return grads, {**sums, FILLED: (_filled(of.objective, batch), jnp.float32(1.0))}
+    return gradient_step
+
+
+def with_info(sums: Sums, info: Mapping[str, jax.Array]) -> Sums:
+    """The metrics of a step with what its update says."""
+    one = jnp.float32(1.0)
+    return {**sums, **{name: (jnp.float32(x), one) for name, x in info.items()}}
+
+
 def make_train_step(of: Differentiated, optimizer: Optimizer, seed: int, *,
                     skip_bad: bool = False) -> Callable[..., tuple[State, Sums]]:
     """(state, batch, loss_bound=inf) -> (state after one update, {metric: (sum, count)}).
 
-    The metric FILLED counts the positions of the batch that are not padding. FINITE is 1 where the
-    parameters and moments after the update hold no NaN and no infinity (gradients that overflow
-    under loss scaling are skipped by the optimizer and count as finite). The loss speaks of the
-    parameters before it.
+    Metrics are make_gradient_step's and the optimizer's. FINITE is 1 where the parameters and
+    moments after the update hold no NaN and no infinity (gradients that overflow under loss scaling
+    are skipped by the optimizer and count as finite). The loss speaks of the parameters before it.
 
     Args:
         skip_bad: leave parameters and optimizer as they were where the update is not finite, the
             loss or the gradients' norm is not, or the loss is above loss_bound; the metric "skipped"
             is then 1.
     """
+    gradient_step, layerwise = make_gradient_step(of, optimizer, seed), Layerwise(optimizer)
+
     def train_step(state, batch, loss_bound=jnp.inf):
-        key = jax.random.fold_in(jax.random.key(seed), state["step"])
-        grads, sums = gradients(of, state["params"], batch, key, base=state.get("frozen"),
-                                scale=optimizer.loss_scale(state["opt_state"]))
-        params, opt_state, info = optimizer.update(
-            grads, state["opt_state"], state["params"], state["step"])
-        finite = _all_finite((params, opt_state))
+        grads, sums = gradient_step(state, batch)
+        on_host = any(map(offload.is_on_host, jax.tree.leaves(state["params"])))
+        update = layerwise.update if on_host else optimizer.update
+        params, opt_state, info = update(grads, state["opt_state"], state["params"], state["step"])
+        finite = _all_finite((params, opt_state)) & info.pop(ALL_FINITE, True)
         if skip_bad:
             nats, tokens = sums["loss"]
             loss = nats / tokens
@@ -237,12 +267,8 @@ def make_train_step(of: Differentiated, optimizer: Optimizer, seed: int, *,
             params, opt_state = _choose(good, (params, opt_state),
                                         (state["params"], state["opt_state"]))
             info = {**info, "skipped": jnp.maximum(info.get("skipped", 0.0), 1.0 - good)}
-        info = {**info, FINITE: finite}
-        one = jnp.float32(1.0)
-        sums = {**sums, **{name: (jnp.float32(x), one) for name, x in info.items()},
-                FILLED: (_filled(of.objective, batch), one)}
         return {**state, "step": state["step"] + 1, "params": params,
-                "opt_state": opt_state}, sums
+                "opt_state": opt_state}, with_info(sums, {**info, FINITE: finite})
     return train_step
 
 
@@ -266,6 +292,8 @@ def _all_finite(updated: Any) -> jax.Array:
     """
     checked = [x for x in jax.tree.leaves(updated)
                if jnp.issubdtype(x.dtype, jnp.inexact) and x.ndim and not offload.is_on_host(x)]
+    if not checked:
+        return jnp.bool(True)
     # Behind the barrier nothing of the update is computed another way for being looked at.
     return precision.all_finite(jax.lax.optimization_barrier(checked))
 

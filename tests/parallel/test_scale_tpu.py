@@ -16,7 +16,7 @@ from t5x_lite.layers.config import AttentionConfig, MLPConfig, PositionConfig
 from t5x_lite.models.config import BlockConfig, ModelConfig, SegmentConfig, StackConfig
 from t5x_lite.parallel.pipeline_schedules import PipelineConfig
 from t5x_lite.parallel.sharding import MeshConfig
-from t5x_lite.planning import rehearse
+from t5x_lite.planning import rehearse, traffic
 from t5x_lite.training import state
 from t5x_lite.training.methods import OptimizerConfig
 from t5x_lite.training.objectives import ObjectiveConfig
@@ -24,7 +24,7 @@ from t5x_lite.training.objectives import ObjectiveConfig
 WIDTH, VOCAB, LENGTH = 256, 512, 128
 
 
-def lm(mesh, *, rows=16, layers=2, zero=3, accumulation=1, sequence_parallel=False, offload=False,
+def lm(mesh, *, rows=16, layers=2, zero=3, accumulation=1, sequence_parallel=False, offload="none",
        remat="full", pipeline=None, width=WIDTH) -> RunConfig:
     """A decoder-only run with AdamW: 4 bytes a parameter, 8 of optimizer state."""
     block = BlockConfig(AttentionConfig(num_heads=4, head_dim=width // 4), None,
@@ -39,7 +39,7 @@ def lm(mesh, *, rows=16, layers=2, zero=3, accumulation=1, sequence_parallel=Fal
         train=TrainConfig(global_batch_size=rows, accumulation=accumulation),
         mesh=MeshConfig(**{"data": 1, **mesh}),
         sharding=ShardingConfig(zero=zero, sequence_parallel=sequence_parallel,
-                                offload_optimizer=offload))
+                                offload=offload))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,14 +179,36 @@ def test_1f1b_keeps_as_much_whatever_the_number_of_micro_batches():
 def test_offloaded_optimizer_state_leaves_the_device():
     """Its 8 bytes a parameter are the host's; temporaries grow by about a layer's share."""
     here = compiled(lm({"fsdp": 8}, layers=8, width=1024)).found
-    away = compiled(lm({"fsdp": 8}, layers=8, width=1024, offload=True))
-    state_bytes = rehearse.host_bytes(away.program)
+    away = compiled(lm({"fsdp": 8}, layers=8, width=1024, offload="optimizer_host"))
+    state_bytes = traffic.kept(away.program).host
     assert state_bytes == pytest.approx(8 * away.program.num_params / 8, rel=0.01)
     assert here.host_argument_bytes == 0
     assert away.found.host_argument_bytes == pytest.approx(state_bytes, rel=0.01)
     saved = here.argument_bytes - away.found.argument_bytes
     assert saved == pytest.approx(state_bytes, rel=0.01)
     assert away.found.temp_bytes - here.temp_bytes < saved / 4
+
+
+@pytest.mark.slow
+def test_parameters_and_gradients_leave_the_device_with_it():
+    """L2L: of a stack's 16 bytes a parameter (4 of parameters, 4 of gradients, 8 of optimizer state)
+    the device holds a layer's."""
+    here = compiled(lm({"fsdp": 8}, layers=8, width=1024)).found
+    away = compiled(lm({"fsdp": 8}, layers=8, width=1024, offload="params_host", accumulation=2))
+    kept = traffic.kept(away.program)
+    assert kept.host_params == pytest.approx(4 * away.program.num_params / 8, rel=0.02)
+    assert away.found.host_argument_bytes == pytest.approx(kept.host, rel=0.01)
+    assert away.found.argument_bytes < 0.05 * here.argument_bytes
+    assert away.found.peak_bytes < 0.5 * here.peak_bytes
+
+
+@pytest.mark.slow
+def test_gradients_beside_a_disk_compile_without_the_optimizer_state():
+    here = compiled(lm({"fsdp": 8}, layers=8, width=1024)).found
+    away = compiled(lm({"fsdp": 8}, layers=8, width=1024, offload="optimizer_disk"))
+    kept = traffic.kept(away.program)
+    assert kept.disk == pytest.approx(8 * away.program.num_params, rel=0.01)   # of all devices
+    assert here.argument_bytes - away.found.argument_bytes == pytest.approx(kept.disk / 8, rel=0.02)
 
 
 @pytest.mark.slow
