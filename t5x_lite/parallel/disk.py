@@ -126,7 +126,7 @@ def as_array(x: Any) -> Any:
 
 def read(tree: Any) -> Any:
     """The tree with the arrays in the place of what is on disk, on the devices."""
-    return jax.tree.map(lambda x: jax.device_put(x.whole(), x.sharding) if is_on_disk(x) else x,
+    return jax.tree.map(lambda x: jax.device_put(np.array(x.whole()), x.sharding) if is_on_disk(x) else x,
                         tree, is_leaf=is_on_disk)
 
 
