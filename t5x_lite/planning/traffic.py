@@ -8,11 +8,11 @@ moves are not counted.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 
 from t5x_lite import tree
-from t5x_lite.build import Program
 from t5x_lite.parallel import disk, sharding
 from t5x_lite.training import state
 
@@ -40,8 +40,8 @@ class Traffic:
     disk_written: int = 0
 
 
-def kept(program: Program) -> Kept:
-    """What of the state is not on the devices."""
+def kept(program: Any) -> Kept:
+    """What of the state of a build.Program is not on the devices."""
     places, flat = program.config.sharding.places, tree.flatten(program.abstract_state)
     axes = tree.flatten(state.logical_axes(program.model, program.optimizer))
     totals = {"params": 0, "opt_state": 0}
@@ -54,8 +54,8 @@ def kept(program: Program) -> Kept:
                 sum(array.nbytes for array in disk.kept(program.abstract_state)))
 
 
-def traffic(program: Program) -> Traffic:
-    """What a step moves."""
+def traffic(program: Any) -> Traffic:
+    """What a step of a build.Program moves."""
     found, parts = kept(program), program.config.train.accumulation
     widths = {x.dtype.itemsize for x in jax.tree.leaves(program.abstract_state["params"])}
     width = max(widths)

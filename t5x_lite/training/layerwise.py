@@ -21,7 +21,7 @@ from t5x_lite.parallel.sharding import place_like
 from t5x_lite.training import precision, schedules
 from t5x_lite.training.optimizers import OWN, Flat, Optimizer, Parts
 
-ALL_FINITE = "all_finite"
+FINITE = "finite"   # the metric that says whether the updated state is; see steps.make_train_step
 
 
 class Shared(NamedTuple):
@@ -121,7 +121,7 @@ class Layerwise:
     def update(self, grads: Mapping, opt_state: Mapping, params: Mapping, step: jax.Array
                ) -> tuple[dict, dict, dict[str, jax.Array]]:
         """Optimizer.update for parameters in the host's memory, whose gradients are there too; info also
-        has ALL_FINITE, of what the host keeps of the results."""
+        has FINITE, of what the host keeps of the results."""
         flat_grads, flat_params = self.optimizer.trainable(grads), self.optimizer.trainable(params)
         shared, held = self.shared(grads, opt_state, step), held_of(opt_state)
         new, new_held, good = {}, {name: {} for name in held}, []
@@ -136,7 +136,7 @@ class Layerwise:
             for name, x in made_held.items():
                 new_held[name] |= x
         rest, info = self.after(shared, {n: x for n, x in held.items() if n not in OWN})
-        info[ALL_FINITE] = jnp.stack(good).all()
+        info[FINITE] = jnp.stack(good).all()
         new_state = {name: tree.unflatten(x) for name, x in new_held.items()} | rest
         return tree.unflatten({**tree.flatten(params), **new}), new_state, info
 
@@ -145,6 +145,12 @@ def held_of(opt_state: Mapping) -> dict[str, dict[str, Any]]:
     """{name: {path: leaf}} of a state's moments and master copies."""
     return {name: tree.flatten(x) for name, x in opt_state.items()
             if isinstance(x, Mapping) and name != "loss_scale"}
+
+
+def with_info(sums: Mapping, info: Mapping[str, jax.Array]) -> dict:
+    """The metrics of a step with what its update says."""
+    one = jnp.float32(1.0)
+    return {**sums, **{name: (jnp.float32(x), one) for name, x in info.items()}}
 
 
 def _unscaled(g: jax.Array, scale: Mapping[str, jax.Array] | None) -> jax.Array:

@@ -25,14 +25,13 @@ from t5x_lite.models.params import ModelDefinition
 from t5x_lite.models.peft import Tuning
 from t5x_lite.parallel import offload, sharding
 from t5x_lite.training import objectives, precision
-from t5x_lite.training.layerwise import ALL_FINITE, Layerwise
+from t5x_lite.training.layerwise import FINITE, Layerwise, with_info
 from t5x_lite.training.objectives import ObjectiveConfig, Sums
 from t5x_lite.training.optimizers import Optimizer
 from t5x_lite.training.state import State
 
 Batch = Mapping[str, jax.Array]
 _ROWS = "rows"   # beside a batch's features: where each row stands in the global batch
-FINITE = "finite"   # the metric that says whether the updated state is; see make_train_step
 FILLED = "filled"   # the metric of positions that are not padding
 _FEATURE_AXES = ("act_batch", "act_length")   # of every feature; of _ROWS the first
 
@@ -231,12 +230,6 @@ def make_gradient_step(of: Differentiated, optimizer: Optimizer, seed: int
     return gradient_step
 
 
-def with_info(sums: Sums, info: Mapping[str, jax.Array]) -> Sums:
-    """The metrics of a step with what its update says."""
-    one = jnp.float32(1.0)
-    return {**sums, **{name: (jnp.float32(x), one) for name, x in info.items()}}
-
-
 def make_train_step(of: Differentiated, optimizer: Optimizer, seed: int, *,
                     skip_bad: bool = False) -> Callable[..., tuple[State, Sums]]:
     """(state, batch, loss_bound=inf) -> (state after one update, {metric: (sum, count)}).
@@ -257,7 +250,7 @@ def make_train_step(of: Differentiated, optimizer: Optimizer, seed: int, *,
         on_host = any(map(offload.is_on_host, jax.tree.leaves(state["params"])))
         update = layerwise.update if on_host else optimizer.update
         params, opt_state, info = update(grads, state["opt_state"], state["params"], state["step"])
-        finite = _all_finite((params, opt_state)) & info.pop(ALL_FINITE, True)
+        finite = _all_finite((params, opt_state)) & info.pop(FINITE, True)
         if skip_bad:
             nats, tokens = sums["loss"]
             loss = nats / tokens

@@ -18,8 +18,7 @@ import jax.numpy as jnp
 
 from t5x_lite import tree
 from t5x_lite.parallel import disk
-from t5x_lite.training import steps
-from t5x_lite.training.layerwise import Layerwise, Shared, held_of
+from t5x_lite.training.layerwise import FINITE, Layerwise, Shared, held_of, with_info
 from t5x_lite.training.objectives import Sums
 from t5x_lite.training.optimizers import OWN, Flat
 from t5x_lite.training.state import State
@@ -79,8 +78,8 @@ class StreamedStep:
     def _after(self, shared: Shared, sums: Sums, good: list[jax.Array]) -> tuple[jax.Array, dict, Sums]:
         rest, info = self._layerwise.after(
             shared, {name: x for name, x in self._held.items() if name not in OWN})
-        info[steps.FINITE] = jnp.concatenate(good).all()
-        return shared.step + 1, rest, steps.with_info(sums, info)
+        info[FINITE] = jnp.concatenate(good).all()
+        return shared.step + 1, rest, with_info(sums, info)
 
 
 def _cut(stacks: Any, layer: jax.Array) -> Any:
