@@ -4,6 +4,7 @@ train, eval, infer and plan all call `build`, so what is rehearsed is what train
 errors that a config can hold are raised here, before anything is allocated or compiled.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -17,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from t5x_lite import errors, tree
 from t5x_lite.config import RunConfig
 from t5x_lite.cost import flops, hardware
-from t5x_lite.data import rows as data_rows
+from t5x_lite.data import rows as data_rows, views
 from t5x_lite.errors import UserError, multiple_of
 from t5x_lite.layers import fp8, moe
 from t5x_lite.models import language_model, parametrization
@@ -29,10 +30,11 @@ from t5x_lite.parallel import disk, offload, pipeline, sharding
 from t5x_lite.parallel.offload import ON_DEVICE
 from t5x_lite.parallel.sharding import Rules
 from t5x_lite.running import counts
-from t5x_lite.training import objectives, precision, state, steps
+from t5x_lite.training import objectives, precision, state, steps, unlabelled
 from t5x_lite.training.layerwise import Layerwise, held_of
 from t5x_lite.training.optimizers import EMA, Optimizer, make_optimizer, until
 from t5x_lite.training.streamed import StreamedStep
+from t5x_lite.training.unlabelled import Unlabelled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Program:
     differentiated: steps.Differentiated   # what train_step takes the gradient of
     train_step: Callable                 # (state, batch) -> (state, sums), not yet jitted
     eval_step: Callable                  # (params, batch, token_bytes) -> sums
+    # (params, batch of data.batches.graded_batches) -> sums; None: data.classes names none.
+    graded_step: Callable | None
     # What evaluation and decoding read: the whole model's parameters, nested ShapeDtypeStructs.
     abstract_params: dict
     merge_changed: Callable              # (trainable, frozen) -> {path: what models/peft.py computes}
@@ -89,8 +93,9 @@ class Program:
 
     @property
     def tokens_per_sequence(self) -> int:
-        """Positions of one row, padding included."""
-        return sum(self.lengths)
+        """Positions of one row, padding included, and of the unlabelled rows that go with it."""
+        return sum(self.lengths) + sum(
+            self.config.data.unlabelled_ratio * sum(lengths) for lengths, _ in self._views)
 
     @property
     def flops_per_sequence(self) -> float:
@@ -101,8 +106,7 @@ class Program:
     def row_cost(self) -> counts.RowCost:
         """What one row costs, by every way of counting that a run records."""
         parts = self.step_flops(1)
-        half = flops.step_flops(self.config.model, self.table, self._trained, 1, *self.lengths,
-                                causal_half=True)
+        half = self.step_flops(1, causal_half=True)
         total, tokens = sum(parts.values()), self.tokens_per_sequence
         found = self._counted
         return counts.RowCost(
@@ -126,10 +130,25 @@ class Program:
     def _trained(self) -> frozenset[str]:
         return frozenset(self.trainable.keys() - self.optimizer.frozen)
 
-    def step_flops(self, rows: int, least: bool = False) -> dict[str, float]:
-        """Model FLOPs of a step over so many rows by part, see cost.flops.step_flops."""
-        return flops.step_flops(self.config.model, self.table, self._trained, rows,
-                                *self.lengths, least=least)
+    def step_flops(self, rows: int, least: bool = False, causal_half: bool = False
+                   ) -> dict[str, float]:
+        """Model FLOPs of a step over so many rows by part, see cost.flops.step_flops; of the views of
+        the unlabelled rows that go with them too, a forward pass alone where one has no gradient."""
+        ratio = self.config.data.unlabelled_ratio
+        passes = [(rows, self.lengths, self._trained)]
+        passes += [(ratio * rows, lengths, trained) for lengths, trained in self._views]
+        total: collections.Counter[str] = collections.Counter()
+        for count, lengths, trained in passes:
+            total.update(flops.step_flops(self.config.model, self.table, trained, count, *lengths,
+                                          least=least, causal_half=causal_half))
+        return dict(total)
+
+    @property
+    def _views(self) -> list[tuple[tuple[int, int], frozenset[str]]]:
+        """See Unlabelled.passes; [] without unlabelled text."""
+        term, config = self.differentiated.unlabelled, self.config
+        kind = data_rows.of(config.objective.rows)
+        return term.passes(kind, config.data, self._trained) if term else []
 
     @property
     def bubbles(self) -> dict[str, float]:
@@ -259,9 +278,10 @@ class Program:
     def abstract_batch(self, rows: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
         """The batch of one step as ShapeDtypeStructs with shardings; rows: None for a full one."""
         rows = rows or self.config.train.global_batch_size
-        arrays = data_rows.of(self.config.objective.rows).arrays(self.config.data)
-        return {name: jax.ShapeDtypeStruct((rows, length), jnp.dtype(dtype),
+        kind, data = data_rows.of(self.config.objective.rows), self.config.data
+        return {name: jax.ShapeDtypeStruct((rows * ratio, length), jnp.dtype(dtype),
                                            sharding=self.batch_sharding)
+                for ratio, arrays in ((1, kind.arrays(data)), views.arrays(kind, data))
                 for name, (length, dtype) in arrays.items()}
 
 
@@ -282,6 +302,8 @@ def build(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Pro
         rules = rules.replace(act_norm_length=(*rules.mesh_axes("act_norm_length"), "tensor"))
     _check_train(config, mesh, rules)
     _check_rows(config)
+    views.validate(config.data, data_rows.of(config.objective.rows), config.objective.name)
+    unlabelled.validate(config.objective.unlabelled, config.data)
     _check_pipelines(config, mesh, rules)
     _check_lengths(config, mesh, rules)
     _check_mixers(config, mesh)
@@ -300,9 +322,10 @@ def build(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Pro
     if config.sharding.places != ON_DEVICE:
         optimizer.check_offload()
         _check_places(config, policy, mesh)
+    classes = Unlabelled.of(config.objective.unlabelled, config.data, config.objective.logits_chunk)
     differentiated = steps.Differentiated(
         model, config.objective, tuning, optimizer.frozen, config.train.accumulation,
-        config.sharding.zero, config.train.noise_scale)
+        config.sharding.zero, config.train.noise_scale, classes if config.data.unlabelled else None)
     return Program(
         config=config, mesh=mesh, rules=rules, policy=policy, model=model, optimizer=optimizer,
         abstract_state=state.abstract(model, optimizer, mesh, rules, tuning,
@@ -315,7 +338,8 @@ def build(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Pro
         differentiated=differentiated,
         train_step=steps.make_train_step(differentiated, optimizer, config.train.seed,
                                          skip_bad=config.train.bad_steps == "skip"),
-        eval_step=steps.make_eval_step(model, config.objective))
+        eval_step=steps.make_eval_step(model, config.objective),
+        graded_step=steps.make_graded_step(model, classes) if classes else None)
 
 
 def _check_fp8(policy: precision.Policy, mesh: Mesh) -> None:
@@ -470,21 +494,3 @@ def _check_mixtures(config: RunConfig) -> None:
                 if block.moe is not None:
                     moe.validate(block.moe, f"model.{side}.segments[{i}].blocks[{j}].moe",
                                  causal=stack.causal, length=length, split=split)
-
-
-def param_report(program: Program) -> str:
-    """The table of parameters and shardings, one line each."""
-    rows = [("path", "shape", "dtype", "logical axes", "sharding", "init", "trains")]
-    shapes = tree.flatten(program.abstract_params) | tree.flatten(
-        program.abstract_state["params"])
-    frozen = program.optimizer.frozen | (program.table.keys() - program.trainable.keys())
-    for path, info in sorted({**program.table, **program.trainable}.items()):
-        spec = shapes[path].sharding.spec
-        rows.append((path, "x".join(map(str, info.shape)), str(jnp.dtype(info.dtype)),
-                     ",".join(str(a) for a in info.logical_axes),
-                     ",".join("+".join(d) if isinstance(d, tuple) else d or "-" for d in spec)
-                     or "-", info.init, "no" if path in frozen else "yes"))
-    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
-             for row in rows]
-    return "\n".join([*lines, f"total {program.num_params:,} parameters"]) + "\n"

@@ -20,8 +20,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 from tqdm import tqdm
 
+from t5x_lite import tree
 from t5x_lite.build import Program
 from t5x_lite.data import spans
 from t5x_lite.log import is_main, say, si
@@ -199,3 +201,21 @@ if __name__ == "__main__":
         print(f"written: {page.write(_FOLDERS, _OUTPUT.value, _TITLE.value)}")
 
     cli.run(main, alone=True)
+
+
+def param_report(program: Program) -> str:
+    """The table of parameters and shardings, one line each."""
+    rows = [("path", "shape", "dtype", "logical axes", "sharding", "init", "trains")]
+    shapes = tree.flatten(program.abstract_params) | tree.flatten(
+        program.abstract_state["params"])
+    frozen = program.optimizer.frozen | (program.table.keys() - program.trainable.keys())
+    for path, info in sorted({**program.table, **program.trainable}.items()):
+        spec = shapes[path].sharding.spec
+        rows.append((path, "x".join(map(str, info.shape)), str(jnp.dtype(info.dtype)),
+                     ",".join(str(a) for a in info.logical_axes),
+                     ",".join("+".join(d) if isinstance(d, tuple) else d or "-" for d in spec)
+                     or "-", info.init, "no" if path in frozen else "yes"))
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+             for row in rows]
+    return "\n".join([*lines, f"total {program.num_params:,} parameters"]) + "\n"

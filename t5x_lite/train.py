@@ -38,7 +38,7 @@ import jax
 from absl import flags
 
 from t5x_lite import files, init_from, log, report
-from t5x_lite.build import Program, build, param_report
+from t5x_lite.build import Program, build
 from t5x_lite.checkpoints.best import BEST, Best
 from t5x_lite.checkpoints.format import Record
 from t5x_lite.checkpoints.manager import Checkpointer, Start, read_record, restore_or_init
@@ -46,6 +46,7 @@ from t5x_lite.config import RunConfig, from_mapping, saved as saved_config, to_j
 from t5x_lite.cost import hardware, usage
 from t5x_lite.data import (
     batches as data_batches,
+    described,
     tasks as data_tasks,
     vocabulary as data_vocabulary,
 )
@@ -176,7 +177,7 @@ def _introduce(session: _Session, record: Record | None) -> None:
     log.say(f"{report.header(program)}\nfolder      {workdir}: metrics.jsonl, tensorboard, checkpoints")
     rows = batch_ramp.sequences_before(config.train.batch_ramp, config.train.global_batch_size,
                                        config.train.num_steps)
-    mixture = data_tasks.describe_training(config.data, config.objective.rows, rows)
+    mixture = described.describe_training(config.data, config.objective.rows, rows)
     for line in mixture:
         log.say(f"data        {line}")
     changed = _changed(record, config) if record is not None else []
@@ -190,7 +191,7 @@ def _introduce(session: _Session, record: Record | None) -> None:
     if record is None or changed:
         files.write_whole(history / f"{record.step if record else 0}.json", text)
     files.write_whole(workdir / "config.json", text)
-    files.write_whole(workdir / "parameters.txt", param_report(program))
+    files.write_whole(workdir / "parameters.txt", report.param_report(program))
     files.write_whole(workdir / "data.txt", "\n".join(mixture) + "\n")
 
 

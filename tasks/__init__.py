@@ -9,6 +9,7 @@ it registers its tasks; `register_all` imports them all.
     wikipedia         English Wikipedia through TFDS
     closed_book_qa    Natural Questions, WebQuestions, TriviaQA without a context
     facts_qa          passages and questions rendered from the shipped tables of facts
+    factbook          sections of the World Factbook: text classification with 20 labels
     salient_spans     Wikipedia sentences with names and dates hidden (Guu et al. 2020)
     glue              GLUE, SuperGLUE, Winograd schemas, and their mixtures
     t5_benchmarks     SQuAD, XQuAD, CNN/DailyMail, XSum, SciTLDR, WMT with T5's prefixes
@@ -26,8 +27,9 @@ it registers its tasks; `register_all` imports them all.
 import importlib
 
 _MODULES = ("tasks.python_text", "tasks.python_parts", "tasks.c4", "tasks.wikipedia", "tasks.closed_book_qa",
-            "tasks.facts_qa", "tasks.salient_spans", "tasks.scan", "tasks.integers", "tasks.chat_sums", "tasks.big_bench",
-            "tasks.glue",            "tasks.t5_benchmarks", "tasks.multilingual", "tasks.rank_classification", "tasks.lm_evaluation", "tasks.flan")
+            "tasks.facts_qa", "tasks.factbook", "tasks.salient_spans", "tasks.scan", "tasks.integers", "tasks.chat_sums",
+            "tasks.big_bench", "tasks.glue", "tasks.t5_benchmarks", "tasks.multilingual", "tasks.rank_classification",
+            "tasks.lm_evaluation", "tasks.flan")
 
 
 def register_all() -> None:

@@ -38,14 +38,20 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from t5x_lite import log
-from t5x_lite.data import rows as data_rows, tasks as data_tasks, vocabulary as data_vocabulary
+from t5x_lite.data import (
+    rows as data_rows,
+    tasks as data_tasks,
+    views,
+    vocabulary as data_vocabulary,
+)
 from t5x_lite.data.config import DataConfig
 from t5x_lite.data.tasks import train_mixture
 from t5x_lite.errors import UserError
@@ -91,24 +97,34 @@ def _check_shards(config: DataConfig, global_batch_size: int) -> None:
                         f"{min(divisors, key=lambda n: abs(n - shards))}")
 
 
+# (config, key of rows.ROWS) -> (tasks and their shares, kind of rows, lengths of the rows)
+Stream = Callable[[DataConfig, str], tuple[Sequence, data_rows.Rows, DataConfig]]
+
+
+def labelled(config: DataConfig, objective: str) -> tuple[Sequence, data_rows.Rows, DataConfig]:
+    """The stream of data.train or data.train_files."""
+    mixture = train_mixture(config, objective)
+    _say_unread([task for task, _ in mixture], objective)
+    return mixture, data_rows.of(objective), config
+
+
 class ShardedRows:
     """The rows of some virtual shards, on the host: {shard: {feature: array [B/V, L]}}.
 
     shards: which ones to read; reading fewer or more never changes what each holds.
+    stream: what to read, `labelled` or tasks.unlabelled.
     identity: what the rows are a function of, as JSON values.
     """
 
     def __init__(self, config: DataConfig, *, objective: str, global_batch_size: int, seed: int,
-                 shards: Sequence[int]):
+                 shards: Sequence[int], stream: Stream = labelled):
         _check_shards(config, global_batch_size)
         pipeline = data_tasks.tensorflow_side()
-        mixture = train_mixture(config, objective)
-        _say_unread([task for task, _ in mixture], objective)
+        mixture, kind, config = stream(config, objective)
         seed = seed if config.seed is None else config.seed
-        make = functools.partial(
-            pipeline.rows_dataset, mixture, "train", data_rows.of(objective), config, seed)
+        make = functools.partial(pipeline.rows_dataset, mixture, "train", kind, config, seed)
         pipeline.check_documents(mixture, "train", config.num_shards)
-        pipeline.check_not_empty(make(training=False), config.train or "data.train_files")
+        pipeline.check_not_empty(make(training=False), ", ".join(task.name for task, _ in mixture))
         vocabulary = mixture[0].task.output_features["targets"].vocabulary
         identity = {
             "tasks": {task.name: round(weight, 6) for task, weight in mixture},
@@ -128,7 +144,7 @@ class ShardedRows:
                 {**identity, "shard": shard})
             for shard in sorted(shards)}
         self.identity = identity
-        self._kind = data_rows.of(objective)
+        self._kind = kind
         self._batch_size, self._num_shards = global_batch_size, config.num_shards
         # tf.data works outside Python's lock: the first batch fills every shard's buffer.
         self._pool = concurrent.futures.ThreadPoolExecutor(min(cores, len(shards)))
@@ -181,8 +197,19 @@ def _say_unread(tasks: Sequence, objective: str) -> None:
                     f"{objective} leave out")
 
 
+class _Beside(NamedTuple):
+    """A stream of a TrainIterator."""
+
+    rows: ShardedRows
+    ratio: int    # its rows for each row of the batch
+    first: int    # the number that its shard 0 has in a checkpoint
+
+
 class TrainIterator:
     """Endless global batches {feature: jax.Array [B, L]}; see the head of this module.
+
+    With data.unlabelled the batch also has data.unlabelled_ratio * B rows of that stream, whose
+    shards go the same way: {view/feature: jax.Array [ratio * B, L]}, as views.py names them.
 
     Args:
         config: what to read.
@@ -191,22 +218,31 @@ class TrainIterator:
         sharding: of a [B, L] array; decides which rows this process reads.
         seed: used where config.seed is None.
     Raises:
-        UserError: unknown or empty tasks, unreadable files, sizes that do not divide.
+        UserError: unknown or empty tasks, unreadable files, sizes that do not divide, labels that
+            data.classes does not list.
     """
 
     def __init__(self, config: DataConfig, *, objective: str, global_batch_size: int,
                  sharding: jax.sharding.Sharding, seed: int):
         self._sharding = sharding
-        self._ahead: tuple[int, concurrent.futures.Future] | None = None   # rows, and their arrays
+        self._ahead: tuple[int, list[concurrent.futures.Future]] | None = None   # rows, and their arrays
         self._batch_size, self._num_shards = global_batch_size, config.num_shards
         _check_shards(config, global_batch_size)
         length = max(config.inputs_length, config.targets_length)
         readers = shards_of_processes(sharding, (global_batch_size, length), config.num_shards)
         self._owned = owned_shards(readers, jax.process_index())
-        self._rows = ShardedRows(config, objective=objective, global_batch_size=global_batch_size,
-                                 seed=seed, shards=sorted(readers[jax.process_index()]))
+        made = functools.partial(ShardedRows, config, objective=objective, seed=seed,
+                                 shards=sorted(readers[jax.process_index()]))
+        self._streams = [_Beside(made(global_batch_size=global_batch_size), 1, 0)]
+        if config.classes:
+            data_tasks.check_labels(config, objective)
+        if config.unlabelled:
+            ratio = config.unlabelled_ratio
+            rows = made(global_batch_size=ratio * global_batch_size, stream=data_tasks.unlabelled)
+            self._streams.append(_Beside(rows, ratio, config.num_shards))
         if jax.process_count() > 1:
-            digest = zlib.crc32(json.dumps(self._rows.identity).encode())
+            identities = [stream.rows.identity for stream in self._streams]
+            digest = zlib.crc32(json.dumps(identities).encode())
             check_same_data(multihost_utils.process_allgather(np.uint32(digest)).tolist())
 
     def __iter__(self) -> "TrainIterator":
@@ -220,8 +256,16 @@ class TrainIterator:
         that the mesh splits a batch."""
         (rows_ahead, ahead), self._ahead = self._ahead or (0, None), None
         assert ahead is None or rows_ahead == batch_size, "another batch was read ahead"
-        by_shard = self._rows.take(batch_size) if ahead is None else ahead.result()
-        share = batch_size // self._num_shards
+        taken = [stream.rows.take(batch_size * stream.ratio) for stream in self._streams] \
+            if ahead is None else [future.result() for future in ahead]
+        batch = {}
+        for stream, by_shard in zip(self._streams, taken, strict=True):
+            batch |= self._arrays(by_shard, batch_size * stream.ratio)
+        return batch
+
+    def _arrays(self, by_shard: Mapping[int, Mapping[str, np.ndarray]], num_rows: int) -> Batch:
+        """Global arrays of so many rows of a stream, given the rows of this process's shards."""
+        share = num_rows // self._num_shards
 
         def rows(name: str, start: int, stop: int) -> np.ndarray:
             parts = []
@@ -232,21 +276,24 @@ class TrainIterator:
 
         features = next(iter(by_shard.values()))
         return {name: _global_array(functools.partial(rows, name),
-                                    (batch_size, *features[name].shape[1:]), self._sharding)
+                                    (num_rows, *features[name].shape[1:]), self._sharding)
                 for name in features}
 
     def read_ahead(self, batch_size: int) -> None:
         """Begins to read the first batch, which fills every shard's buffer, in threads of its own. It
         must be the next that is taken."""
-        self._ahead = batch_size, self._rows.submit(batch_size)
+        self._ahead = batch_size, [stream.rows.submit(batch_size * stream.ratio)
+                                   for stream in self._streams]
 
     def state(self) -> dict[int, bytes]:
-        """{shard: bytes} of the shards that this process owns, after the last batch given.
+        """{shard: bytes} of the shards that this process owns, after the last batch given; those of
+        unlabelled text are counted on from num_shards.
 
         Over all processes, every virtual shard occurs exactly once.
         """
         assert self._ahead is None, "a batch was read that is not handed out yet"
-        return self._rows.state(self._owned)
+        return {stream.first + shard: place for stream in self._streams
+                for shard, place in stream.rows.state(self._owned).items()}
 
     def restore(self, states: Mapping[int, bytes]) -> None:
         """Continues after the batch at which `states` were taken, on any process count.
@@ -255,7 +302,21 @@ class TrainIterator:
         Raises UserError where they belong to other data, seeds or lengths.
         """
         assert self._ahead is None, "a batch of another place was read ahead"
-        self._rows.restore(states)
+        for stream in self._streams:
+            own = {shard - stream.first: place for shard, place in states.items()
+                   if 0 <= shard - stream.first < self._num_shards}
+            if stream.first and not own:
+                raise _other_streams("has none", "reads some")
+            stream.rows.restore(own)
+        if max(states) >= self._num_shards * len(self._streams):
+            raise _other_streams("has one", "reads none")
+
+
+def _other_streams(theirs: str, ours: str) -> UserError:
+    """The error (not raised) of a run that begins or ceases to read unlabelled text on its way."""
+    return UserError(f"of a place in data.unlabelled the checkpoint {theirs}, and this run {ours}: "
+                     "data.unlabelled must stay what it was. To go on from the parameters alone, start "
+                     "a new workdir with init_from.")
 
 
 def _global_array(rows, shape: tuple[int, ...], sharding) -> jax.Array:
@@ -281,23 +342,42 @@ def eval_batches(config: DataConfig, task: str, *, objective: str, batch_size: i
     max_batches, max_rows: how much of the split; the last batch of max_rows is filled up as well.
     Raises UserError (on the first batch) for an unknown task or an empty split.
     """
-    pipeline = data_tasks.tensorflow_side()
     seqio_task = data_tasks.validation_task(config, task, objective)
-    kind = data_rows.of(objective)
-    pipeline.check_task(seqio_task, split, kind.features, "data.validation")
-    mixture = [pipeline.Weighted(seqio_task, 1.0)]
+    return _once(seqio_task, data_rows.of(objective), config, split, batch_size, sharding,
+                 max_batches, max_rows)
+
+
+def graded_batches(config: DataConfig, task: str, *, objective: str, batch_size: int,
+                   sharding: jax.sharding.Sharding, split: str = "validation",
+                   max_rows: int | None = None) -> Iterator[Batch]:
+    """The texts of the split beside all of data.classes, as `eval_batches` gives its rows: the arrays
+    of views.py's first view, with views.RIGHT."""
+    plain = data_tasks.validation_task(config, task, objective)
+    seqio_task, kind, row_config = data_tasks.graded(config, plain, objective)
+    check = functools.partial(views.check_graded, config=config, task=task)
+    return _once(seqio_task, kind, row_config, split, batch_size, sharding, None, max_rows, check)
+
+
+def _once(task, kind: data_rows.Rows, config: DataConfig, split: str, batch_size: int,
+          sharding: jax.sharding.Sharding, max_batches: int | None, max_rows: int | None,
+          check: Callable[[Mapping[str, np.ndarray]], None] = lambda rows: None) -> Iterator[Batch]:
+    """The rows of a task's split in order. check: is shown the arrays of each batch."""
+    pipeline = data_tasks.tensorflow_side()
+    pipeline.check_task(task, split, kind.features, "data.validation")
+    mixture = [pipeline.Weighted(task, 1.0)]
     pipeline.check_documents(mixture, split, 1)
     dataset = pipeline.rows_dataset(
         mixture, split, kind, config, pipeline.EVAL_SEED, training=False)
     blocks = pipeline.finite_batches(dataset, batch_size, max_rows)
     count = 0
     for count, batch in enumerate(map(kind.masked, blocks), 1):
+        check(batch)
         yield {name: _global_array(lambda a, b, v=value: v[a:b], value.shape, sharding)
                for name, value in batch.items()}
         if count == max_batches:
             return
     if not count:
-        raise UserError(f"the split {split!r} of {task!r} holds no examples")
+        raise UserError(f"the split {split!r} of {task.name!r} holds no examples")
 
 
 def unigram_entropy(batches: Sequence[Mapping]) -> float:

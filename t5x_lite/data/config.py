@@ -27,6 +27,16 @@ class DataConfig:
     # "train" where a task has it, and which.
     shots: int = 0
     shots_seed: Seed = 0
+    # Texts without labels beside the labelled rows, as objective.unlabelled learns from them: tasks, of
+    # which the inputs alone are read, or .jsonl, .json, .tsv or .txt files (unlabelled.py) …
+    unlabelled: str = ""
+    unlabelled_ratio: Count = 1         # rows of them for each labelled row
+    # The labels as they are written, "negative,positive": evaluation then grades whichever of them is
+    # the likeliest answer, and unlabelled text is learned from by their probabilities.
+    classes: str = ""
+    # What the model sees of such a text: plain, dropout, spans or filled (views.py); for losses that
+    # compare two views the weak and the strong one, "dropout,spans".
+    views: str = "plain"
     # Text files instead of `train` / `validation`: paths or globs of .txt or .jsonl, also .gz.
     train_files: str = ""
     validation_files: str = ""
@@ -67,7 +77,8 @@ class DataConfig:
     cache_dir: str = ""                 # of gathered text; "": $T5X_LITE_CACHE or ~/.cache/t5x_lite
 
     def __post_init__(self):
-        for name in ("train", "validation", "train_files", "validation_files", "task_modules"):
+        for name in ("train", "validation", "train_files", "validation_files", "task_modules",
+                     "unlabelled", "classes", "views"):
             value = getattr(self, name)
             if not isinstance(value, str):
                 parts = (v if isinstance(v, str) else f"{v[0]}={v[1]}" for v in value)

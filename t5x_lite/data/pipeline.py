@@ -236,7 +236,7 @@ def rows_dataset(mixture: Sequence[Weighted], split: str, kind: Rows, config: Da
     row_lengths = kind.lengths(config)
     if config.packing:
         dataset = pack(dataset, row_lengths)
-    start = 0 if "encoder" in row_lengths else getattr(vocabulary, "start_id", 0)
+    start = 0 if kind.has_encoder else getattr(vocabulary, "start_id", 0)
     read = mixture[0].task.output_features.get(
         "inputs", mixture[0].task.output_features["targets"]).vocabulary
     marked = data_vocabulary.zero_in_rows(read)

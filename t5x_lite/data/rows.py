@@ -71,9 +71,14 @@ class Rows:
     optional: tuple[str, ...] = ("inputs",)
 
     @property
+    def has_encoder(self) -> bool:
+        """Whether a side of the row, or of a view of it (views.py), is an encoder's."""
+        return any(side.endswith("encoder") for side in self.sides)
+
+    @property
     def shares_row(self) -> bool:
         """Whether inputs and targets stand in one row, of data.targets_length."""
-        return self.pairs and "encoder" not in self.sides
+        return self.pairs and not self.has_encoder
 
     @property
     def marks_inputs(self) -> bool:

@@ -11,11 +11,11 @@ import importlib
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from t5x_lite import packages, quiet
-from t5x_lite.data import paths, rows as data_rows, vocabulary as data_vocabulary
+from t5x_lite.data import paths, rows as data_rows, views, vocabulary as data_vocabulary
 from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError, nearest
 
@@ -113,7 +113,7 @@ def _subtasks(provider) -> dict["seqio.Task", float]:
 
 def file_sizes(config: DataConfig) -> dict[str, int]:
     """{path: bytes} of the files that a config names."""
-    return paths.sizes(config.train, config.train_files, config.validation,
+    return paths.sizes(config.train, config.train_files, config.unlabelled, config.validation,
                        config.validation_files, config.vocabulary)
 
 
@@ -140,10 +140,11 @@ def train_mixture(config: DataConfig, objective: str) -> tuple["data_pipeline.We
     if not config.train:
         raise UserError("nothing to train on: set data.train to a task or mixture, or "
                         "data.train_files to text files")
-    weights: dict = {}
-    for provider, share in _shares(config, objective):
-        for task, part in _subtasks(provider).items():
-            weights[task] = weights.get(task, 0.0) + share * part
+
+    def find_one(name: str, field: str, config: DataConfig):
+        return _text_task(config, "train", objective) if name == "train_files" else \
+            find(name, field, config)
+    weights = _weights(_shares(config, _entries(config), "data.train", find_one))
     mixture = tuple(pipeline.Weighted(
         task if task.name == "train_files" else _adapted(task, config, objective, "data.train"), weight)
         for task, weight in weights.items() if weight)
@@ -156,18 +157,32 @@ def _names_files(text: str, split: str) -> bool:
     return f"{split}_files" in (paths.share(entry)[0] for entry in paths.split(text))
 
 
-def _shares(config: DataConfig, objective: str) -> list[tuple["seqio.Task | seqio.Mixture", float]]:
-    """The tasks and mixtures that data.train lists, each with its share of the rows."""
-    entries = _entries(config)
-    providers = [_text_task(config, "train", objective) if name == "train_files" else
-                 find(name, "data.train", config) for name, _, _ in entries]
+def _weights(shares: Iterable[tuple["seqio.Task | seqio.Mixture", float]]
+             ) -> dict["seqio.Task", float]:
+    """Each task's share, with those of mixtures taken apart."""
+    weights: dict = {}
+    for provider, share in shares:
+        for task, part in _subtasks(provider).items():
+            weights[task] = weights.get(task, 0.0) + share * part
+    return weights
+
+
+def _shares(config: DataConfig, entries: Sequence[tuple[str, str, str]], field: str,
+           find: Callable[[str, str, DataConfig], "seqio.Task | seqio.Mixture"]
+           ) -> list[tuple["seqio.Task | seqio.Mixture", float]]:
+    """The tasks and mixtures that a field lists, each with its share of the rows.
+
+    entries: (name, "=", share) or (name, "", ""). find: (name, field, config) -> what it names.
+    """
+    providers = [find(name, field, config) for name, _, _ in entries]
     if config.temperature <= 0 or config.rate_cap < 0:
         raise UserError(f"data.temperature={config.temperature} must be positive and "
                         f"data.rate_cap={config.rate_cap} not negative")
     if len(entries) > 1:
-        sizes = [_size(entry, provider) for entry, provider in zip(entries, providers, strict=True)]
-        shares = mixing_rates(sizes, config.temperature, config.rate_cap)
-        return list(zip(providers, shares, strict=True))
+        sizes = [_size(entry, provider, field)
+                 for entry, provider in zip(entries, providers, strict=True)]
+        rates = mixing_rates(sizes, config.temperature, config.rate_cap)
+        return list(zip(providers, rates, strict=True))
     if config.temperature != 1 or config.rate_cap:
         raise UserError(f"data.temperature={config.temperature} and data.rate_cap="
                         f"{config.rate_cap} mix the entries of data.train, which has only "
@@ -187,7 +202,7 @@ def _check_mixture(mixture: Sequence["data_pipeline.Weighted"], features: Sequen
                                 f"{first.name!r} differ; set data.vocabulary")
 
 
-def _published(config: DataConfig) -> tuple[str, dict[str, str]] | None:
+def published_mixture(config: DataConfig) -> tuple[str, dict[str, str]] | None:
     """("gpt3", {part: task}) of data.train=gpt3(part=task,…), None of another data.train."""
     match = re.fullmatch(r"(\w+)\((.*)\)", config.train.strip())
     if match is None:
@@ -198,14 +213,14 @@ def _published(config: DataConfig) -> tuple[str, dict[str, str]] | None:
 def _entries(config: DataConfig) -> list[tuple[str, str, str]]:
     """(task, "=", share) of each entry of data.train; without a share ("", "")."""
     text = config.train
-    if published := _published(config):
+    if published := published_mixture(config):
         tensorflow_side()
         from t5x_lite.data import published_mixtures
         text = published_mixtures.weights(*published)
     return [paths.share(entry) for entry in paths.split(text)]
 
 
-def _size(entry: tuple[str, str, str], provider) -> float:
+def _size(entry: tuple[str, str, str], provider, field: str) -> float:
     """The share written behind "=", else the number of training examples."""
     name, equals, text = entry
     if equals:
@@ -214,74 +229,13 @@ def _size(entry: tuple[str, str, str], provider) -> float:
         except ValueError:
             share = -1.0
         if not 0 < share < math.inf:
-            raise UserError(f"data.train: {name}={text} must be a positive share")
+            raise UserError(f"{field}: {name}={text} must be a positive share")
         return share
     examples = [task.num_input_examples("train") for task in _subtasks(provider)]
     if any(n is None or not 0 < n < math.inf for n in examples):
-        raise UserError(f"data.train: {name!r} does not know its number of examples; give every "
+        raise UserError(f"{field}: {name!r} does not know its number of examples; give every "
                         f"entry a share, as in {name}=1")
     return sum(examples)
-
-
-_MEASURED = 200   # records of a task whose lengths are looked at when a run starts
-
-
-def describe_training(config: DataConfig, objective: str, num_rows: int) -> list[str]:
-    """A line a task, of at most twenty: its share; of a text-to-text task also how often `num_rows`
-    rows see its examples (with packing, at least so often) and, where of the first 200 inputs or
-    targets are cut or empty, another that counts them. Nothing else is read. Of a published
-    mixture also a table: how often so many tokens would see the paper's own corpora.
-    """
-    mixture = train_mixture(config, objective)
-    lines = []
-    for task, share in mixture[:20]:
-        lines.append(f"{task.name} {share:.1%}")
-        counts = list(_cut(task, config, objective))
-        if counts:   # of others, such as span corruption, a row is no example
-            count = task.num_input_examples("train")
-            if count:
-                lines[-1] += f", {num_rows * share / count:.3g} epochs of {count:,} examples"
-            lines += filter(None, counts)
-    more = len(mixture) - 20
-    lines += [f"… {more} more tasks"] if more > 0 else []
-    if published := _published(config):
-        from t5x_lite.data import published_mixtures
-        tokens = num_rows * sum(data_rows.of(objective).lengths(config).values())
-        lines += [f"epochs that {tokens:.3g} tokens are of the corpora of {published[0]}:",
-                  *published_mixtures.epochs(published[0], tokens, published[1]).splitlines()]
-    return lines
-
-
-def _cut(task: "seqio.Task", config: DataConfig, objective: str) -> Iterator[str]:
-    """A line a feature, "" where nothing is cut or empty; none unless the task is text-to-text."""
-    pipeline = tensorflow_side()
-    limits = data_rows.of(objective).task_lengths(
-        task, config.inputs_length, config.targets_length)
-    given = pipeline.first_examples(task, "train", limits, _MEASURED)
-    if "targets_pretokenized" not in given.element_spec:
-        return   # it fills whatever lengths it is given, and may refuse longer ones
-    uncut = dict.fromkeys(limits, pipeline.UNCUT)
-    examples = list(pipeline.first_examples(task, "train", uncut, _MEASURED).as_numpy_iterator())
-    for name in sorted(limits.keys() & task.output_features.keys()):
-        sizes = [len(example[name]) for example in examples]
-        rooms = [_room(name, example, limits) for example in examples]
-        yield _misfits(name, sizes, rooms)
-
-
-def _room(name: str, example: dict, limits: dict[str, int]) -> int:
-    """Tokens that a feature of an example may have; targets have what inputs leave of a row."""
-    if name == "targets" and "row" in limits:
-        return limits["row"] - min(len(example["inputs"]), limits["inputs"])
-    return limits[name]
-
-
-def _misfits(name: str, sizes: Sequence[int], rooms: Sequence[int]) -> str:
-    """What to say of a feature's lengths, "" where all fit and no target is EOS alone."""
-    cut = sum(size > room for size, room in zip(sizes, rooms, strict=True))
-    empty = sum(size <= 1 for size in sizes) if name == "targets" else 0
-    counts = [f"{cut} are longer than {min(rooms)} tokens and cut"] if cut else []
-    counts += [f"{empty} are empty"] if empty else []
-    return f"  of the first {len(sizes)} {name}, {' and '.join(counts)}" if counts else ""
 
 
 def _shots_of(config: DataConfig) -> str:
@@ -368,6 +322,70 @@ def _text_task(config: DataConfig, split: str, objective: str) -> "seqio.Task":
         denoiser.features, denoising.steps(name, **settings), rewriting.of(config)))
 
 
+# --- text without labels --------------------------------------------------------------------
+
+def unlabelled(config: DataConfig, objective: str
+               ) -> tuple[tuple["data_pipeline.Weighted", ...], data_rows.Rows, DataConfig]:
+    """(tasks and their shares, the kind of rows, their lengths) of data.unlabelled.
+
+    Raises UserError for tasks that are unknown or have another vocabulary, and classes that do not fit.
+    """
+    pipeline = tensorflow_side()
+    kind = data_rows.of(objective)
+    entries = [paths.share(entry) for entry in paths.split(config.unlabelled)]
+    alone = dataclasses.replace(config, temperature=1.0, rate_cap=0.0)
+    weights = _weights(_shares(alone, entries, "data.unlabelled", _find_texts))
+    mixture = []
+    for task, share in weights.items():
+        _check_same_vocabulary(task, config, "data.unlabelled")
+        task = _adapted(task, config, objective, "data.unlabelled")
+        mixture.append(pipeline.Weighted(_with_views(task, config, kind), share))
+    return tuple(mixture), views.rows_of(kind, config), views.row_config(config, kind)
+
+
+def _find_texts(name: str, field: str, config: DataConfig):
+    """The task or mixture of a name, or the task of a file's texts in the run's vocabulary."""
+    from t5x_lite.data import unlabelled
+    if not unlabelled.is_path(name):
+        return find(name, field, config)
+    filled = any(views.VIEWS[view].feature == "filled" for view in views.views_of(config))
+    return unlabelled.of_files(name, field, config, vocabulary_of(config), filled)
+
+
+def graded(config: DataConfig, task: "seqio.Task", objective: str
+           ) -> tuple["seqio.Task", data_rows.Rows, DataConfig]:
+    """(an adapted task, the kind of rows, their lengths): its texts as they are beside all of
+    data.classes, with the number of the right one."""
+    kind, plain = data_rows.of(objective), dataclasses.replace(config, views="plain")
+    return (_with_views(task, plain, kind, graded=True), views.rows_of(kind, plain, graded=True),
+            views.row_config(plain, kind))
+
+
+def _with_views(task: "seqio.Task", config: DataConfig, kind: data_rows.Rows, *,
+                graded: bool = False) -> "seqio.Task":
+    from t5x_lite.data import unlabelled
+    classes, vocabulary = views.classes_of(config), task.output_features["targets"].vocabulary
+    views.check_room(config, kind, unlabelled.tokens_of(classes, vocabulary))
+    return unlabelled.with_views(task, views.views_of(config), classes, graded, config.inputs_length)
+
+
+_LOOKED_AT = 200   # labelled examples of a task whose labels must be classes
+
+
+def check_labels(config: DataConfig, objective: str) -> None:
+    """Raises UserError where one of the first 200 labels of a training task is none of data.classes."""
+    pipeline = tensorflow_side()
+    for task, _ in train_mixture(config, objective):
+        with_classes, kind, _ = graded(config, task, objective)
+        lengths = kind.task_lengths(with_classes, config.inputs_length, pipeline.UNCUT)
+        found = pipeline.first_examples(with_classes, "train", lengths, _LOOKED_AT)
+        for example in found.as_numpy_iterator():
+            if example["right"][0] < 0:
+                raise UserError(
+                    f"data.train={task.name!r} has the label {example['label'].decode()!r}, which is "
+                    f"none of data.classes={config.classes!r}: list every label as the task writes it.")
+
+
 # --- vocabularies ---------------------------------------------------------------------------
 
 def vocabulary_of(config: DataConfig) -> "seqio.Vocabulary":
@@ -436,8 +454,11 @@ def _check_same_vocabulary(task: "seqio.Task", config: DataConfig, field: str) -
 
 
 def uses_sentinels(config: DataConfig, objective: str, held_out: bool = False) -> bool:
-    """Whether a training task, or a held-out one, hides its text behind sentinels."""
+    """Whether a training task, a view of unlabelled text, or a held-out task hides its text behind
+    sentinels."""
     from t5x_lite.data import denoising
+    if views.hide_text(config) and not held_out:
+        return True
     tasks = [validation_task(config, name, objective) for name in validation_tasks(config)
              ] if held_out else [task for task, _ in train_mixture(config, objective)]
     names = {denoising.of(task) for task in tasks}

@@ -58,6 +58,8 @@ class Evaluator:
                 sharding=program.batch_sharding,
                 max_rows=max_rows(config)))
             for task in names}
+        self._graded = self._graded_batches()
+        self._graded_step = jax.jit(program.graded_step) if self._graded else None
         self._unigram_entropy = {
             name: data_batches.unigram_entropy(batches) for name, batches in self._groups()}
         self._examples = self._tasks_with_metrics()
@@ -67,6 +69,17 @@ class Evaluator:
             self._predictor.count([e.get("inputs", ()) for e in examples],
                                   [e["targets"] for e in examples])
             self._predictor.say_misfits(name)
+
+    def _graded_batches(self) -> dict[str, list]:
+        """{task: the texts of its rows beside all of data.classes}; {} where there are no classes."""
+        config = self._program.config
+        if not config.data.classes:
+            return {}
+        return {task: list(data_batches.graded_batches(
+            config.data, task, objective=config.objective.rows,
+            batch_size=config.eval.batch_size or config.train.global_batch_size,
+            sharding=self._program.batch_sharding, max_rows=max_rows(config)))
+            for task in self._batches}
 
     def _tasks_with_metrics(self) -> dict:
         """{task: (seqio task, as many examples as it has rows)} where it has metric functions."""
@@ -106,6 +119,9 @@ class Evaluator:
                     without_number += self._rows_without_number(params, batch, number)
             if without_number:
                 predictor.say_rows(task, predictor.NO_NUMBER, without_number)
+        for task, batches in self._graded.items():
+            for batch in batches:
+                totals[task] = metrics.add(totals[task], jax.device_get(self._graded_step(params, batch)))
         if len(totals) > 1:
             together: dict = {}
             for total in totals.values():

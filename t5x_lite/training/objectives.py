@@ -37,6 +37,7 @@ from t5x_lite.models import ahead
 from t5x_lite.models.params import BoundModel
 from t5x_lite.training import losses, preferences
 from t5x_lite.training.preferences import REFERENCES
+from t5x_lite.training.unlabelled_losses import UnlabelledConfig
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 Batch = Mapping[str, jax.Array]
@@ -62,6 +63,7 @@ class ObjectiveConfig:
     # dpo: base, the model under peft.method=lora or ia3; rows, scores in the data, as
     # `python -m t5x_lite.score_preferences` writes them; none, all answers are equally likely.
     reference: str = "base"
+    unlabelled: UnlabelledConfig = UnlabelledConfig()   # of the texts of data.unlabelled, beside that
 
     @property
     def rows(self) -> str:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from t5x_lite import tree
-from t5x_lite.data import rows as data_rows
+from t5x_lite.data import rows as data_rows, views
 from t5x_lite.decoding import decode as decoding
 from t5x_lite.decoding.decode import DecodeConfig, Decoded
 from t5x_lite.decoding.logits_fn import LogitsFn, load as load_logits_fn
@@ -24,11 +24,12 @@ from t5x_lite.models.cache import take_rows
 from t5x_lite.models.params import ModelDefinition
 from t5x_lite.models.peft import Tuning
 from t5x_lite.parallel import offload, sharding
-from t5x_lite.training import objectives, precision
+from t5x_lite.training import objectives, precision, unlabelled
 from t5x_lite.training.layerwise import FINITE, Layerwise, with_info
 from t5x_lite.training.objectives import ObjectiveConfig, Sums
 from t5x_lite.training.optimizers import Optimizer
 from t5x_lite.training.state import State
+from t5x_lite.training.unlabelled import Unlabelled
 
 Batch = Mapping[str, jax.Array]
 _ROWS = "rows"   # beside a batch's features: where each row stands in the global batch
@@ -71,6 +72,7 @@ class Differentiated:
     # micro-batch's are reduced onto the devices that hold their optimizer state.
     zero: int = 3
     noise_scale: bool = False   # measure the gradient noise scale, see noise_scale
+    unlabelled: Unlabelled | None = None   # the loss of data.unlabelled; None: there is none
 
     def slices(self) -> int:
         """Into how many copies the mesh's slices ask for gradients of their own: see `gradients`."""
@@ -104,7 +106,8 @@ class Differentiated:
 
 
 def gradients(of: Differentiated, params: Mapping, batch: Batch, key: jax.Array | None, *,
-              scale: jax.Array | float = 1.0, base: Mapping | None = None) -> tuple[dict, Sums]:
+              scale: jax.Array | float = 1.0, base: Mapping | None = None,
+              step: jax.Array | int = 0) -> tuple[dict, Sums]:
     """The gradient of `scale` times the loss of a global batch, and its metrics.
 
     With micro-batches, accumulated or pipelined, each slice (mesh.slice > 1) adds up gradients
@@ -116,20 +119,26 @@ def gradients(of: Differentiated, params: Mapping, batch: Batch, key: jax.Array 
     Args:
         key: the step's dropout key, None for no dropout.
         base: what `of.tuning` combines `params` with; never differentiated.
+        step: before the update, which the weight of unlabelled text may follow.
     Returns:
         Nested gradients of the parameters that train, and {metric: (sum, count)}.
     """
     slices, trained = of.slices(), of.trained(params)
     flat = tree.flatten(params) | tree.flatten(base or {})
     divisors = objectives.totals(of.objective, batch)
+    beside = of.unlabelled.totals(batch, step) if of.unlabelled else {}
     if slices > 1:   # each slice's own: what is shared would have its gradients summed at once
         flat, trained = jax.tree.map(lambda x: _copies(x, slices), (flat, trained))
 
     def part_loss(trained, flat, part):
         part_key = None if key is None else RowKey(key, part[_ROWS])
         part = objectives.with_base(lambda: of.base(flat), part, of.objective)
-        value, sums = objectives.loss(of.module(trained, flat), part, part_key, of.objective,
-                                      divisors, of.parts * slices)
+        module = of.module(trained, flat)
+        value, sums = objectives.loss(module, part, part_key, of.objective, divisors,
+                                      of.parts * slices)
+        if of.unlabelled:
+            more, further = of.unlabelled.loss(module, part, key, beside)
+            value, sums = value + more, {**sums, **further}
         return value * scale, sums
 
     def slices_loss(trained, flat, part):
@@ -141,9 +150,10 @@ def gradients(of: Differentiated, params: Mapping, batch: Batch, key: jax.Array 
         loss = part_loss if slices == 1 else slices_loss
         return jax.grad(loss, has_aux=True)(trained, flat, part)
 
-    num_rows = next(iter(batch.values())).shape[0]
-    rows = sharding.shard(jnp.arange(num_rows), "act_batch")
-    batch = {**batch, _ROWS: rows}
+    num_rows = _num_rows(views.labelled(batch))
+    batch = {**batch, _ROWS: _numbers(num_rows)}
+    if of.unlabelled:
+        batch[unlabelled.ROWS] = _numbers(_num_rows(views.part(batch, views.PREFIXES[0])))
     totals, squares = (part_gradients(batch), None) if of.parts == 1 else _accumulated(
         part_gradients, split_batch(batch, of.parts), of.noise_scale,
         frozenset(path for path, x in trained.items() if offload.is_on_host(x)))
@@ -154,6 +164,15 @@ def gradients(of: Differentiated, params: Mapping, batch: Batch, key: jax.Array 
         sums = sums | noise_scale(squares / scale**2, _squares(grads) / scale**2,
                                   of.parts * slices, num_rows)
     return tree.unflatten(grads), sums
+
+
+def _num_rows(batch: Batch) -> int:
+    return next(iter(batch.values())).shape[0]
+
+
+def _numbers(count: int) -> jax.Array:
+    """0, 1, … of so many rows, where each is."""
+    return sharding.shard(jnp.arange(count), "act_batch")
 
 
 def noise_scale(parts: jax.Array, whole: jax.Array, count: int, rows: int
@@ -225,8 +244,8 @@ def make_gradient_step(of: Differentiated, optimizer: Optimizer, seed: int
     def gradient_step(state, batch):
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
         grads, sums = gradients(of, state["params"], batch, key, base=state.get("frozen"),
-                                scale=optimizer.loss_scale(state["opt_state"]))
-        return grads, {**sums, FILLED: (_filled(of.objective, batch), jnp.float32(1.0))}
+                                scale=optimizer.loss_scale(state["opt_state"]), step=state["step"])
+        return grads, {**sums, FILLED: (_filled(of, batch), jnp.float32(1.0))}
     return gradient_step
 
 
@@ -265,9 +284,17 @@ def make_train_step(of: Differentiated, optimizer: Optimizer, seed: int, *,
     return train_step
 
 
-def _filled(objective: ObjectiveConfig, batch: Batch) -> jax.Array:
-    """int32 scalar: the positions of all sides that are not padding."""
-    rows, total = data_rows.of(objective.rows), jnp.int32(0)
+def _filled(of: Differentiated, batch: Batch) -> jax.Array:
+    """int32 scalar: the positions of all sides that are not padding, of unlabelled rows too."""
+    rows = data_rows.of(of.objective.rows)
+    parts = [views.labelled(batch)]
+    if of.unlabelled:
+        parts += [views.part(batch, prefix) for prefix in views.PREFIXES[:len(of.unlabelled.drops)]]
+    return sum(_filled_of(rows, part) for part in parts)
+
+
+def _filled_of(rows: data_rows.Rows, batch: Batch) -> jax.Array:
+    total = jnp.int32(0)
     for side in rows.made:
         if side in rows.reading_sides or f"{side}_segment_ids" in batch:
             held = masks.read_segments(batch, side) != 0
@@ -315,6 +342,13 @@ def make_eval_step(model: ModelDefinition, objective: ObjectiveConfig
                                   ("act_batch", "act_length"))
         return {**sums, "bytes": (jnp.sum(lengths * weights), jnp.sum(weights))}
     return eval_step
+
+
+def make_graded_step(model: ModelDefinition, classes: Unlabelled) -> Callable[[Mapping, Batch], Sums]:
+    """(params, batch of data.batches.graded_batches) -> {metric: (sum, count)}, see Unlabelled.graded."""
+    def graded_step(params, batch):
+        return classes.graded(model.bind(params), batch)
+    return graded_step
 
 
 def make_decode_step(model: ModelDefinition, config: DecodeConfig,

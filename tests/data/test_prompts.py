@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from t5x_lite.data import tasks as data_tasks
+from t5x_lite.data import described, tasks as data_tasks
 from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError
 from tests.helpers import shared_data
@@ -237,7 +237,7 @@ def test_a_published_mixture_is_a_value_of_data_train():
     mixture = data_tasks.train_mixture(config, "lm")
     assert {task.name: share for task, share in mixture} == pytest.approx(
         {"python_docs_causal_lm": 3 / 11, "python_source_causal_lm": 8 / 11})
-    lines = data_tasks.describe_training(config, "lm", 10)
+    lines = described.describe_training(config, "lm", 10)
     assert lines[2] == "epochs that 640 tokens are of the corpora of gpt3:"
     assert [line.split()[0] for line in lines[3:]] == ["part", "books1", "wikipedia"]
     with pytest.raises(UserError, match="no published mixture is called 'gpt4'.*'gpt3'"):

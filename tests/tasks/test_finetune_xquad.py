@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from t5x_lite import train
-from t5x_lite.data import tasks as data_tasks
+from t5x_lite.data import described, tasks as data_tasks
 from t5x_lite.data.config import DataConfig
 from t5x_lite.parallel.sharding import MeshConfig
 from tests import tiny_config
@@ -38,4 +38,4 @@ def test_a_t5_is_fine_tuned_on_xquad(offline_tfds, tmp_path, capsys):
     # Of what fills its rows whatever their lengths, the share alone, and nothing is read.
     name = "python_docs_span_corruption"
     text = DataConfig(train=name, inputs_length=48, targets_length=16)
-    assert data_tasks.describe_training(text, "seq2seq", 32) == [f"{name} 100.0%"]
+    assert described.describe_training(text, "seq2seq", 32) == [f"{name} 100.0%"]

@@ -55,6 +55,8 @@ def objective_of(name):
         "docs_").removeprefix("source_"), "seq2seq")
 
 
+FACTBOOK = {"factbook_sections", "factbook_sections_dev", "factbook_span_corruption",
+            *(f"factbook_sections_20_{seed}" for seed in range(5))}
 INTEGERS = ("modular_addition", "noisy_classes", "noisy_classes_clean")
 
 
@@ -64,7 +66,7 @@ def test_no_registered_task_is_forgotten():
     assert len(covered) == 44
     elsewhere = ("data_test_", "p3")   # made by tests, and by tasks/p3.py on demand
     others = {n for n in training_names("") if not n.startswith(elsewhere)} - set(covered)
-    assert others == test_formats.names() | {*INTEGERS, "chat_sums"}
+    assert others == test_formats.names() | {*INTEGERS, "chat_sums"} | FACTBOOK
 
 
 @pytest.mark.slow
