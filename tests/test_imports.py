@@ -25,7 +25,7 @@ FLOORS = (
     ("build", "manual"),
     ("init_from", "same_vocabulary", "report", "gin_spelling", "cli", "evaluation", "planning", "scaling", "corpus",
      "reporting"),
-    ("train", "eval", "infer", "score_preferences", "plan", "convert", "experiment", "interactive",
+    ("train", "eval", "infer", "score_preferences", "refill", "plan", "convert", "experiment", "interactive",
      "inspect_task", "audit", "bias", "console"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -11,7 +11,7 @@ from t5x_lite.scaling import __main__ as scaling
 from tests.test_imports import ROOT
 
 DOORS = ("train", "eval", "infer", "plan", "convert", "experiment", "report", "inspect_task", "audit", "bias",
-         "score_preferences")
+         "score_preferences", "refill")
 
 
 @pytest.mark.parametrize("door", DOORS)

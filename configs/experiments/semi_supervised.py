@@ -94,7 +94,7 @@ def _finetune(arm: str, seed: int, held_out: str, views: str, term: UnlabelledCo
     if term.loss:
         term = dataclasses.replace(term, ramp="linear", ramp_to=STEPS // 2)
     data = DataConfig(train=f"factbook_sections_20_{seed}", validation=held_out, classes=CLASSES, views=views,
-                      unlabelled=texts if term.loss else "", unlabelled_ratio=RATIO, targets_length=12)
+                      unlabelled=texts if term.loss else "", unlabelled_ratio=RATIO, targets_length=16)
     return _run(arm, data, seed, STEPS, ROWS, 0.003, ObjectiveConfig(unlabelled=term))
 
 
