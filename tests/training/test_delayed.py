@@ -105,6 +105,7 @@ def test_steps_resume_bit_for_bit_with_the_gradient_that_waits(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, (whole, metrics), (again, same))
 
 
+@pytest.mark.slow
 def test_a_step_that_is_skipped_leaves_the_waiting_gradient():
     program, state = started(replace(delayed(run_of("adamw"), 0), "train.bad_steps", "skip"))
     with program.activate():
