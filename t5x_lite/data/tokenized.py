@@ -1,4 +1,4 @@
-"""Tokenisation ahead of tf.data, for vocabularies that are Python (tokenizer_json.py).
+"""Tokenisation ahead of tf.data, for vocabularies that are Python (python_vocabulary.py).
 
 tf.data cannot save iterators that call Python. `ahead` therefore splits a task behind its last
 tokenising step: what stands before runs once, and its examples are kept in the document cache;
@@ -19,7 +19,7 @@ import tensorflow as tf
 
 from t5x_lite.data import preprocessors
 from t5x_lite.data.document_cache import DocumentSource
-from t5x_lite.data.tokenizer_json import TokenizerJson
+from t5x_lite.data.python_vocabulary import PythonVocabulary
 from t5x_lite.errors import UserError
 
 _TOKENISERS = (preprocessors.tokenize, preprocessors.tokenize_choices, seqio.preprocessors.tokenize,
@@ -37,7 +37,7 @@ def ahead(task: seqio.Task) -> seqio.Task:
     vocabularies = [f.vocabulary for f in task.output_features.values()]
     steps = [n for n, step in enumerate(task.preprocessors, 1)
              if getattr(step, "func", step) in _TOKENISERS]
-    if not steps or not any(isinstance(v, TokenizerJson) for v in vocabularies):
+    if not steps or not any(isinstance(v, PythonVocabulary) for v in vocabularies):
         return task
     first, rest = task.preprocessors[:steps[-1]], task.preprocessors[steps[-1]:]
     return task.replace(source=TokenizedSource(task, first), preprocessors=list(rest))
@@ -112,7 +112,7 @@ class TokenizedSource(seqio.DataSource):
                  for f in self._task.source.list_shards(split)]
         steps = [(getattr(step, "func", step).__qualname__, repr(getattr(step, "keywords", "")))
                  for step in self._steps]
-        contents = [(name, getattr(f.vocabulary, "content", b""))
+        contents = [(name, getattr(f.vocabulary, "content", getattr(f.vocabulary, "path", b"")))
                     for name, f in sorted(self._task.output_features.items())]
         prompts = getattr(self._task.source, "identity", "")   # demonstrations.py
         what = repr((_VERSION, self._task.name, split, files, steps, contents, prompts))

@@ -25,10 +25,10 @@ import os
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-import seqio
 import tensorflow as tf
 import tokenizers
 
+from t5x_lite.data.python_vocabulary import PythonVocabulary
 from t5x_lite.errors import UserError
 
 EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[SEP]", "<|im_end|>")
@@ -62,7 +62,7 @@ def _tokenizer_of(content: bytes, path: str) -> tokenizers.Tokenizer:
                         f"({str(error)[:200]})") from error
 
 
-class TokenizerJson(seqio.Vocabulary):
+class TokenizerJson(PythonVocabulary):
     """The vocabulary of a tokenizer.json, local or gs://; see the module's head.
 
     Raises UserError for a file that is none, and where no end token can be found.
@@ -151,19 +151,6 @@ class TokenizerJson(seqio.Vocabulary):
                 parts.append(f"<extra_id_{self.vocab_size - 1 - ids[end]}>")
             begin = end + 1
         return "".join(parts)
-
-    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
-        def encode(texts):
-            rows = [self._encode(t.decode()) for t in np.ravel(texts.numpy())]
-            return (np.array([i for row in rows for i in row], np.int32),
-                    np.array([len(row) for row in rows], np.int64))
-
-        flat, lengths = tf.py_function(encode, [s], [tf.int32, tf.int64])
-        flat, lengths = tf.ensure_shape(flat, [None]), tf.ensure_shape(lengths, [None])
-        return tf.RaggedTensor.from_row_lengths(flat, lengths) if s.shape.rank else flat
-
-    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
-        return tf.py_function(lambda x: self.decode(x.numpy()), [ids], tf.string)
 
     def __eq__(self, other) -> bool:
         return isinstance(other, TokenizerJson) and self.content == other.content

@@ -7,6 +7,7 @@
     byt5        UTF-8 bytes behind T5's ids 0..2: 259 ids, the last 100 of which are sentinels
                 too (ByT5, Xue et al. 2021, arXiv:2105.13626; its models have 384 rows)
     t5          T5's public English vocabulary: 32,100 ids with its sentinels
+    codes:N     whole numbers 0 to N - 1, and bytes+codes:N these beside bytes (codes.py)
     PATH.model  any SentencePiece file, local or gs://; 100 sentinels are added where it has none
     PATH.json   a tokenizer.json of Hugging Face: byte-level BPE and others (tokenizer_json.py)
 
@@ -26,6 +27,7 @@ import tensorflow as tf
 from google.protobuf import message
 
 from t5x_lite import files
+from t5x_lite.data import codes
 from t5x_lite.data.tokenizer_json import TokenizerJson
 from t5x_lite.errors import UserError, nearest
 
@@ -97,8 +99,10 @@ def load(name: str) -> seqio.Vocabulary:
         return seqio.ByteVocabulary()
     if name == "t5":
         return T5Vocabulary()
+    if made := codes.named(name):
+        return made
     if not name.endswith((".model", ".json")):
-        raise UserError(f"data.vocabulary={name!r} is unknown: one of {', '.join(NAMES)}, or the "
+        raise UserError(f"data.vocabulary={name!r} is unknown: one of {', '.join(NAMES)}, codes:N, or the "
                         "path of a SentencePiece .model file or a tokenizer.json;"
                         f"{nearest(name, NAMES)}")
     if not files.is_file(name):
