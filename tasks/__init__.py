@@ -20,6 +20,8 @@ it registers its tasks; `register_all` imports them all.
     flan              instructions with options for ten data sets, and their mixture
     integers          small problems of integers: modular addition, classes with noisy labels
     chat_sums         conversations about sums, for configs/chat.py
+    digits            handwritten digits as pixels, as codes, and with words
+    gridworld         walks with their return in front, and the best policy
     scan              SCAN's simple split
     p3                P3's mixture of what is at hand (only with data.task_modules=tasks.p3)
 """
@@ -28,7 +30,7 @@ import importlib
 
 _MODULES = ("tasks.python_text", "tasks.python_parts", "tasks.c4", "tasks.wikipedia", "tasks.closed_book_qa",
             "tasks.facts_qa", "tasks.factbook", "tasks.salient_spans", "tasks.scan", "tasks.integers", "tasks.chat_sums",
-            "tasks.big_bench", "tasks.glue", "tasks.t5_benchmarks", "tasks.multilingual", "tasks.rank_classification",
+            "tasks.digits", "tasks.gridworld", "tasks.big_bench", "tasks.glue", "tasks.t5_benchmarks", "tasks.multilingual", "tasks.rank_classification",
             "tasks.lm_evaluation", "tasks.flan")
 
 

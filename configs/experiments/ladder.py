@@ -10,8 +10,8 @@ Command: python -m t5x_lite.scaling ladder --config=configs/experiments/ladder.p
     --budgets=4e9,1.86e10,8.6e10,4e11 --ratio=60 --unit=4 --predict=4 --max_hours=2 \\
     --workdir=runs/ladder
 
-`…ladder.py:lm` is a causal LM and `…ladder.py:t5` a T5 with span corruption; any other config's run may
-stand in their place. `python -m t5x_lite.experiment --config=configs/experiments/ladder.py:lm` trains the
+`…ladder.py:lm` is a causal LM of code, `…:text` of documentation, `…:digits` of handwritten digits' pixels
+(tasks/digits.py), and `…ladder.py:t5` a T5 with span corruption; any other config's run may stand in their place. `python -m t5x_lite.experiment --config=configs/experiments/ladder.py:lm` trains the
 same runs without the prediction, and `…ladder.py:RUNS/ladder.json` those that a ladder's folder holds.
 """
 
@@ -35,6 +35,9 @@ OVER, LOG_AXES = "FLOPs", "xy"
 LADDER = ladders.Ladder(budgets=(4e9, 1.86e10, 8.6e10, 4e11), ratio=60.0, unit=4)
 _ATTENTION, _MLP = AttentionConfig(num_heads=4, head_dim=8), MLPConfig(mlp_dim=128, gated=False)
 _WIDTH, _BYTES = 32, 384     # ByT5's ids, padded
+# Rows of 64 tokens for a causal LM: code, text, and digits as pixels. (task, vocabulary)
+_ROWS = {"lm": ("python_source_causal_lm", "byt5"), "text": ("python_docs_causal_lm", "byt5"),
+         "digits": ("digit_pixels", "codes:17")}
 
 
 def _stack(*, decoder: bool, cross: bool = False) -> StackConfig:
@@ -45,14 +48,15 @@ def _stack(*, decoder: bool, cross: bool = False) -> StackConfig:
 
 def run(arg: str | None = "lm") -> RunConfig:
     """The run that the ladder resizes."""
-    if arg not in ("lm", "t5"):
-        raise UserError(f"configs/experiments/ladder.py:{arg}: the argument may be lm or t5, or the "
-                        f"ladder.json of a ladder's folder.")
-    if arg == "lm":
+    if arg != "t5" and arg not in _ROWS:
+        raise UserError(f"configs/experiments/ladder.py:{arg}: the argument may be {', '.join(_ROWS)} or t5, "
+                        f"or the ladder.json of a ladder's folder.")
+    if arg in _ROWS:
+        task, vocabulary = _ROWS[arg]
         model = ModelConfig("decoder_only", vocab_size=_BYTES, embed_dim=_WIDTH, encoder=None,
                             decoder=_stack(decoder=True))
-        data = DataConfig(train="python_source_causal_lm", validation="python_source_causal_lm",
-                          vocabulary="byt5", targets_length=64, num_shards=1)
+        data = DataConfig(train=task, validation=task, vocabulary=vocabulary, targets_length=64,
+                          num_shards=1)
         objective = ObjectiveConfig("lm", z_loss=0.0)
     else:
         model = ModelConfig(vocab_size=_BYTES, embed_dim=_WIDTH, encoder=_stack(decoder=False),

@@ -57,6 +57,7 @@ def objective_of(name):
 
 FACTBOOK = {"factbook_sections", "factbook_sections_dev", "factbook_span_corruption",
             *(f"factbook_sections_20_{seed}" for seed in range(5))}
+CODES = ("digit_pixels", "digit_codes", "digit_drawing", "digit_reading", "gridworld", "gridworld_blind")
 INTEGERS = ("modular_addition", "noisy_classes", "noisy_classes_clean")
 
 
@@ -66,13 +67,15 @@ def test_no_registered_task_is_forgotten():
     assert len(covered) == 44
     elsewhere = ("data_test_", "p3")   # made by tests, and by tasks/p3.py on demand
     others = {n for n in training_names("") if not n.startswith(elsewhere)} - set(covered)
-    assert others == test_formats.names() | {*INTEGERS, "chat_sums"} | FACTBOOK
+    assert others == test_formats.names() | {*INTEGERS, *CODES, "chat_sums"} | FACTBOOK
 
 
 @pytest.mark.slow
 def test_integers_are_saved_and_restored():
     for name in INTEGERS:
         check_saving(DataConfig(train=name, **LENGTHS | {"targets_length": 8}), "seq2seq")
+    for name in CODES:
+        check_saving(DataConfig(train=name, **LENGTHS | {"inputs_length": 24}), "lm")
     check_saving(DataConfig(train="chat_sums", vocabulary="byt5", **LENGTHS), "lm")
 
 
