@@ -73,16 +73,15 @@ def ngram_bits(train: np.ndarray, held_out: np.ndarray, order: int, size: int) -
     with tokens of its own, `size`.
     """
     rows = [np.pad(x, ((0, 0), (order, 0)), constant_values=size) for x in (train, held_out)]
-    places = range(order, rows[0].shape[1])
     probability = np.full(held_out.shape, 1 / size)
     for back in range(order + 1):
         counts: dict[tuple, dict[int, int]] = {}
         for row in rows[0].tolist():
-            for place in places:
+            for place in range(order, len(row)):
                 seen = counts.setdefault(tuple(row[place - back:place]), {})
                 seen[row[place]] = seen.get(row[place], 0) + 1
         for number, row in enumerate(rows[1].tolist()):
-            for place in places:
+            for place in range(order, len(row)):
                 seen = counts.get(tuple(row[place - back:place]))
                 if seen:
                     kinds, total = len(seen), sum(seen.values())

@@ -6,6 +6,7 @@ import math
 import jax
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from configs.experiments import (
     digits as digits_experiment,
@@ -48,7 +49,7 @@ def test_codes_stand_behind_the_special_ids_and_beside_bytes():
     assert both.id_bytes()[ids].sum() == len("Größe 日a".encode())
     assert numbers == vocabularies.load("codes:17") != vocabularies.load("codes:18")
     assert both != vocabularies.load("codes:64") and vocabularies.name_of(both) == "bytes+codes:64"
-    assert numbers.encode_tf("3 4").numpy().tolist() == [6, 7]
+    assert numbers.encode_tf(tf.constant("3 4")).numpy().tolist() == [6, 7]
 
 
 @pytest.mark.parametrize("name, text, message", [
