@@ -8,10 +8,10 @@ On conversations of yours, from a checkpoint of Hugging Face's, with its own tok
     python -m t5x_lite.train --config=configs/hf.py:MODEL_FOLDER --workdir=DIR \
         --config.data.train=chats.jsonl --config.data.packing=True --config.data.targets_length=2048
 
-This config is a run of a minute that shows it: a decoder of 0.2 million parameters, from scratch, on
+This config is a small run that shows it: a decoder of 0.2 million parameters, from scratch, on
 conversations of three questions about sums (tasks/chat_sums.py), with bytes and the plain template.
 Command: python -m t5x_lite.train --config=configs/chat.py --workdir=runs/chat
-EXPECTED
+Expected: not run to its end yet.
 """
 
 from t5x_lite.checkpoints.manager import CheckpointConfig
