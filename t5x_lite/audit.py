@@ -12,6 +12,7 @@ stand in it, what a block list removes and of whom, personal data.
     --block_list=FILE --groups=FILE your own lists instead of the shipped ones
     --remove=exact,near,overlap     writes what is left to DIR/rest/*.jsonl, listed in files.txt
     --processes=2 --nolanguages
+    --beam_options=--runner=DataflowRunner,--region=…   Beam's workers instead (docs/audit.md)
 """
 
 if __name__ == "__main__":   # --help is answered before what is slow to import
@@ -23,13 +24,14 @@ if __name__ == "__main__":   # --help is answered before what is slow to import
 import json
 import os
 import pathlib
+import secrets
 import shlex
 import sys
 
 from absl import flags
 
 from t5x_lite import cli, files, log
-from t5x_lite.corpus import card, documents, measure, overlap, patterns, run
+from t5x_lite.corpus import beam, card, documents, measure, overlap, patterns, run
 from t5x_lite.errors import UserError, nearest
 
 
@@ -46,9 +48,25 @@ def corpus_of(name: str, split: str, document: str, modules: str) -> run.Corpus:
     return lambda: documents.of_files(files, document)
 
 
+def parts_of(name: str, split: str, document: str, modules: str) -> list[beam.Part]:
+    """What Beam's workers read one by one: the files of a corpus, or the shards of a task.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if documents.names_files(name):
+        from t5x_lite.data import text_files
+        return [beam.File(file, document) for file in text_files.find_files(name, "audit")]
+    number = documents.shards_of(name, split, modules)
+    return [beam.Shard(name, split, modules, shard, number) for shard in range(number)]
+
+
 def audit(name: str, corpus: run.Corpus, settings: measure.Settings, folder: pathlib.Path,
-          remove: tuple[str, ...] = (), processes: int = 1, command: str = "") -> card.Audit:
+          remove: tuple[str, ...] = (), workers: run.Workers | None = None, command: str = ""
+          ) -> card.Audit:
     """Measures a corpus and writes its card; with `remove` also what is left of it.
+
+    workers: who measures; None: this process.
 
     Raises:
         UserError: an unknown reason to remove, or a corpus without documents.
@@ -59,7 +77,8 @@ def audit(name: str, corpus: run.Corpus, settings: measure.Settings, folder: pat
                             f"{nearest(reason, run.REASONS)}")
     if "overlap" in remove and not settings.evaluation:
         raise UserError("--remove=overlap needs the evaluation sets: --against=TASK,FILE.")
-    counts, rows, exact, near = run.audited(corpus, settings, processes, _progress())
+    counts, rows, exact, near = run.audited(
+        corpus, settings, workers or run.processes(1), _progress())
     if not rows:
         raise UserError(f"{name}: the corpus holds no documents.")
     removed = None
@@ -123,6 +142,8 @@ if __name__ == "__main__":
     flags.DEFINE_list("remove", [], "Reasons to leave documents out: exact, near, overlap, blocked.")
     flags.DEFINE_integer("processes", os.cpu_count() or 1, "Processes that share the work.",
                          lower_bound=1)
+    flags.DEFINE_list("beam_options", [], "Beam's pipeline options: its workers share the work.")
+    flags.DEFINE_string("beam_scratch", "", "A folder that Beam's workers reach; its default is in --output.")
     flags.DEFINE_bool("languages", True, "Tell languages.")
     flags.DEFINE_string("task_modules", "", "Your modules that register tasks.")
 
@@ -135,11 +156,18 @@ if __name__ == "__main__":
         settings = measure.Settings(
             patterns.block_list(values.block_list), patterns.groups(values.groups), sets,
             values.vocabulary, values.languages)
-        corpus = corpus_of(values.corpus, values.split, values.text_document, values.task_modules)
+        where = values.corpus, values.split, values.text_document, values.task_modules
+        corpus = corpus_of(*where)
         folder = files.local(values.output, "--output")
+        workers = run.processes(values.processes)
+        if values.beam_options:
+            parts, scratch = parts_of(*where), values.beam_scratch or str(folder)
+            corpus = beam.corpus(parts)
+            workers = beam.workers(parts, values.beam_options,
+                                   f"{scratch.rstrip('/')}/beam-{secrets.token_hex(4)}")
         command = shlex.join(["python", "-m", "t5x_lite.audit", *sys.argv[1:]])
         result = audit(values.corpus, corpus, settings, folder, tuple(values.remove),
-                       values.processes, command)
+                       workers, command)
         log.say(_said(result, folder))
 
     if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):

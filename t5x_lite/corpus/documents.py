@@ -10,10 +10,13 @@ import pathlib
 import re
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from t5x_lite.data import readers
 from t5x_lite.errors import UserError
+
+if TYPE_CHECKING:
+    import seqio
 
 BLOCK_CHARACTERS = 1 << 20   # of text that one worker takes at a time
 _HOST_FIELDS = ("url", "source", "domain")
@@ -85,27 +88,44 @@ def _records(file: str) -> Iterator[tuple[int, Mapping]]:
     return readers.json_lines(file)
 
 
-def of_task(name: str, split: str, modules: str = "") -> Iterator[Document]:
+def of_task(name: str, split: str, modules: str = "", shard: tuple[int, int] | None = None
+            ) -> Iterator[Document]:
     """The texts of a seqio task's source, before any preprocessing.
+
+    shard: (number, of so many); None: all, in the source's order.
 
     Raises:
         UserError: the task is unknown, has not the split, or holds no strings.
     """
+    import seqio
+    info = seqio.ShardInfo(*shard) if shard else None
+    records = _source(name, split, modules).get_dataset(split, shuffle=False, shard_info=info)
+    count = 0
+    for record in records.as_numpy_iterator():
+        text = text_of(record)
+        # Of a source of lines a record is a string and says nothing beside it.
+        fields = record if isinstance(record, Mapping) else {}
+        if text.strip():
+            count += 1
+            yield Document(text, _host(fields), _year(fields), name)
+    if not count and shard is None:
+        raise UserError(f"the split {split!r} of {name!r} holds no texts.")
+
+
+def shards_of(name: str, split: str, modules: str = "") -> int:
+    """Into how many shards a seqio task's split falls, for `of_task`. Raises UserError as it does."""
+    return len(_source(name, split, modules).list_shards(split))
+
+
+def _source(name: str, split: str, modules: str) -> "seqio.DataSource":
+    """The source of a task that has the split."""
     from t5x_lite.data import tasks as data_tasks
     from t5x_lite.data.config import DataConfig
-    config = DataConfig(task_modules=modules)
-    task = data_tasks.find(name, "audit", config)
+    task = data_tasks.find(name, "audit", DataConfig(task_modules=modules))
     if split not in task.splits:
         raise UserError(f"the task {name!r} has no split {split!r}; it has "
                         f"{', '.join(sorted(task.splits))}.")
-    count = 0
-    for record in task.source.get_dataset(split, shuffle=False).as_numpy_iterator():
-        text = text_of(record)
-        if text.strip():
-            count += 1
-            yield Document(text, _host(record), _year(record), name)
-    if not count:
-        raise UserError(f"the split {split!r} of {name!r} holds no texts.")
+    return task.source
 
 
 def text_of(record: Any) -> str:

@@ -1,4 +1,7 @@
-"""An audit from start to end: blocks shared among processes, sums, duplicates, what is left out."""
+"""An audit from start to end: blocks shared among workers, sums, duplicates, what is left out.
+
+Who the workers are, the caller says: processes of this machine (`processes`), or Beam's (beam.py).
+"""
 
 import concurrent.futures
 import itertools
@@ -15,17 +18,23 @@ REASONS = ("exact", "near", "overlap", "blocked")   # for which a document may b
 _AHEAD = 4   # blocks a process has waiting, so that a corpus is never in memory as a whole
 
 Corpus = Callable[[], Iterable[Document]]   # a fresh stream each call
+# (corpus, settings) -> measure.measure of its blocks, in the corpus' order.
+Workers = Callable[[Corpus, Settings], Iterator[tuple[Counts, list[Row]]]]
 
 
-def measured(corpus: Corpus, settings: Settings, processes: int,
+def processes(number: int) -> Workers:
+    """So many processes of this machine; 1 works in this one."""
+    return lambda corpus, settings: _results(blocks(corpus()), settings, number)
+
+
+def measured(corpus: Corpus, settings: Settings, workers: Workers,
              shown: Callable[[int], None] = lambda documents: None) -> tuple[Counts, list[Row]]:
     """The sums over a corpus, and a row a document in its order.
 
-    processes: that share the work; 1 works in this one.
     shown: called with the number of documents done, now and then.
     """
     total, rows = Counts(), []
-    for counts, part in _results(blocks(corpus()), settings, processes):
+    for counts, part in workers(corpus, settings):
         total.add(counts)
         rows += part
         shown(total.documents)
@@ -84,11 +93,11 @@ def write_rest(corpus: Corpus, out: dict[int, str], folder: pathlib.Path) -> lis
     return written
 
 
-def audited(corpus: Corpus, settings: Settings, processes: int,
+def audited(corpus: Corpus, settings: Settings, workers: Workers,
             shown: Callable[[int], None] = lambda documents: None
             ) -> tuple[Counts, list[Row], dict[int, int], dict[int, int]]:
     """(sums, rows, exact duplicates, near duplicates) of a corpus; see duplicates.py."""
-    counts, rows = measured(corpus, settings, processes, shown)
+    counts, rows = measured(corpus, settings, workers, shown)
     exact = duplicates.exact(rows)
     pairs = duplicates.candidates(rows, exact)
     near = duplicates.near(corpus(), pairs) if pairs else {}

@@ -9,9 +9,20 @@ import sys
 
 import numpy as np
 import pytest
+import seqio
 
 from t5x_lite import audit as audit_main
-from t5x_lite.corpus import card, documents, duplicates, measure, ngrams, overlap, patterns, run
+from t5x_lite.corpus import (
+    beam,
+    card,
+    documents,
+    duplicates,
+    measure,
+    ngrams,
+    overlap,
+    patterns,
+    run,
+)
 from t5x_lite.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -104,7 +115,7 @@ def test_what_is_left_has_none_of_what_was_removed(audited, planted):
     assert dict(result.removed) == {"exact": 9, "near": 6, "overlap": 4}
     files = (folder / "rest" / "files.txt").read_text().split()
     again, rows, exact, near = run.audited(
-        lambda: documents.of_files(files, "line"), settings_for(planted[1]), 1)
+        lambda: documents.of_files(files, "line"), settings_for(planted[1]), run.processes(1))
     assert (again.documents, len(exact), len(near)) == (126 - 19, 0, 0)
     assert not any(any(row.overlaps) for row in rows)
     assert again.hosts.keys() == result.counts.hosts.keys()
@@ -128,6 +139,50 @@ def test_processes_change_nothing(planted, audited):
     for counts, _ in reversed(parts):
         total.add(counts)
     assert total == audited[0].counts
+
+
+def test_parts_that_workers_measure_in_any_order_give_the_same_audit(planted, audited, tmp_path):
+    """A file, and a task's shards, as Beam's workers take them: numbered, and each by itself."""
+    corpus, against = planted
+    lines = corpus.read_text().splitlines()
+    names = [tmp_path / f"{i}.jsonl" for i in range(3)]
+    for name, start in zip(names, (0, 50, 51), strict=True):
+        name.write_text("\n".join(lines[start:{0: 50, 50: 51, 51: None}[start]]) + "\n")
+    parts = audit_main.parts_of(f"{tmp_path}/?.jsonl", "train", "line", "")
+    assert parts == [beam.File(str(name), "line") for name in names]
+    settings = settings_for(against)
+
+    def workers(_, settings):
+        scratch = tmp_path / "scratch"
+        scratch.mkdir()
+        for numbered in reversed(list(enumerate(parts))):
+            beam.Measure(settings, str(scratch))(numbered)
+        yield from beam.results(str(scratch))
+        assert not scratch.exists()
+    counts, _, exact, near = run.audited(beam.corpus(parts), settings, workers)
+    assert (counts, len(exact), len(near)) == (audited[0].counts, 9, 6)
+
+
+def test_a_tasks_shards_hold_its_documents_once(tmp_path):
+    files = [tmp_path / f"{i}.txt" for i in range(3)]
+    for number, file in enumerate(files):
+        file.write_text(f"text {number}\nmore of {number}\n")
+    name = "test_audit_shards"
+    seqio.TaskRegistry.add(
+        name, source=seqio.TextLineDataSource({"train": [str(file) for file in files]}),
+        preprocessors=[], output_features={})
+    parts = audit_main.parts_of(name, "train", "line", "")
+    assert [part.number for part in parts] == [0, 1, 2]
+    assert [document.text for document in beam.corpus(parts)()] == [
+        f"{words} {number}" for number in range(3) for words in ("text", "more of")]
+    with pytest.raises(UserError, match="has no split 'dev'; it has train"):
+        audit_main.parts_of(name, "dev", "line", "")
+
+
+def test_beam_is_asked_for_where_there_is_none(monkeypatch):
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    with pytest.raises(UserError, match=r"needs Apache Beam \(extra \[beam\]\)"):
+        beam.workers([], ["--runner=DirectRunner"], "scratch")
 
 
 def test_a_run_of_words_is_found_wherever_it_stands():
@@ -204,3 +259,16 @@ def test_the_command(planted, tmp_path):
         cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "126 documents" in result.stdout and "left out: 9 exact" in result.stdout
+
+
+@pytest.mark.slow
+def test_beams_workers_write_the_same_card(planted, tmp_path):
+    pytest.importorskip("apache_beam", reason="needs Apache Beam (extra [beam]), in an environment of its own")
+    corpus, against = planted
+    cards = []
+    for name, options in (("here", []), ("beam", ["--beam_options=--runner=DirectRunner"])):
+        subprocess.run(
+            [sys.executable, "-m", "t5x_lite.audit", str(corpus), f"--against={against}",
+             f"--output={tmp_path / name}", *options], cwd=ROOT, check=True)
+        cards.append(json.loads((tmp_path / name / "audit.json").read_text()) | {"command": ""})
+    assert cards[0] == cards[1]
