@@ -35,7 +35,7 @@ from t5x_lite.corpus import beam, card, documents, measure, overlap, patterns, r
 from t5x_lite.errors import UserError, nearest
 
 
-def corpus_of(name: str, split: str, document: str, modules: str) -> run.Corpus:
+def corpus_of(name: str, split: str, document: str, modules: str) -> documents.Corpus:
     """A fresh stream of a corpus' documents at each call: files, or a task where no file is called so.
 
     Raises:
@@ -61,8 +61,8 @@ def parts_of(name: str, split: str, document: str, modules: str) -> list[beam.Pa
     return [beam.Shard(name, split, modules, shard, number) for shard in range(number)]
 
 
-def audit(name: str, corpus: run.Corpus, settings: measure.Settings, folder: pathlib.Path,
-          remove: tuple[str, ...] = (), workers: run.Workers | None = None, command: str = ""
+def audit(name: str, corpus: documents.Corpus, settings: measure.Settings, folder: pathlib.Path,
+          remove: tuple[str, ...] = (), workers: measure.Workers | None = None, command: str = ""
           ) -> card.Audit:
     """Measures a corpus and writes its card; with `remove` also what is left of it.
 

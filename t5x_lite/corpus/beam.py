@@ -14,9 +14,8 @@ from typing import NamedTuple
 
 from t5x_lite import files
 from t5x_lite.corpus import documents, measure
-from t5x_lite.corpus.documents import Document
-from t5x_lite.corpus.measure import Counts, Row, Settings
-from t5x_lite.corpus.run import Corpus, Workers
+from t5x_lite.corpus.documents import Corpus, Document
+from t5x_lite.corpus.measure import Counts, Row, Settings, Workers
 from t5x_lite.errors import UserError
 
 

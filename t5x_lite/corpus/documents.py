@@ -9,14 +9,11 @@ import dataclasses
 import pathlib
 import re
 import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from t5x_lite.data import readers
 from t5x_lite.errors import UserError
-
-if TYPE_CHECKING:
-    import seqio
 
 BLOCK_CHARACTERS = 1 << 20   # of text that one worker takes at a time
 _HOST_FIELDS = ("url", "source", "domain")
@@ -36,6 +33,7 @@ class Document:
 
 
 Block = list[Document]
+Corpus = Callable[[], Iterable[Document]]   # a fresh stream each call
 
 
 def blocks(documents: Iterable[Document], characters: int = BLOCK_CHARACTERS) -> Iterator[Block]:
@@ -97,11 +95,9 @@ def of_task(name: str, split: str, modules: str = "", shard: tuple[int, int] | N
     Raises:
         UserError: the task is unknown, has not the split, or holds no strings.
     """
-    import seqio
-    info = seqio.ShardInfo(*shard) if shard else None
-    records = _source(name, split, modules).get_dataset(split, shuffle=False, shard_info=info)
+    from t5x_lite.data import tasks as data_tasks
     count = 0
-    for record in records.as_numpy_iterator():
+    for record in data_tasks.source_records(_task(name, split, modules), split, shard):
         text = text_of(record)
         # Of a source of lines a record is a string and says nothing beside it.
         fields = record if isinstance(record, Mapping) else {}
@@ -114,18 +110,18 @@ def of_task(name: str, split: str, modules: str = "", shard: tuple[int, int] | N
 
 def shards_of(name: str, split: str, modules: str = "") -> int:
     """Into how many shards a seqio task's split falls, for `of_task`. Raises UserError as it does."""
-    return len(_source(name, split, modules).list_shards(split))
+    return len(_task(name, split, modules).source.list_shards(split))
 
 
-def _source(name: str, split: str, modules: str) -> "seqio.DataSource":
-    """The source of a task that has the split."""
+def _task(name: str, split: str, modules: str) -> Any:
+    """The seqio task, which has the split."""
     from t5x_lite.data import tasks as data_tasks
     from t5x_lite.data.config import DataConfig
     task = data_tasks.find(name, "audit", DataConfig(task_modules=modules))
     if split not in task.splits:
         raise UserError(f"the task {name!r} has no split {split!r}; it has "
                         f"{', '.join(sorted(task.splits))}.")
-    return task.source
+    return task
 
 
 def text_of(record: Any) -> str:

@@ -8,13 +8,13 @@ import collections
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from datasketch import MinHash
 
 from t5x_lite.corpus import ngrams, overlap, patterns
-from t5x_lite.corpus.documents import Block
+from t5x_lite.corpus.documents import Block, Corpus
 from t5x_lite.corpus.overlap import EvaluationSet
 from t5x_lite.corpus.patterns import Groups
 
@@ -78,6 +78,10 @@ class Counts:
                     mine.setdefault(key, set()).update(examples)
             else:
                 setattr(self, field.name, mine + theirs)
+
+
+# (corpus, settings) -> `measure` of its blocks, in the corpus' order.
+Workers = Callable[[Corpus, Settings], Iterator[tuple[Counts, list[Row]]]]
 
 
 def measure(block: Block, settings: Settings) -> tuple[Counts, list[Row]]:

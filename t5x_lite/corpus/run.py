@@ -8,18 +8,14 @@ import itertools
 import json
 import multiprocessing
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from t5x_lite.corpus import duplicates, measure
-from t5x_lite.corpus.documents import Block, Document, blocks
-from t5x_lite.corpus.measure import Counts, Row, Settings
+from t5x_lite.corpus.documents import Block, Corpus, blocks
+from t5x_lite.corpus.measure import Counts, Row, Settings, Workers
 
 REASONS = ("exact", "near", "overlap", "blocked")   # for which a document may be left out
 _AHEAD = 4   # blocks a process has waiting, so that a corpus is never in memory as a whole
-
-Corpus = Callable[[], Iterable[Document]]   # a fresh stream each call
-# (corpus, settings) -> measure.measure of its blocks, in the corpus' order.
-Workers = Callable[[Corpus, Settings], Iterator[tuple[Counts, list[Row]]]]
 
 
 def processes(number: int) -> Workers:

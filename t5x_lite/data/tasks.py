@@ -102,6 +102,14 @@ def find(name: str, field: str, config: DataConfig):
     return registered[name]
 
 
+def source_records(task: "seqio.Task", split: str, shard: tuple[int, int] | None = None) -> Iterator:
+    """The records of a task's source as numpy, before any preprocessing; shard: (number, of so many)."""
+    import seqio
+    info = seqio.ShardInfo(*shard) if shard else None
+    dataset = task.source.get_dataset(split, shuffle=False, shard_info=info)
+    return iter(dataset.as_numpy_iterator())
+
+
 def _subtasks(provider) -> dict["seqio.Task", float]:
     """The tasks of a task or mixture with their shares, which sum to one."""
     import seqio
