@@ -168,7 +168,8 @@ class Program:
     def init_state(self) -> state.State:
         """Fresh parameters and optimizer state, drawn shard by shard."""
         init = jax.jit(lambda: disk.instead(
-            state.init(self.model, self.optimizer, self.tuning, self._key), self.abstract_state),
+            state.init(self.model, self.optimizer, self.tuning, self._key,
+                       copies=self.config.objective.copies_base), self.abstract_state),
             out_shardings=state.shardings(self.abstract_state))
         return self._filled(init())
 
@@ -184,7 +185,8 @@ class Program:
         """
         start = jax.jit(lambda params, trained: disk.instead(state.start(
             params, self.optimizer, self.tuning,
-            jax.random.fold_in(self._key, 1), trained), self.abstract_state),
+            jax.random.fold_in(self._key, 1), trained,
+            copies=self.config.objective.copies_base), self.abstract_state),
             donate_argnums=0, out_shardings=state.shardings(self.abstract_state))
         with self.activate():
             return self._filled(start(params, trained))
@@ -276,9 +278,11 @@ class Program:
                 self.abstract_state, self.abstract_batch(rows), *guard).compile()
 
     def abstract_batch(self, rows: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
-        """The batch of one step as ShapeDtypeStructs with shardings; rows: None for a full one."""
-        rows = rows or self.config.train.global_batch_size
-        kind, data = data_rows.of(self.config.objective.rows), self.config.data
+        """What one step learns from as ShapeDtypeStructs with shardings; rows: of the data, None for a full
+        batch."""
+        objective, data = self.config.objective, self.config.data
+        rows = (rows or self.config.train.global_batch_size) * objective.per_row
+        kind = data_rows.of(objective.learned)
         return {name: jax.ShapeDtypeStruct((rows * ratio, length), jnp.dtype(dtype),
                                            sharding=self.batch_sharding)
                 for ratio, arrays in ((1, kind.arrays(data)), views.arrays(kind, data))
@@ -312,7 +316,7 @@ def build(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Pro
     model = Model(config.model, jnp.dtype(policy.compute_dtype), jnp.dtype(policy.param_dtype))
     table = model.table
     tuning = Tuning(table, config.peft)
-    _check_reference(config, tuning)
+    objectives.check_reference(config.objective, config.peft, tuning)
     state.check_divisible({**table, **tuning.trainable}, mesh, rules)
     optimizer = make_optimizer(until(config.optimizer, config.train.num_steps),
                                tuning.trainable, policy, config.loss_scale,
@@ -330,7 +334,7 @@ def build(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Pro
         config=config, mesh=mesh, rules=rules, policy=policy, model=model, optimizer=optimizer,
         abstract_state=state.abstract(model, optimizer, mesh, rules, tuning,
                                       config.sharding.zero, config.sharding.places,
-                                      config.sharding.offload_folder),
+                                      config.sharding.offload_folder, config.objective.copies_base),
         abstract_params=state.abstract_params(model, mesh, rules, config.sharding.zero,
                                               config.sharding.places),
         tuning=tuning, merge_changed=jax.jit(tuning.merged),
@@ -389,50 +393,46 @@ def _check_places(config: RunConfig, policy: precision.Policy, mesh: Mesh) -> No
 
 
 def _lengths(config: RunConfig) -> tuple[int, int]:
-    lengths = data_rows.of(config.objective.rows).lengths(config.data)
+    lengths = data_rows.of(config.objective.learned).lengths(config.data)
     return lengths.get("encoder", 0), lengths.get("decoder", 0)
 
 
 def _check_train(config: RunConfig, mesh: Mesh, rules: Rules) -> None:
     train = config.train
     ways = _ways(mesh, rules, "act_batch")
-    _check_batch("train.global_batch_size", train.global_batch_size, train.accumulation, ways)
+    _check_batch("train.global_batch_size", train.global_batch_size, config, ways)
     for i, (size, _) in enumerate(train.batch_ramp.stages):
         field = f"train.batch_ramp.stages[{i}]"
         multiple_of(field, size, config.data.num_shards, "as many shards (data.num_shards)")
-        _check_batch(field, size, train.accumulation, ways)
+        _check_batch(field, size, config, ways)
     multiple_of("eval.batch_size", config.eval.batch_size, ways,
                 "the ways that the mesh splits a batch (0: train.global_batch_size)")
 
 
-def _check_batch(field: str, size: int, accumulation: int, ways: int) -> None:
-    multiple_of(field, size, ways * accumulation,
-                f"{accumulation} micro-batches (train.accumulation) x {ways} ways that the mesh "
-                "splits a batch")
+def _check_batch(field: str, size: int, config: RunConfig, ways: int) -> None:
+    accumulation, objective = config.train.accumulation, config.objective
+    split = f"{accumulation} micro-batches (train.accumulation) x {ways} ways that the mesh splits a batch"
+    if not objective.draws:
+        multiple_of(field, size, ways * accumulation, split)
+        return
+    multiple_of(field, size, ways, f"the {ways} ways that the mesh splits a batch")
+    rows, updates = size * objective.per_row, objective.passes[1]
+    multiple_of(f"{field} x objective.rollout.answers", rows, ways * accumulation * updates,
+                f"{updates} minibatches (objective.rollout.minibatches) x {split}")
 
 
 def _check_rows(config: RunConfig) -> None:
     """What the objective's rows and a soft prompt ask of the data."""
-    rows = data_rows.of(config.objective.rows)
+    rows = data_rows.of(config.objective.given)
     if config.data.packing and not rows.packs:
         raise UserError(f"objective.name={config.objective.name!r} has a whole row for one example: "
                         "set data.packing=False.")
-    prompt = config.model.prompt_length
+    objectives.check_draws(config.objective, config.data, config.sharding)
+    prompt, rows = config.model.prompt_length, data_rows.of(config.objective.learned)
     if prompt and (config.data.packing or rows.marks_inputs or rows.cuts_prompt):
         raise UserError(f"model.prompt_length={prompt} stands before a row that holds one example "
                         "and, in a decoder, is read from left to right: set data.packing=False, "
                         "and objective.name=lm for prefix_lm; dpo has no room for it.")
-
-
-def _check_reference(config: RunConfig, tuning: Tuning) -> None:
-    """Raises UserError where the objective measures from an untuned model that the run does not keep."""
-    if config.objective.asks_base and not tuning.keeps_base:
-        raise UserError(
-            f"objective.reference='base' is the model under peft.method=lora or ia3, but "
-            f"peft.method={config.peft.method!r} trains parameters of the model itself"
-            f"{' (peft.also)' if config.peft.also else ''}: use one of those, or "
-            "objective.reference=rows with a file that `python -m t5x_lite.score_preferences` wrote "
-            "the reference's scores into, or objective.reference=none.")
 
 
 def _check_pipelines(config: RunConfig, mesh: Mesh, rules: Rules) -> None:

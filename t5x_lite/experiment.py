@@ -65,6 +65,7 @@ class Run:
     after: str = ""             # the stage of the same arm and seed whose last parameters start it
     at: int = 0                 # of `after`: the step whose whole state it goes on from instead, as
                                 # a branch; 0: its last parameters alone
+    judge: str = ""             # the stage whose reward model judges its answers (rollout.reward)
 
     @property
     def folder(self) -> str:
@@ -101,6 +102,9 @@ def execute(runs: Sequence[Run], workdir: files.Path) -> None:
             begin = {"branch_from": f"{source}/checkpoints/{run.at}"} if run.at else {
                 "init_from": str(source)}
             config = dataclasses.replace(config, **begin)
+        if run.judge:
+            judge = workdir / dataclasses.replace(run, stage=run.judge).folder
+            config = configs.replace(config, "objective.rollout.reward", str(judge))
         if is_finished(folder, config):
             log.say(f"[{number}/{len(runs)}] {run.folder}: finished before")
             continue
@@ -120,8 +124,15 @@ def launched(runs: Sequence[Run], workdir: files.Path, where: str, arguments: Se
     tasks = [launchers.Task(
         run.folder, (*arguments, f"--only=^{re.escape(run.folder)}$", "--nogather"),
         functools.partial(is_finished, workdir / run.folder, run.config),
-        run.after and dataclasses.replace(run, stage=run.after).folder) for run in runs]
+        _last_needed(run)) for run in runs]
     return launchers.run_all(tasks, launchers.make(where, workdir, options), workdir)
+
+
+def _last_needed(run: Run) -> str:
+    """The folder of the stage that must have finished before this one; "" of a first stage. A stage that is
+    judged comes after its judge, which comes after what both start from."""
+    stage = run.judge or run.after
+    return stage and dataclasses.replace(run, stage=stage).folder
 
 
 def shard_of(runs: Sequence[Run], text: str) -> list[Run]:

@@ -56,6 +56,10 @@ from t5x_lite.models import peft
 from t5x_lite.models.config import ModelConfig
 from t5x_lite.models.params import ParamInfo
 from t5x_lite.parallel.sharding import MeshConfig
+from t5x_lite.training.state import REFERENCE
+
+# What a run is measured by is no part of its model.
+_COPY = f"{checkpoint_format.FROZEN}/{REFERENCE}/"
 
 # --- sources --------------------------------------------------------------------------------------
 
@@ -98,7 +102,8 @@ def read_workdir(workdir: str, like: ModelConfig | None = None, step: int | str 
     record = manager.read_record(workdir, step)
     stored = from_mapping(ModelConfig, record.config["model"], "model")
     as_ours = functools.partial(workdirs.model_of, workdir, stored, like=like, step=record.step)
-    if any(path.startswith("frozen/") for path in record.arrays):
+    frozen = {path for path in record.arrays if path.startswith(f"{checkpoint_format.FROZEN}/")}
+    if any(not path.startswith(_COPY) for path in frozen):
         merged = _merged(workdir, record, averaged)
         return as_ours(merged, merged.__getitem__, collective=False)
     arrays = {path.removeprefix("params/"): info for path, info in record.arrays.items()
@@ -197,7 +202,7 @@ def restore(program: Program, workdir: os.PathLike | str | None, step: int | str
         return parameters(program), 0
     trained, record = _restore_trained(program, workdir, step)
     state = {"params": trained}
-    if "frozen" in program.abstract_state:
+    if program.tuning.freezes:
         state = _over_frozen(program, workdir, trained, record)
     return program.whole_params(state), record.step
 

@@ -76,7 +76,7 @@ def describe(config: DataConfig, name: str, split: str, objective: str, rows: in
              examples: int) -> str:
     """The whole report. Raises UserError for an unknown task, split or objective."""
     one_of("objective.name", objective, objectives.OBJECTIVES)
-    kind = objectives.OBJECTIVES[objective].rows
+    kind = objectives.ObjectiveConfig(objective).given
     task, _ = data_tasks.eval_examples(config, name, objective=kind, split=split)
     features = task.output_features
     vocabulary = features["targets"].vocabulary
@@ -93,11 +93,13 @@ def describe(config: DataConfig, name: str, split: str, objective: str, rows: in
     lines += [f"  {n:<22} {x.dtype} {list(x.shape)}" for n, x in batch.items()]
     for row in range(rows):
         lines.append(f"row {row}")
-        for feature in ("encoder_input_tokens", "decoder_target_tokens"):
+        for feature in ("encoder_input_tokens", "prompt_tokens", "decoder_target_tokens"):
             if feature in batch:
                 lines.append(f"  {feature}")
                 used = _used(batch, feature.split("_")[0], row)
                 lines += side_by_side(np.asarray(batch[feature][row]), used, vocabulary)
+        if "decoder_loss_weights" not in batch:   # the model is to answer
+            continue
         weights = np.asarray(batch["decoder_loss_weights"][row])
         first = int(np.argmax(weights > 0))
         lines.append(f"  loss on {int((weights > 0).sum())} of {len(weights)} targets, the first "
@@ -126,7 +128,8 @@ def _lengths(config: DataConfig, name: str, split: str, kind: str, examples: int
              "targets": [config.targets_length - shares * min(
                  len(e.get("inputs", ())), limits.get("inputs", 0)) for e in shown]}
     yield f"lengths of the first {len(shown)} examples, in tokens"
-    for feature in sorted(rooms.keys() & shown[0].keys()):
+    read = rows.task_lengths(task, config.inputs_length, config.targets_length)
+    for feature in sorted(rooms.keys() & shown[0].keys() & read.keys()):
         sizes = [len(example[feature]) for example in shown]
         cut = sum(size > room for size, room in zip(sizes, rooms[feature], strict=True))
         line = f"  {feature:<8} mean {np.mean(sizes):.1f}, longest {max(sizes)}; {cut} of "

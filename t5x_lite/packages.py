@@ -13,9 +13,9 @@ import pathlib
 import sys
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from t5x_lite.errors import UserError
+from t5x_lite.errors import UserError, nearest
 
 _HOME = pathlib.Path(__file__).resolve().parent.parent
 
@@ -85,6 +85,30 @@ def needed(name: str, extra: str, what: str) -> types.ModuleType:
     except ImportError as error:
         package = name.partition(".")[0]
         raise UserError(f"{what} need {package}: pip install 't5x_lite[{extra}]'.") from error
+
+
+def function(field: str, name: str) -> Callable:
+    """What "module:function" names, of a module on Python's path.
+
+    field: of the config, for messages.
+
+    Raises:
+        UserError: not of that form, no such module, or nothing in it of that name that can be called.
+    """
+    module_name, _, attribute = name.partition(":")
+    if not attribute:
+        raise UserError(f"{field}={name!r}: must be MODULE:FUNCTION.")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if not module_name.startswith(str(error.name)):
+            raise
+        raise UserError(f"{field}={name!r}: no module named {error.name!r} on PYTHONPATH.") from error
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        raise UserError(f"{field}={name!r}: {module_name} has no function {attribute!r}."
+                        f"{nearest(attribute, vars(module))}")
+    return found
 
 
 def join(name: str) -> types.ModuleType:

@@ -27,8 +27,7 @@ from t5x_lite import tree
 from t5x_lite.build import Program
 from t5x_lite.data import spans
 from t5x_lite.log import is_main, say, si
-
-METRIC = "metric/"   # before the names of a task's own metrics, beside the model's loss and accuracy
+from t5x_lite.training.metrics import METRIC
 
 
 def header(program: Program) -> str:

@@ -53,9 +53,11 @@ from t5x_lite.data import (
 from t5x_lite.errors import UserError
 from t5x_lite.evaluation.evaluator import Evaluator
 from t5x_lite.parallel import processes
+from t5x_lite.rollouts import sampler
+from t5x_lite.rollouts.sampler import Rollouts
 from t5x_lite.running import changes
 from t5x_lite.running.ahead import Ahead
-from t5x_lite.running.clock import LOST, Clock, Watchdog, lost_seconds
+from t5x_lite.running.clock import LOST, Clock, Watchdog, Where, lost_seconds
 from t5x_lite.running.counts import Counts
 from t5x_lite.running.health import Experts, Fault, Health, Step
 from t5x_lite.running.profile import Profile
@@ -75,17 +77,7 @@ class _Session:
     checkpointer: Checkpointer
     train_data: data_batches.TrainIterator
     evaluator: Evaluator
-
-
-@dataclasses.dataclass
-class _Where:
-    """Where a run stands, for the watchdog."""
-
-    step: int = 0
-    rows: int = 0
-
-    def __call__(self) -> str:
-        return f"the run is at step {self.step}, {self.rows:,} rows of its data taken"
+    rollouts: Rollouts | None   # makes batches of what the data give; None: they are batches
 
 
 def run(config: RunConfig, workdir: str | os.PathLike, clock: Clock | None = None
@@ -100,7 +92,7 @@ def run(config: RunConfig, workdir: str | os.PathLike, clock: Clock | None = Non
             be reached or written to.
         Stopped: a signal asked for the end, and the run is saved.
     """
-    workdir, clock, where = files.path(workdir), clock or Clock(), _Where()
+    workdir, clock, where = files.path(workdir), clock or Clock(), Where()
     stopped_status(os.environ)   # refused at the start, not at the end
     processes.check_agree({"--workdir": str(workdir), "config": json.loads(to_json(config)),
                            "bytes of": functools.partial(data_tasks.file_sizes, config.data)})
@@ -114,19 +106,19 @@ def run(config: RunConfig, workdir: str | os.PathLike, clock: Clock | None = Non
             # Beside the data, which take TensorFlow's import and Python: XLA works outside both.
             state = Ahead(lambda: _state(program, checkpointer), "state and train step")
             train_data = data_batches.TrainIterator(
-                config.data, objective=config.objective.rows,
+                config.data, objective=config.objective.given,
                 global_batch_size=config.train.global_batch_size,
                 sharding=program.batch_sharding, seed=config.train.seed)
             data_vocabulary.check_vocabulary(
                 data_tasks.vocabulary_of(config.data), config.model.vocab_size,
-                data_tasks.uses_sentinels(config.data, config.objective.rows))
+                data_tasks.uses_sentinels(config.data, config.objective.given))
             # Else they begin where a checkpoint says.
             if checkpointer.latest() is None and not config.branch_from:
                 train_data.read_ahead(_rows(config, step=1))
             with program.activate():
                 evaluator = Evaluator(program)
                 session = _Session(program, workdir, clock, stop, checkpointer, train_data,
-                                   evaluator)
+                                   evaluator, sampler.make(program, init_from.restore))
                 start, train_step = _resume(session, state)
                 _introduce(session, start.record)
                 return _loop(session, start, train_step, where)
@@ -177,7 +169,7 @@ def _introduce(session: _Session, record: Record | None) -> None:
     log.say(f"{report.header(program)}\nfolder      {workdir}: metrics.jsonl, tensorboard, checkpoints")
     rows = batch_ramp.sequences_before(config.train.batch_ramp, config.train.global_batch_size,
                                        config.train.num_steps)
-    mixture = described.describe_training(config.data, config.objective.rows, rows)
+    mixture = described.describe_training(config.data, config.objective.given, rows)
     for line in mixture:
         log.say(f"data        {line}")
     changed = _changed(record, config) if record is not None else []
@@ -205,7 +197,7 @@ def _changed(record: Record, config: RunConfig) -> list[str]:
     return changes.describe(old, json.loads(to_json(config)))
 
 
-def _loop(session: _Session, start: Start, compiled: Callable | None, where: _Where
+def _loop(session: _Session, start: Start, compiled: Callable | None, where: Where
           ) -> dict[str, dict[str, float]]:
     """Steps, evaluations and checkpoints from the state's step to the last."""
     program, config, state = session.program, session.program.config, start.state
@@ -311,6 +303,8 @@ def _step(session: _Session, meter: "_Meter", train_step: Callable, state: Mappi
     rows = _rows(session.program.config, step)
     with clock.during("data"):
         batch = session.train_data.take(rows)
+        if session.rollouts is not None:
+            batch = session.rollouts(state, batch)
     bound = meter.health.bound(step)
     # Without skipping the bound is no argument: the program is the one that plan rehearses.
     guard = (jax.numpy.float32(bound),) if train.bad_steps == "skip" else ()
@@ -319,7 +313,7 @@ def _step(session: _Session, meter: "_Meter", train_step: Callable, state: Mappi
     session.stop.begun = True
     clock.enter("step")
     meter.read_pending()
-    meter.pending = _Pending(step, rows, bound, sums)
+    meter.pending = _Pending(step, rows * session.program.config.objective.learned_per_row, bound, sums)
     return state
 
 

@@ -23,7 +23,7 @@ FLOORS = (
     ("training", "formats", "cost", "running"),
     ("config", "config_reference"),
     ("build", "manual"),
-    ("init_from", "same_vocabulary", "report", "gin_spelling", "cli", "evaluation", "planning", "scaling", "corpus",
+    ("init_from", "same_vocabulary", "report", "gin_spelling", "cli", "evaluation", "rollouts", "planning", "scaling", "corpus",
      "reporting"),
     ("train", "eval", "infer", "score_preferences", "refill", "plan", "convert", "experiment", "interactive",
      "inspect_task", "audit", "bias", "console"),

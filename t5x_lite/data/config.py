@@ -62,6 +62,7 @@ class DataConfig:
     vocabulary: str = ""
     inputs_length: Count = 512            # tokens of the encoder's row, EOS included
     targets_length: Count = 114           # tokens of the decoder's row, EOS included
+    record_length: Count = 512            # ppo, grpo: bytes of what a reward function reads of a prompt
     # Learn to predict the inputs too, where they share the targets' row (lm, prefix_lm); a prefix LM
     # sees them both ways. Held-out losses then count them, scores do not. T5X: loss_on_targets_only.
     loss_on_inputs: bool = False

@@ -7,7 +7,7 @@ A .jsonl line is {"inputs": …, "targets": …} or {"question": …, "answer": 
 inputs, a tab, the target, and further allowed answers behind more tabs. A .json file is a list of
 such objects, or of WebQuestions' own (its published files), or a task of BIG-bench (see below).
 A .jsonl of {"prompt", "chosen", "rejected"} is preferences (preferences.py), one of {"messages": [{"role",
-"content"}, …]} conversations (chats.py).
+"content"}, …]} conversations (chats.py), one of {"prompt", …} prompts (prompt_files.py).
 Each may be compressed: .jsonl.gz. Paths with commas, "=" and "[" are read as they are (paths.py).
 """
 
@@ -23,6 +23,7 @@ from t5x_lite.data import (
     choices,
     paths,
     preferences,
+    prompt_files,
     readers,
     records,
     task_metrics,
@@ -178,6 +179,8 @@ def task(path: str, field: str = "data.train") -> seqio.Task:
             kind = preferences.kind_of(files)
         elif any(map(chats.is_chats, files)):
             kind = chats.KIND
+        elif any(map(prompt_files.is_prompts, files)):
+            kind = prompt_files.KIND
         _TASKS[path] = _TASKS[name] = seqio.Task(
             name, source=(kind.source or records.RecordSource)(
                 "examples", splits,

@@ -27,6 +27,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from t5x_lite.data.config import DataConfig
+from t5x_lite.data.row_names import (
+    ADVANTAGE,
+    ANSWER,
+    OLD,
+    RECORD,
+    RECORD_END,
+    RECORD_JSON,
+    RECORD_TARGETS,
+    REFERENCE,
+    RETURN,
+    REWARD,
+    VALUE,
+)
 from t5x_lite.errors import UserError, one_of
 
 if TYPE_CHECKING:
@@ -34,7 +47,6 @@ if TYPE_CHECKING:
 
 # A feature that tasks may have, of conversations: the loss weights of the tokens of "inputs".
 INPUTS_WEIGHTS = "inputs_weights"
-ANSWER, REFERENCE = "decoder_answer", "decoder_reference"   # arrays of rows that hold preferences
 # What to do about a task that lacks a feature, of those that few tasks have.
 FIXES = {
     "rejected": 'take a .jsonl file of {"prompt", "chosen", "rejected"}',
@@ -258,6 +270,17 @@ def _ranked(example: dict, eos_id: int, shared: bool) -> Sides:
     return {**encoder, "decoder": decoder}
 
 
+def _prompt(example: dict, eos_id: int, shared: bool) -> Sides:
+    """A prompt that the model is to answer, and what a reward function reads beside it."""
+    import tensorflow as tf
+    inputs = example["inputs"]
+    prompt = {"prompt": {"prompt_tokens": inputs, "prompt_mask": tf.ones_like(inputs)}} if shared else {
+        "encoder": {"encoder_input_tokens": inputs}}
+    mark, read = (RECORD_JSON, example["record"]) if "record" in example else (
+        RECORD_TARGETS, example["targets"])
+    return {**prompt, "record": {RECORD: tf.concat([[mark], read, [RECORD_END]], 0)}}
+
+
 def _rows_apart(task: "seqio.Task", inputs_length: int, targets_length: int) -> dict[str, int]:
     """Inputs and targets on a side each."""
     return {"inputs": inputs_length, "targets": targets_length}
@@ -285,6 +308,15 @@ def _one_row_of_turns(task: "seqio.Task", inputs_length: int, targets_length: in
 def _inputs_alone(task: "seqio.Task", inputs_length: int, targets_length: int) -> dict[str, int]:
     """Targets stand where the inputs do."""
     return {"inputs": inputs_length, "targets": inputs_length}
+
+
+_WHOLE = 1 << 16   # tokens: no record is longer
+
+
+def _prompt_alone(task: "seqio.Task", inputs_length: int, targets_length: int) -> dict[str, int]:
+    """The prompt, and the record whole: a part of it is no record."""
+    read = "record" if "record" in task.output_features else "targets"
+    return {"inputs": inputs_length, read: _WHOLE}
 
 
 def _two_answers(task: "seqio.Task", inputs_length: int, targets_length: int, *, shared: bool,
@@ -329,6 +361,33 @@ def _rankings(shared: bool) -> Rows:
         packs=False)
 
 
+def _prompts(shared: bool) -> Rows:
+    """The kind of rows of `_prompt`."""
+    side = {"prompt": {"prompt_tokens": "int32", "prompt_mask": "int32"}} if shared else {
+        "encoder": _INPUTS}
+    return Rows(
+        ("inputs",), {next(iter(side)): "inputs_length", "record": "record_length"},
+        {**side, "record": {RECORD: "int32"}}, functools.partial(_prompt, shared=shared),
+        _prompt_alone, pairs=False, ends=not shared, packs=False,
+        optional=("record", "targets"))
+
+
+def _answered(shared: bool, valued: bool) -> Rows:
+    """The kind of rows that hold an answer which the model drew to a prompt (training/policy.py), laid out
+    as those of a task's targets are; made of targets they are not judged yet. valued: with ppo's arrays."""
+    plain = ROWS["lm" if shared else "seq2seq"]
+    added = (OLD, REFERENCE, ADVANTAGE, REWARD) + (VALUE, RETURN) * valued
+
+    def unjudged(example: dict, eos_id: int) -> Sides:
+        import tensorflow as tf
+        sides = plain.convert(example, eos_id)
+        nothing = tf.zeros_like(sides["decoder"]["decoder_loss_weights"])
+        return {**sides, "decoder": {**sides["decoder"], **dict.fromkeys(added, nothing)}}
+
+    return dataclasses.replace(plain, convert=unjudged, takes=(), denoiser="", packs=False, made={
+        **plain.made, "decoder": {**plain.made["decoder"], **dict.fromkeys(added, "float32")}})
+
+
 # An objective of training/objectives.py names its kind of rows. Add a row to add a kind.
 ROWS: dict[str, Rows] = {
     "seq2seq": Rows(
@@ -354,6 +413,10 @@ ROWS: dict[str, Rows] = {
     "rankings": _rankings(shared=True),
     "seq2seq_rankings": _rankings(shared=False),
 }
+
+ROWS |= {"prompts": _prompts(shared=True), "seq2seq_prompts": _prompts(shared=False),
+         "answers": _answered(True, False), "seq2seq_answers": _answered(False, False),
+         "valued_answers": _answered(True, True), "seq2seq_valued_answers": _answered(False, True)}
 
 
 def of(objective: str) -> Rows:

@@ -232,7 +232,7 @@ def decode(decode_fn: Callable, take_rows: Callable, cache: dict[str, Any], prom
     logits_fn: changes the next token's logits, see logits_fn.py. Scores are of what it leaves.
     """
     batch, width = prompt_BP.shape
-    local = functools.partial(_per_row, batch_axes=_batch_axes(cache["position"]))
+    local = functools.partial(per_row, batch_axes=batch_axes_of(cache["position"]))
     index_B = jnp.arange(batch, dtype=jnp.int32)
     ids_B = index_B if row_ids_B is None else row_ids_B
     rows = local(functools.partial(_start, config=config))(
@@ -424,19 +424,19 @@ def score(logits_BLV, targets_BL, weights_BL) -> Scored:
         token_scores = jnp.where(weights_BL > 0, picked * weights_BL, 0)
         return Scored(token_scores.sum(axis=1), weights_BL.sum(axis=1), token_scores)
 
-    return _per_row(rowwise, batch_axes=_batch_axes(logits_BLV))(
+    return per_row(rowwise, batch_axes=batch_axes_of(logits_BLV))(
         logits_BLV, targets_BL, weights_BL)
 
 
 # --- Sharding ---------------------------------------------------------------------------------
 
 
-def _batch_axes(x):
+def batch_axes_of(x):
     """The mesh axes over which dim 0 of x is sharded, or None."""
     return jax.typeof(x).sharding.spec[0]
 
 
-def _per_row(fn: Callable, batch_axes) -> Callable:
+def per_row(fn: Callable, batch_axes) -> Callable:
     """fn, whose arrays (scalars apart) have rows in dim 0 that never meet, run shard by shard.
 
     Under an explicit mesh each argument is first sharded over `batch_axes` in dim 0 and

@@ -9,30 +9,13 @@ scalar, how many were emitted. Rows do not see one another: each device has some
 penalties, temperature and truncations, for greedy, sampling and beams alike.
 """
 
-import importlib
 from collections.abc import Callable
 
-from t5x_lite.errors import UserError, nearest
+from t5x_lite import packages
 
 LogitsFn = Callable   # (logits_RV, tokens_RT, step) -> logits_RV
 
 
 def load(name: str) -> LogitsFn | None:
     """The function that "module:function" names, None for "". Raises UserError where there is none."""
-    if not name:
-        return None
-    module_name, _, attribute = name.partition(":")
-    if not attribute:
-        raise UserError(f"decode.logits_fn={name!r}: must be MODULE:FUNCTION.")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if not module_name.startswith(str(error.name)):
-            raise
-        raise UserError(f"decode.logits_fn={name!r}: no module named {error.name!r} on "
-                        "PYTHONPATH.") from error
-    found = getattr(module, attribute, None)
-    if not callable(found):
-        raise UserError(f"decode.logits_fn={name!r}: {module_name} has no function {attribute!r}."
-                        f"{nearest(attribute, vars(module))}")
-    return found
+    return packages.function("decode.logits_fn", name) if name else None

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5x_lite import report
 from t5x_lite.build import Program
 from t5x_lite.config import RunConfig
 from t5x_lite.data import (
@@ -131,7 +130,7 @@ class Evaluator:
         for name, (task, examples) in self._examples.items():
             own = predictor.task_metrics(self._predictor, params, task, examples)
             self._predictor.say_rows(name)
-            results[name].update({report.METRIC + n: v for n, v in own.items()})
+            results[name].update({metrics.METRIC + n: v for n, v in own.items()})
         return results
 
     def _rows_without_number(self, params: Mapping, batch: Mapping, number: int) -> list[int]:

@@ -160,6 +160,11 @@ class Tuning:
         return frozenset(roles) | {b for b in biases if b in self.table}
 
     @property
+    def freezes(self) -> bool:
+        """Whether some of the model's parameters do not train."""
+        return bool(self.table.keys() - self.trainable.keys())
+
+    @property
     def keeps_base(self) -> bool:
         """Whether every parameter of the language model stays as it was, beside what trains."""
         return not (self.trainable.keys() & self.table.keys()) - {SCALAR_HEAD}

@@ -116,6 +116,17 @@ class Clock:
                 **{f"seconds/{name}": round(value, 3) for name, value in self.seconds().items()}}
 
 
+@dataclasses.dataclass
+class Where:
+    """Where a run stands, for the watchdog."""
+
+    step: int = 0
+    rows: int = 0
+
+    def __call__(self) -> str:
+        return f"the run is at step {self.step}, {self.rows:,} rows of its data taken"
+
+
 class Watchdog:
     """Watches a Clock in a thread of its own until it is closed.
 

@@ -238,6 +238,25 @@ def target_scores(head_fn: HeadFn, head_params: Any, hidden_BLD: jax.Array,
     return _per_chunk(of_chunk, head_fn, head_params, hidden_BLD, targets_BL, chunk)
 
 
+def with_aux(total: jax.Array, aux: dict[str, Any], parts: int) -> tuple[jax.Array, dict[str, Any]]:
+    """The loss with the layers' own, and their metrics, of one of `parts` micro-batches."""
+    if "aux_loss" not in aux:
+        return total, aux
+    mean = aux["aux_loss"][0] / parts
+    return total + mean, {**aux, "aux_loss": (mean, jnp.float32(1.0 / parts))}
+
+
+def drawn_scores(head_fn: HeadFn, head_params: Any, hidden_BLD: jax.Array,
+                 targets_BL: jax.Array, *, chunk: int = 0) -> tuple[jax.Array, jax.Array]:
+    """(float32 log p(target)_BL, entropy_BL in nats of what it was drawn from); arguments as above."""
+    def of_chunk(logits_BCV, targets_BC):
+        log_probs_BCV = jax.nn.log_softmax(logits_BCV.astype(jnp.float32), axis=-1)
+        entropy_BC = -jnp.sum(jnp.exp(log_probs_BCV) * log_probs_BCV, axis=-1)
+        return -token_cross_entropy(logits_BCV, targets_BC)[0], entropy_BC
+
+    return _per_chunk(of_chunk, head_fn, head_params, hidden_BLD, targets_BL, chunk)
+
+
 def _per_chunk(of_chunk, head_fn, head_params, hidden_BLD, targets_BL, chunk):
     """of_chunk(logits_BCV, targets_BC) -> [B, C], or several, of every chunk of the length, joined."""
     def step(_, xs):

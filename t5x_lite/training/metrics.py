@@ -18,6 +18,7 @@ from t5x_lite.errors import UserError
 from t5x_lite.training.trackers import Trackers
 
 Sums = Mapping[str, tuple[Any, Any]]
+METRIC = "metric/"   # before the names of a task's own metrics, beside the model's loss and accuracy
 
 
 def add(a: Sums, b: Sums) -> dict[str, tuple[Any, float]]:

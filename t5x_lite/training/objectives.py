@@ -16,6 +16,9 @@ data/rows.py) and the one loss that train, eval and plan share:
     reward      two answers to a prompt, of which the chosen one is to have the higher score: a reward
                 model (training/preferences.py); its score is the model's scalar head
     seq2seq_reward the same of an encoder-decoder
+    ppo, grpo   prompts, to which the model draws answers that a function of yours or a reward model
+                judges (training/policy.py, rollouts/)
+    seq2seq_ppo, seq2seq_grpo the same of an encoder-decoder
 
 Losses are sums. They are divided by the weight of the whole global batch, which is known
 before the first micro-batch, so that accumulating gradients changes nothing.
@@ -26,16 +29,20 @@ Shape letters: B batch, L length, D model.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from t5x_lite.data import rows as data_rows
 from t5x_lite.data.rows import ANSWER, REFERENCE
-from t5x_lite.errors import Positive, Rate, UserError, one_of
+from t5x_lite.errors import Positive, Rate, UserError, at_least, one_of
 from t5x_lite.models import ahead
 from t5x_lite.models.params import BoundModel
-from t5x_lite.training import losses, preferences
+from t5x_lite.models.peft import PeftConfig, Tuning
+from t5x_lite.training import losses, policy, preferences
+from t5x_lite.training.policy import RolloutConfig
+from t5x_lite.training.policy_losses import GRPO, PPO, drawn_weight
 from t5x_lite.training.preferences import REFERENCES
 from t5x_lite.training.unlabelled_losses import UnlabelledConfig
 
@@ -60,21 +67,65 @@ class ObjectiveConfig:
     length_normalized: float = 1.0  # … and of the ranking by mean log-probability
     preference_loss: str = "sigmoid"   # dpo: sigmoid, ipo, or ipo_by_token (trl's ipo)
     beta: Positive = 0.1            # dpo: how dear it is to leave the reference
-    # dpo: base, the model under peft.method=lora or ia3; rows, scores in the data, as
-    # `python -m t5x_lite.score_preferences` writes them; none, all answers are equally likely.
+    # dpo, ppo, grpo: base, the model under peft.method=lora or ia3; copy, a frozen copy of the parameters
+    # that the run starts from; none, all answers are equally likely (of ppo and grpo: no beta). dpo alone:
+    # rows, scores in the data, as `python -m t5x_lite.score_preferences` writes them.
     reference: str = "base"
     unlabelled: UnlabelledConfig = UnlabelledConfig()   # of the texts of data.unlabelled, beside that
+    rollout: RolloutConfig = RolloutConfig()   # ppo, grpo
 
     @property
     def rows(self) -> str:
-        """The kind of rows that it reads, a key of data/rows.ROWS."""
+        """The kind of rows that it reads, a key of data/rows.ROWS; where it draws answers, that of
+        held-out data and of what it completes."""
         row = OBJECTIVES[self.name]
         return row.scored if row.scored and REFERENCES[self.reference].from_rows else row.rows
 
     @property
+    def draws(self) -> "Draws | None":
+        """How it draws answers and what of; None: its data hold what it learns from."""
+        return OBJECTIVES[self.name].draws
+
+    @property
+    def given(self) -> str:
+        """The kind of rows that training data give."""
+        return self.draws.prompts if self.draws else self.rows
+
+    @property
+    def learned(self) -> str:
+        """The kind of rows that a step learns from."""
+        return self.draws.answers if self.draws else self.rows
+
+    @property
+    def per_row(self) -> int:
+        """Rows that a step learns from for each that the data give."""
+        return self.rollout.answers if self.draws else 1
+
+    @property
+    def passes(self) -> tuple[int, int]:
+        """(passes of a step over its rows, optimizer updates a pass)."""
+        return (self.rollout.epochs, self.rollout.minibatches) if self.draws else (1, 1)
+
+    @property
+    def learned_per_row(self) -> int:
+        """As per_row, each as often as it is learned from."""
+        return self.per_row * self.passes[0]
+
+    @property
+    def compares_with_base(self) -> bool:
+        """Whether it is measured from the untuned model."""
+        row = OBJECTIVES[self.name]
+        return bool(row.scored or row.draws) and REFERENCES[self.reference].from_base
+
+    @property
+    def copies_base(self) -> bool:
+        """Whether that model is a frozen copy in the state."""
+        return self.compares_with_base and REFERENCES[self.reference].copied
+
+    @property
     def asks_base(self) -> bool:
         """Whether its loss asks for what the untuned model makes of a batch: see `with_base`."""
-        return bool(OBJECTIVES[self.name].scored) and REFERENCES[self.reference].from_base
+        return self.compares_with_base and not self.draws
 
 
 def likelihood(module: BoundModel, batch: Batch, key: jax.Array | None,
@@ -96,7 +147,7 @@ def likelihood(module: BoundModel, batch: Batch, key: jax.Array | None,
         batch["decoder_loss_weights"], z_loss=config.z_loss,
         label_smoothing=config.label_smoothing, chunk=config.logits_chunk,
         gather=module.gather_head)
-    total, aux = _with_aux(loss_sum / divisors["weight"] + term, aux, parts)
+    total, aux = losses.with_aux(loss_sum / divisors["weight"] + term, aux, parts)
     weight = sums["weight_sum"]
     metrics = {"loss": (sums["loss_sum"] - sums["z_loss_sum"], weight),
                "accuracy": (sums["correct_sum"], weight),
@@ -125,14 +176,6 @@ def _further_tokens(module: BoundModel, hidden: list[jax.Array], batch: Batch,
                                                  sums["weight_sum"]),
                     f"further_accuracy/{step + 1}": (sums["correct_sum"], sums["weight_sum"])}
     return total, metrics
-
-
-def _with_aux(total: jax.Array, aux: Sums, parts: int) -> tuple[jax.Array, Sums]:
-    """The loss with the layers' own, and their metrics, of one of `parts` micro-batches."""
-    if "aux_loss" not in aux:
-        return total, aux
-    mean = aux["aux_loss"][0] / parts
-    return total + mean, {**aux, "aux_loss": (mean, jnp.float32(1.0 / parts))}
 
 
 def target_weight(batch: Batch) -> dict[str, jax.Array]:
@@ -211,7 +254,7 @@ def _dpo(module: BoundModel, batch: Batch, key: jax.Array | None, config: Object
         log_probs_BL, batch[ANSWER], batch.get(REFERENCE), row.by_token)
     loss_B = row.of_margins(compared_B, config.beta, config.label_smoothing)
     mean = jnp.sum(jnp.where(is_pair_B, loss_B, 0.0)) / divisors["pairs"]
-    total, aux = _with_aux(mean, aux, parts)
+    total, aux = losses.with_aux(mean, aux, parts)
     weight = jnp.sum(batch["decoder_loss_weights"])
     metrics = {"loss": (mean * divisors["weight"], weight)} | _margin_metrics(margin_B, batch)
     # Chosen answers' likelihood, which may fall while the margin rises.
@@ -245,7 +288,7 @@ def _reward(module: BoundModel, batch: Batch, key: jax.Array | None, config: Obj
     is_pair_B = preferences.is_pair(batch[ANSWER])
     loss_B = preferences.sigmoid_loss(margin_B, 1.0, config.label_smoothing)
     loss_sum = jnp.sum(jnp.where(is_pair_B, loss_B, 0.0))
-    total, aux = _with_aux(loss_sum / divisors["pairs"], aux, parts)
+    total, aux = losses.with_aux(loss_sum / divisors["pairs"], aux, parts)
     metrics = _margin_metrics(margin_B, batch)
     pairs = metrics["margin"][1]
     chosen = preferences.of_answers(scores_BL, batch[ANSWER])[:, 0]
@@ -268,6 +311,17 @@ def _margin(module: BoundModel, hidden: jax.Array, batch: Batch, config: Objecti
 
 
 @dataclasses.dataclass(frozen=True)
+class Draws:
+    """What an objective learns from answers that the model draws in each step."""
+
+    prompts: str           # a key of data/rows.ROWS: what the data give
+    answers: str           # a key of data/rows.ROWS: what they become once answered and judged
+    # (arrays of the answers, config) -> the same with what each token was worth.
+    advantages: Callable[[Mapping[str, jax.Array], ObjectiveConfig], dict[str, jax.Array]]
+    answers_needed: int = 1   # rollout.answers at least
+
+
+@dataclasses.dataclass(frozen=True)
 class Objective:
     """A row of the table: what an objective reads and how it is summed up."""
 
@@ -282,6 +336,7 @@ class Objective:
     scalar_head: bool = False   # whether it needs model.scalar_head
     # Whether "loss" of held-out data is nats of targets, of which perplexity and bits per byte are made.
     predicts: bool = True
+    draws: Draws | None = None   # where the model itself makes what is learned from
     scored: str = ""   # a key of ROWS: `rows` with a reference's scores, of objectives that have one
 
 
@@ -303,6 +358,20 @@ OBJECTIVES: dict[str, Objective] = {
                         predicts=False),
     "seq2seq_reward": Objective(("encoder_decoder",), "seq2seq_rankings", _reward, _reward_pairs,
                                 scalar_head=True, predicts=False),
+    "ppo": Objective(
+        ("decoder_only",), "lm", PPO, drawn_weight,
+        likelihood, scalar_head=True,
+        draws=Draws("prompts", "valued_answers", policy.with_token_advantages)),
+    "seq2seq_ppo": Objective(
+        ("encoder_decoder",), "seq2seq", PPO, drawn_weight,
+        likelihood, scalar_head=True,
+        draws=Draws("seq2seq_prompts", "seq2seq_valued_answers", policy.with_token_advantages)),
+    "grpo": Objective(
+        ("decoder_only",), "lm", GRPO, drawn_weight,
+        likelihood, draws=Draws("prompts", "answers", policy.with_group_advantages, 2)),
+    "seq2seq_grpo": Objective(
+        ("encoder_decoder",), "seq2seq", GRPO, drawn_weight,
+        likelihood, draws=Draws("seq2seq_prompts", "seq2seq_answers", policy.with_group_advantages, 2)),
 }
 
 
@@ -322,9 +391,53 @@ def validate(config: ObjectiveConfig, architecture: str, scalar_head: bool = Fal
         fitting = of_architecture(architecture)
         raise UserError(f"objective.name={config.name!r} does not fit "
                         f"model.architecture={architecture!r}: use {' or '.join(fitting)}.")
+    if config.draws:
+        _validate_draws(config)
     if OBJECTIVES[config.name].scalar_head and not scalar_head:
         raise UserError(f"objective.name={config.name!r} learns a number a position: set "
                         "model.scalar_head=True.")
+
+
+def _validate_draws(config: ObjectiveConfig) -> None:
+    """Raises UserError for what an objective that draws answers cannot do."""
+    one_of("objective.rollout.average", config.rollout.average, policy.AVERAGES)
+    if REFERENCES[config.reference].from_rows:
+        raise UserError(f"objective.reference={config.reference!r}: data have no scores of answers that "
+                        f"objective.name={config.name!r} has yet to draw; use base, copy or none.")
+    at_least("objective.rollout.answers", config.rollout.answers, config.draws.answers_needed,
+             f"objective.name={config.name!r} compares the answers to a prompt with one another.")
+    if not config.rollout.reward:
+        raise UserError(f"objective.rollout.reward is empty: objective.name={config.name!r} needs "
+                        "MODULE:FUNCTION, (prompt, answer, record) -> a number, or the workdir of a "
+                        "reward model.")
+
+
+def check_reference(config: ObjectiveConfig, peft: PeftConfig, tuning: Tuning) -> None:
+    """Raises UserError where the objective measures from an untuned model that the run does not keep."""
+    kept = tuning.keeps_base or config.copies_base
+    if config.compares_with_base and not kept:
+        raise UserError(
+            f"objective.reference='base' is the model under peft.method=lora or ia3, but "
+            f"peft.method={peft.method!r} trains parameters of the model itself"
+            f"{' (peft.also)' if peft.also else ''}: use one of those, or "
+            "objective.reference=copy, which keeps a frozen copy of the parameters that the run starts "
+            "from, or (dpo) objective.reference=rows with a file that `python -m "
+            "t5x_lite.score_preferences` wrote the reference's scores into, or objective.reference=none.")
+
+
+def check_draws(objective: ObjectiveConfig, data: Any, kept: Any) -> None:
+    """Raises UserError where answers cannot be drawn, or have no room behind their prompts.
+
+    data, kept: DataConfig and config.ShardingConfig.
+    """
+    if not objective.draws:
+        return
+    if {kept.places.params, kept.places.opt_state} != {"device"}:
+        raise UserError(f"objective.name={objective.name!r} draws and updates where all of the state is on "
+                        f"the device: set sharding.offload=none (now {kept.offload!r}).")
+    if data_rows.of(objective.learned).shares_row and data.targets_length <= data.inputs_length:
+        raise UserError(f"data.targets_length={data.targets_length} is the whole row: the prompt has data."
+                        f"inputs_length={data.inputs_length} of it, the answer the rest; set more.")
 
 
 def of_architecture(architecture: str) -> list[str]:

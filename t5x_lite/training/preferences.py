@@ -55,12 +55,13 @@ LOSSES: dict[str, PreferenceLoss] = {
 class Reference:
     """Where the reference's log-probabilities come from; neither: they are taken to be equal."""
 
-    from_base: bool = False   # the model under PEFT's additions, in the same step
+    from_base: bool = False   # the untuned model, in the same step: that under PEFT's additions, or …
+    copied: bool = False      # … of which a frozen copy is kept, beside what trains
     from_rows: bool = False   # the data, computed once ahead
 
 
-REFERENCES = {"base": Reference(from_base=True), "rows": Reference(from_rows=True),
-              "none": Reference()}
+REFERENCES = {"base": Reference(from_base=True), "copy": Reference(from_base=True, copied=True),
+              "rows": Reference(from_rows=True), "none": Reference()}
 
 
 def of_answers(log_probs_BL: jax.Array, answer_BL: jax.Array) -> jax.Array:

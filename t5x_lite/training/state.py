@@ -22,6 +22,8 @@ from t5x_lite.parallel.sharding import Rules
 from t5x_lite.training.optimizers import Optimizer
 
 State = dict[str, Any]
+# Of state["frozen"]: a copy of the parameters that the run starts from, by which it is measured.
+REFERENCE = "reference"
 HOST = "pinned_host"   # JAX's name for the host's memory that a device reads by itself
 
 
@@ -32,7 +34,7 @@ def check_divisible(table: Mapping[str, ParamInfo], mesh: Mesh, rules: Rules) ->
 
 
 def start(params: Mapping, optimizer: Optimizer, tuning: Tuning,
-          key: jax.Array, trained: Mapping | None = None) -> State:
+          key: jax.Array, trained: Mapping | None = None, *, copies: bool = False) -> State:
     """The state of step 0 with these parameters of the whole model.
 
     Call it under jit with out_shardings and, where it draws, outside the mesh context: there
@@ -41,29 +43,35 @@ def start(params: Mapping, optimizer: Optimizer, tuning: Tuning,
     Args:
         key: draws what models/peft.py adds.
         trained: the trainable part, where it is not to be fresh.
+        copies: keep a frozen copy of these parameters, as REFERENCE.
     """
     trainable, frozen = tuning.split(tree.flatten(params), key)
+    if copies:
+        frozen |= {f"{REFERENCE}/{path}": x for path, x in tree.flatten(params).items()}
     trainable = tree.unflatten(trainable) if trained is None else trained
     state = {"step": jnp.zeros((), jnp.int32), "params": trainable,
              "opt_state": optimizer.init(trainable)}
     return {**state, "frozen": tree.unflatten(frozen)} if frozen else state
 
 
-def init(model: ModelDefinition, optimizer: Optimizer, tuning: Tuning, key: jax.Array) -> State:
+def init(model: ModelDefinition, optimizer: Optimizer, tuning: Tuning, key: jax.Array, *,
+         copies: bool = False) -> State:
     """A fresh state, drawn from the key; see `start`."""
-    return start(model.init(key), optimizer, tuning, jax.random.fold_in(key, 1))
+    return start(model.init(key), optimizer, tuning, jax.random.fold_in(key, 1), copies=copies)
 
 
 def logical_axes(model: ModelDefinition, optimizer: Optimizer) -> State:
     """The logical axes of every leaf of the state."""
     axes = lambda infos: tree.unflatten({p: i.logical_axes for p, i in infos.items()})
-    return {"step": (), "params": axes(optimizer.table),
-            "frozen": axes({p: i for p, i in model.table.items() if p not in optimizer.table}),
+    frozen = {p: i for p, i in model.table.items() if p not in optimizer.table}
+    copied = {f"{REFERENCE}/{p}": i for p, i in model.table.items()}
+    return {"step": (), "params": axes(optimizer.table), "frozen": axes(frozen | copied),
             "opt_state": optimizer.state_logical_axes()}
 
 
 def abstract(model: ModelDefinition, optimizer: Optimizer, mesh: Mesh, rules: Rules,
-             tuning: Tuning, zero: int = 3, places: Places = ON_DEVICE, folder: str = "") -> State:
+             tuning: Tuning, zero: int = 3, places: Places = ON_DEVICE, folder: str = "",
+             copies: bool = False) -> State:
     """The state as ShapeDtypeStructs with their shardings, and OnDisk for what is kept there.
 
     Args:
@@ -71,8 +79,9 @@ def abstract(model: ModelDefinition, optimizer: Optimizer, mesh: Mesh, rules: Ru
             state and not the parameters.
         places: where parameters, moments and master copies are kept.
         folder: for those on disk.
+        copies: see `start`.
     """
-    shapes = jax.eval_shape(lambda: init(model, optimizer, tuning, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init(model, optimizer, tuning, jax.random.key(0), copies=copies))
     axes = tree.flatten(logical_axes(model, optimizer))
 
     def place(path, x):

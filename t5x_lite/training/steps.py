@@ -28,7 +28,7 @@ from t5x_lite.training import objectives, precision, unlabelled
 from t5x_lite.training.layerwise import FINITE, Layerwise, with_info
 from t5x_lite.training.objectives import ObjectiveConfig, Sums
 from t5x_lite.training.optimizers import Optimizer
-from t5x_lite.training.state import State
+from t5x_lite.training.state import REFERENCE, State
 from t5x_lite.training.unlabelled import Unlabelled
 
 Batch = Mapping[str, jax.Array]
@@ -100,8 +100,11 @@ class Differentiated:
         return self.model.bind(tree.unflatten(self.tuning.combine({**flat, **trained}, {})))
 
     def base(self, flat: Mapping[str, jax.Array]):
-        """The model under what `tuning` adds, of all parameters, without a gradient."""
-        kept = {p: jax.lax.stop_gradient(flat[p]) for p in self.tuning.table}
+        """The model that a run is measured by, of all parameters, without a gradient: the frozen copy where
+        there is one, else the model under what `tuning` adds."""
+        copy = f"{REFERENCE}/{{}}".format
+        kept = {p: jax.lax.stop_gradient(flat[copy(p) if copy(p) in flat else p])
+                for p in self.tuning.table}
         return self.model.bind(tree.unflatten(kept))
 
 
@@ -253,6 +256,10 @@ def make_train_step(of: Differentiated, optimizer: Optimizer, seed: int, *,
                     skip_bad: bool = False) -> Callable[..., tuple[State, Sums]]:
     """(state, batch, loss_bound=inf) -> (state after one update, {metric: (sum, count)}).
 
+    An objective that draws answers makes several updates of a batch, objective.passes: so many passes
+    over as many minibatches, each of rows m, m + minibatches, … Learning rates are then those of the step,
+    and metrics those of all its updates.
+
     Metrics are make_gradient_step's and the optimizer's. FINITE is 1 where the parameters and
     moments after the update hold no NaN and no infinity (gradients that overflow under loss scaling
     are skipped by the optimizer and count as finite). The loss speaks of the parameters before it.
@@ -264,11 +271,12 @@ def make_train_step(of: Differentiated, optimizer: Optimizer, seed: int, *,
     """
     gradient_step, layerwise = make_gradient_step(of, optimizer, seed), Layerwise(optimizer)
 
-    def train_step(state, batch, loss_bound=jnp.inf):
+    def update(state, batch, loss_bound):
+        """(state after an update but for its step, (sums, {metric: scalar}))."""
         grads, sums = gradient_step(state, batch)
         on_host = any(map(offload.is_on_host, jax.tree.leaves(state["params"])))
-        update = layerwise.update if on_host else optimizer.update
-        params, opt_state, info = update(grads, state["opt_state"], state["params"], state["step"])
+        apply = layerwise.update if on_host else optimizer.update
+        params, opt_state, info = apply(grads, state["opt_state"], state["params"], state["step"])
         finite = _all_finite((params, opt_state)) & info.pop(FINITE, True)
         if skip_bad:
             nats, tokens = sums["loss"]
@@ -279,14 +287,38 @@ def make_train_step(of: Differentiated, optimizer: Optimizer, seed: int, *,
             params, opt_state = _choose(good, (params, opt_state),
                                         (state["params"], state["opt_state"]))
             info = {**info, "skipped": jnp.maximum(info.get("skipped", 0.0), 1.0 - good)}
-        return {**state, "step": state["step"] + 1, "params": params,
-                "opt_state": opt_state}, with_info(sums, {**info, FINITE: finite})
+        info = {name: jnp.float32(x) for name, x in {**info, FINITE: finite}.items()}
+        return {**state, "params": params, "opt_state": opt_state}, (sums, info)
+
+    def train_step(state, batch, loss_bound=jnp.inf):
+        state, (sums, info) = update(state, batch, loss_bound) if of.objective.passes == (1, 1) \
+            else _updates(update, state, batch, loss_bound, of.objective.passes)
+        return {**state, "step": state["step"] + 1}, with_info(sums, info)
     return train_step
+
+
+def _updates(update: Callable, state: State, batch: Batch, loss_bound, passes: tuple[int, int]
+             ) -> tuple[State, tuple[Sums, dict[str, jax.Array]]]:
+    """What `update` makes of the minibatches of each pass, one after another: the last state, the sums of
+    all, and the means of the other metrics (FINITE is that of the worst)."""
+    epochs, minibatches = passes
+    split = split_batch(batch, minibatches)
+
+    def one(updated, part):
+        new, told = update({**state, **updated}, part, loss_bound)
+        return {name: new[name] for name in updated}, told
+
+    updated, (sums, info) = jax.lax.scan(
+        lambda updated, _: jax.lax.scan(one, updated, split),
+        {name: state[name] for name in ("params", "opt_state")}, None, length=epochs)
+    sums = jax.tree.map(lambda x: jnp.sum(x, axis=(0, 1)), sums)
+    info = {name: jnp.min(x) if name == FINITE else jnp.mean(x) for name, x in info.items()}
+    return {**state, **updated}, (sums, info)
 
 
 def _filled(of: Differentiated, batch: Batch) -> jax.Array:
     """int32 scalar: the positions of all sides that are not padding, of unlabelled rows too."""
-    rows = data_rows.of(of.objective.rows)
+    rows = data_rows.of(of.objective.learned)
     parts = [views.labelled(batch)]
     if of.unlabelled:
         parts += [views.part(batch, prefix) for prefix in views.PREFIXES[:len(of.unlabelled.drops)]]

@@ -1,0 +1,1 @@
+"""Answers that a model draws while it trains, and what they are worth."""

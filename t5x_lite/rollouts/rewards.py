@@ -1,0 +1,243 @@
+"""What an answer is worth: a Python function, or a reward model.
+
+    objective.rollout.reward=my_module:my_function
+
+    def my_function(prompt: str, answer: str, record: dict) -> float:
+        return float(answer.endswith(record["ending"]))
+
+`prompt` is the text of what the model read and `answer` that of what it wrote, both without special
+tokens. `record` is the line of the data's .jsonl file, as JSON has it; of another task {"inputs",
+"targets"}, texts. Each process calls it for the answers on its own devices, one after another.
+
+    objective.rollout.reward=REWARD_RUN        the workdir of a run with objective.name=reward
+
+reads the last checkpoint of that run, on the mesh of this one; the score of an answer is its reward. A
+reward that is no finite number ends the run before anything is learned from it.
+"""
+
+import dataclasses
+import json
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+
+from t5x_lite import files, packages, same_vocabulary
+from t5x_lite.build import Program, build
+from t5x_lite.checkpoints import manager
+from t5x_lite.config import EvalConfig, RunConfig, TrainConfig, saved
+from t5x_lite.data import vocabulary as data_vocabulary
+from t5x_lite.data.row_names import ANSWER, RECORD, RECORD_END, RECORD_JSON
+from t5x_lite.errors import UserError
+from t5x_lite.parallel import sharding
+from t5x_lite.training import objectives, policy
+from t5x_lite.training.rollouts import ENCODED, Told
+
+FIELD = "objective.rollout.reward"
+
+# (what was drawn, the data's prompts) -> float32 [R], split by rows.
+Reward = Callable[[Told, Mapping[str, jax.Array]], jax.Array]
+
+
+# (program, workdir) -> (the parameters of its last checkpoint, the step): init_from.restore.
+Restore = Callable[[Program, str], tuple[dict, int]]
+
+
+def make(program: Program, vocabulary, restore: Restore) -> Reward:
+    """The reward that the run's config names.
+
+    Raises:
+        UserError: it names neither a function nor the workdir of a reward model that fits the run.
+    """
+    name = program.config.objective.rollout.reward
+    if is_function(name):
+        return FunctionReward(program, vocabulary, packages.function(FIELD, name))
+    return ModelReward(program, vocabulary, name, restore)
+
+
+def is_function(name: str) -> bool:
+    """Whether it has the form MODULE:FUNCTION, and not that of a folder."""
+    module, colon, function = name.partition(":")
+    return bool(colon) and function.isidentifier() and all(map(str.isidentifier, module.split(".")))
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """One answer as texts, and the record that came with its prompt."""
+
+    prompt: str
+    answer: str
+    record: Any
+
+    def refuse(self, name: str, value: Any) -> UserError:
+        """The error (not raised) of a reward that is no finite number."""
+        return UserError(f"{FIELD}={name!r} gives {value!r} for the answer {_short(self.answer)} to the "
+                         f"prompt {_short(self.prompt)}: must be a finite number.")
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 200 else f"{text[:200]}…")
+
+
+class _Reader:
+    """Rows on this process's devices as texts."""
+
+    def __init__(self, program: Program, vocabulary):
+        self._vocabulary = vocabulary
+        self._answers = program.config.objective.rollout.answers
+        self._record_length = program.config.data.record_length
+
+    def read(self, told: Told, prompts: Mapping[str, jax.Array]) -> dict[int, list[Drawn]]:
+        """{first row: the answers} of each part of R whose rows stand together on a device."""
+        held = {name: _parts(x) for name, x in told._asdict().items() if name != "rows"}
+        records = _parts(prompts[RECORD])
+        return {first * self._answers: self._texts(
+            *(held[name][first] for name in ("prompts", "prompt_lengths")),
+            *(held[name][first * self._answers] for name in ("answers", "answer_lengths")),
+            records[first]) for first in held["prompts"]}
+
+    def _texts(self, prompts_BP, prompt_lengths_B, answers_RA, lengths_R, records_BK) -> list[Drawn]:
+        found = []
+        for row, (answer, length) in enumerate(zip(answers_RA, lengths_R, strict=True)):
+            at = row // self._answers
+            prompt = self._text(prompts_BP[at, :prompt_lengths_B[at]])
+            found.append(Drawn(prompt, self._text(answer[:length]), self._record(records_BK[at], prompt)))
+        return found
+
+    def _text(self, ids: np.ndarray) -> str:
+        return data_vocabulary.text_of(self._vocabulary, ids)
+
+    def _record(self, tokens: np.ndarray, prompt: str) -> Any:
+        """What the reward function is given of a row of the side "record"."""
+        ends = np.flatnonzero(tokens == RECORD_END)
+        if not len(ends):
+            raise UserError(f"data.record_length={self._record_length} does not hold what belongs to the "
+                            f"prompt {_short(prompt)}, which the reward is to read: set more, or leave "
+                            "fields out of the file.")
+        kind, content = tokens[0], tokens[1:ends[0]]
+        if kind == RECORD_JSON:
+            return json.loads(bytes(content.astype(np.uint8)))
+        return {"inputs": prompt, "targets": self._text(content)}
+
+
+def _parts(x: jax.Array) -> dict[int, np.ndarray]:
+    """{first row: its rows, whole} on this process's devices, of an array that is split by rows."""
+    return {shard.index[0].indices(x.shape[0])[0]: np.asarray(shard.data)
+            for shard in x.addressable_shards}
+
+
+class FunctionReward:
+    """The reward of a user's function."""
+
+    def __init__(self, program: Program, vocabulary, function: Callable[[str, str, Any], float]):
+        self._name = program.config.objective.rollout.reward
+        self._function = function
+        self._reader = _Reader(program, vocabulary)
+        self._place = rows_sharding(program)
+
+    def __call__(self, told: Told, prompts: Mapping[str, jax.Array]) -> jax.Array:
+        found, problem = {}, None
+        try:
+            found = {first: np.array([self._value(one) for one in drawn], np.float32)
+                     for first, drawn in self._reader.read(told, prompts).items()}
+        except UserError as error:   # every process ends, where one of them must
+            problem = error
+        _agree(problem, self._name)
+        shape = told.answer_lengths.shape
+        return jax.make_array_from_callback(
+            shape, self._place, lambda index: found[index[0].indices(shape[0])[0]])
+
+    def _value(self, drawn: Drawn) -> float:
+        value = self._function(drawn.prompt, drawn.answer, drawn.record)
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+            raise drawn.refuse(self._name, value)
+        return float(value)
+
+
+def _agree(problem: UserError | None, name: str) -> None:
+    """Raises UserError in every process where any of them met a problem."""
+    bad = problem is not None
+    if jax.process_count() > 1:
+        bad = bool(np.any(multihost_utils.process_allgather(np.array(bad))))
+    if bad:
+        raise problem or UserError(f"{FIELD}={name!r}: another process refuses a reward, and says why.")
+
+
+def rows_sharding(program: Program) -> NamedSharding:
+    """That of an array [R] or [R, …] that is split by rows alone."""
+    return sharding.named_sharding(program.mesh, program.rules, ("act_batch",))
+
+
+class ModelReward:
+    """The reward of a reward model's last checkpoint, on the run's own mesh.
+
+    Raises UserError for a workdir of another kind of model, or of another vocabulary.
+    """
+
+    def __init__(self, program: Program, vocabulary, workdir: str, restore: Restore):
+        self._name = workdir
+        self._reader = _Reader(program, vocabulary)
+        judge = _judge(program, workdir)
+        with judge.activate():
+            self._params, _ = restore(judge, workdir)
+        self._judge = judge
+        self._scores = jax.jit(_scores(judge, data_vocabulary.start_id(vocabulary)),
+                               out_shardings=rows_sharding(program))
+
+    def __call__(self, told: Told, prompts: Mapping[str, jax.Array]) -> jax.Array:
+        with self._judge.activate():
+            scores = self._scores(self._params, told.rows)
+        wrong = {first: np.flatnonzero(~np.isfinite(found)) for first, found in _parts(scores).items()}
+        problem = None
+        for first, rows in wrong.items():
+            if len(rows):
+                drawn = self._reader.read(told, prompts)[first][rows[0]]
+                problem = drawn.refuse(self._name, float(_parts(scores)[first][rows[0]]))
+        _agree(problem, self._name)
+        return scores
+
+
+def _judge(program: Program, workdir: str) -> Program:
+    """The program of a reward model, on the run's mesh and over its rows."""
+    ours, folder = program.config, files.path(workdir)
+    if not folder.is_dir():
+        raise UserError(f"{FIELD}={workdir!r}: there is no such folder, and it is no MODULE:FUNCTION.")
+    config: RunConfig = saved(manager.read_record(workdir).config)
+    row = objectives.OBJECTIVES[config.objective.name]
+    if not (row.scalar_head and not row.predicts):
+        able = [name for name, other in objectives.OBJECTIVES.items()
+                if other.scalar_head and not other.predicts]
+        raise UserError(f"{FIELD}={workdir!r} is a run with objective.name={config.objective.name!r}: "
+                        f"must be one of a reward model, {' or '.join(able)}.")
+    if config.model.architecture != ours.model.architecture:
+        raise UserError(f"{FIELD}={workdir!r} is a model of architecture {config.model.architecture!r}, "
+                        f"which reads no answers of model.architecture={ours.model.architecture!r}.")
+    same_vocabulary.compare(ours.data, workdir)
+    config = dataclasses.replace(
+        config, mesh=ours.mesh, sharding=ours.sharding, eval=EvalConfig(ema=config.eval.ema),
+        data=dataclasses.replace(ours.data, packing=False),
+        train=TrainConfig(global_batch_size=ours.train.global_batch_size, seed=config.train.seed,
+                          ema_decay=config.train.ema_decay))
+    return build(config, sorted(program.mesh.devices.flat, key=lambda device: device.id))
+
+
+def _scores(judge: Program, start_id: int) -> Callable:
+    """(params, rows of Told) -> float32 [R]: the score where each answer has been read."""
+    def scores(params, rows):
+        rules = sharding.active_rules().replace(act_length=(), act_norm_length=())
+        with sharding.using(rules):   # a row has a place more than the mesh may split
+            rows = {name: sharding.shard(x, "act_batch", None) for name, x in rows.items()}
+            weights = rows["decoder_loss_weights"]
+            read = jnp.pad(policy.last_tokens(weights), ((0, 0), (1, 0)))
+            batch = {name: rows[name] for name in ENCODED if name in rows} | {
+                "decoder_input_tokens": jnp.pad(rows["decoder_target_tokens"], ((0, 0), (1, 0)),
+                                                constant_values=start_id),
+                "decoder_loss_weights": read.astype(jnp.float32), ANSWER: read.astype(jnp.int32)}
+            return objectives.answer_score(judge.model.bind(params), batch)
+    return scores
