@@ -4,8 +4,9 @@ Papers: Rafailov et al. 2023 (arXiv:2305.18290), Ouyang et al. 2022 (arXiv:2203.
 (arXiv:2402.03300). The model is tuned on answers of which half end with the word (`sft`), and goes on from
 there by each method, measured from that start at beta 0.1. Whoever ends with the word is chosen, and the
 reward of GRPO is a Python function, `reward` below.
-Expected: nearly all sampled answers to prompts that no method saw end with the word, and are still right
-(docs/experiments.md); p_ref exp(reward / beta) is 99.995 % of them, ln 2 = 0.69 nats away.
+Expected: of sampled answers to prompts that no method saw 85 to 92 % end with the word, 46 % before; none is right,
+before or after, since 96 prompts are learned by heart (docs/experiments.md). p_ref exp(reward / beta) is 99.995 % of
+them, ln 2 = 0.69 nats away.
 Command: python -m t5x_lite.experiment --config=configs/experiments/endings.py --workdir=runs/endings
 """
 
