@@ -155,6 +155,14 @@ def _part(path: str, start: int, stop: int, read: Callable[[str], Iterable[recor
     yield from examples[len(examples) * start // 100:len(examples) * stop // 100]
 
 
+# (whether a file is of the kind, files -> the kind); pairs of texts, where it is of none.
+_KINDS: tuple[tuple[Callable[[str], bool], Callable[[Sequence[str]], text_to_text.Kind]], ...] = (
+    (is_task, kind_of),
+    (preferences.is_preferences, preferences.kind_of),
+    (chats.is_chats, lambda files: chats.KIND),
+    (prompt_files.is_prompts, lambda files: prompt_files.KIND))
+
+
 def task(path: str, field: str = "data.train") -> seqio.Task:
     """The task of a .jsonl, .json or .tsv file (or glob); every split is the whole file or slice.
 
@@ -172,15 +180,7 @@ def task(path: str, field: str = "data.train") -> seqio.Task:
         while name in _TASKS:   # a=b.tsv and a,b.tsv
             name += "_"
         splits = {split: files for split in ("train", "validation", "test")}
-        kind = _EXAMPLES
-        if any(map(is_task, files)):
-            kind = kind_of(files)
-        elif any(map(preferences.is_preferences, files)):
-            kind = preferences.kind_of(files)
-        elif any(map(chats.is_chats, files)):
-            kind = chats.KIND
-        elif any(map(prompt_files.is_prompts, files)):
-            kind = prompt_files.KIND
+        kind = next((of(files) for holds, of in _KINDS if any(map(holds, files))), _EXAMPLES)
         _TASKS[path] = _TASKS[name] = seqio.Task(
             name, source=(kind.source or records.RecordSource)(
                 "examples", splits,

@@ -6,7 +6,7 @@ export that its format cannot state is refused, and init_from says what differs.
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from t5x_lite.layers.attention import ATTENTIONS
@@ -74,26 +74,34 @@ def _blocks(stack: StackConfig) -> Iterator[BlockConfig]:
 
 
 def _matters(config: Any, field: str) -> bool:
-    if isinstance(config, PositionConfig):
-        return field == "kind" or field in POSITIONS[config.kind].settings
-    if isinstance(config, StackConfig):
-        return field != "residual_alpha" or config.residual == "deepnorm"
-    if isinstance(config, AttentionConfig):
-        if any(field == row.section for row in ATTENTIONS.values()):
-            return field == ATTENTIONS[config.kind].section
-        return config.qk_norm or not field.startswith("qk_norm_")
-    if isinstance(config, MixerConfig):
-        return field == "kind" or field in MIXERS[config.kind].settings
-    if isinstance(config, BlockConfig):
-        unused = {"mlp": config.moe is not None,
-                  "self_attention": not MIXERS[config.mixer.kind].attends}
-        return not unused.get(field, False)
-    if isinstance(config, MoEConfig):
-        if field in ("group_size", "overflow", "mask_padding", "prioritized", "expert_capacity",
-                     "eval_capacity_factor"):
-            return not config.dropless and (
-                field != "eval_capacity_factor" or not config.expert_capacity)
-        if any(field in router.settings for router in ROUTERS.values()):
-            return field in ROUTERS[config.router].settings
-        return field not in _TRAINING_OF_EXPERTS
-    return True
+    return _READ.get(type(config), lambda config, field: True)(config, field)
+
+
+def _attention_reads(config: AttentionConfig, field: str) -> bool:
+    if any(field == row.section for row in ATTENTIONS.values()):
+        return field == ATTENTIONS[config.kind].section
+    return config.qk_norm or not field.startswith("qk_norm_")
+
+
+def _block_reads(config: BlockConfig, field: str) -> bool:
+    unused = {"mlp": config.moe is not None,
+              "self_attention": not MIXERS[config.mixer.kind].attends}
+    return not unused.get(field, False)
+
+
+def _mixture_reads(config: MoEConfig, field: str) -> bool:
+    if field == "eval_capacity_factor":
+        return not (config.dropless or config.expert_capacity)
+    if field in ("group_size", "overflow", "mask_padding", "prioritized", "expert_capacity"):
+        return not config.dropless
+    if any(field in router.settings for router in ROUTERS.values()):
+        return field in ROUTERS[config.router].settings
+    return field not in _TRAINING_OF_EXPERTS
+
+
+# Sections of which not every field has a say: (section, field) -> whether its function reads it.
+_READ: dict[type, Callable[[Any, str], bool]] = {
+    PositionConfig: lambda c, field: field == "kind" or field in POSITIONS[c.kind].settings,
+    StackConfig: lambda c, field: field != "residual_alpha" or c.residual == "deepnorm",
+    MixerConfig: lambda c, field: field == "kind" or field in MIXERS[c.kind].settings,
+    AttentionConfig: _attention_reads, BlockConfig: _block_reads, MoEConfig: _mixture_reads}
