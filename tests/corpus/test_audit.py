@@ -167,7 +167,7 @@ def test_a_tasks_shards_hold_its_documents_once(tmp_path):
     files = [tmp_path / f"{i}.txt" for i in range(3)]
     for number, file in enumerate(files):
         file.write_text(f"text {number}\nmore of {number}\n")
-    name = "test_audit_shards"
+    name = "data_test_audit_shards"
     seqio.TaskRegistry.add(
         name, source=seqio.TextLineDataSource({"train": [str(file) for file in files]}),
         preprocessors=[], output_features={})

@@ -263,6 +263,6 @@ def test_a_held_out_label_that_is_no_class_is_refused(folder):
 
 
 def test_classes_that_the_vocabulary_cannot_write(folder):
-    given = config(folder, vocabulary="facts", classes="a,two  spaces", targets_length=16)
+    given = config(folder, vocabulary="facts", classes="a,low▁bar", targets_length=16)
     with pytest.raises(UserError, match="data.classes: the vocabulary writes"):
         rows_of(given)

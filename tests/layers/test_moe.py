@@ -235,7 +235,9 @@ def test_groups_decide_what_is_dropped_not_the_batch():
         module, x = apply(graphdef, params), inputs()
         y, aux = module(x, mask=MASK)
         parts = [module(x[i:i + rows], mask=MASK[i:i + rows]) for i in range(0, B, rows)]
-        np.testing.assert_array_equal(np.asarray(y), np.concatenate([p for p, _ in parts]))
+        # Products over other numbers of rows differ in their last bits on some CPUs.
+        np.testing.assert_allclose(np.asarray(y), np.concatenate([p for p, _ in parts]), rtol=1e-5,
+                                   atol=1e-6)
         for name in ("dropped_fraction", "load_balancing_loss", "router_z_loss"):
             sums = np.sum([np.asarray(a[f"moe/{name}"]) for _, a in parts], axis=0)
             np.testing.assert_allclose(aux[f"moe/{name}"], sums, rtol=1e-5)
