@@ -20,7 +20,7 @@ Weights are 1 as published and rise linearly over the first half; thresholds and
 Nothing was tuned on the scored texts. `…semi_supervised.py:dev` scores other countries, to choose settings on;
 `…semi_supervised.py:filled.jsonl` adds the arm uda_filled, whose strong view a denoiser wrote
 (docs/objectives.md has the command).
-Expected: not run yet.
+Expected: of two seeds no arm, the control included, does better than a guess (docs/experiments.md).
 Command: T5X_LITE_FILES=FOLDER python -m t5x_lite.experiment --config=configs/experiments/semi_supervised.py \\
     --workdir=runs/semi_supervised      # FOLDER holds factbook.txt
 """
