@@ -5,6 +5,7 @@ import pathlib
 import statistics
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from t5x_lite import packages
@@ -176,25 +177,37 @@ def _draw_arm(axes, arm: str, curves: Sequence[Mapping[float, float]], color: st
 
 
 @contextlib.contextmanager
-def watching(workdir: str | pathlib.Path, metric: str = "train/loss", seconds: float = 2.0
-             ) -> Iterator[None]:
-    """While the block runs, a notebook shows the run's curve and draws it anew every few seconds.
+def watching(workdir: str | pathlib.Path, metric: str = "train/loss", axis: str = "step",
+             seconds: float = 2.0, **look) -> Iterator[None]:
+    """While the block runs, a notebook shows the curves below a folder, drawn anew as they grow.
 
         with watching("runs/quickstart"):
             train.run(config, "runs/quickstart")
 
-    Outside a notebook it does nothing. The metrics are read from the run's own file.
+    Outside a notebook it does nothing. The metrics are read from the runs' own files.
+
+    workdir: of a run, or a folder of many: an experiment's or a ladder's.
+    axis, look: as `curves` takes them (logx, logy, title).
+    seconds: between two drawings; more where a drawing takes longer than a tenth of that.
+
+    Raises:
+        UserError: an unknown axis.
     """
+    one_of("axis", axis, AXES)
     if "ipykernel" not in sys.modules:
         yield
         return
     from IPython.display import display
-    shown = display(_Picture(workdir, metric), display_id=True)
+    picture = _Picture(workdir, metric, axis, look)
+    shown = display(picture, display_id=True)
     ended = threading.Event()
 
     def redraw() -> None:
-        while not ended.wait(seconds):
-            shown.update(_Picture(workdir, metric))
+        pause = seconds
+        while not ended.wait(pause):
+            began = time.monotonic()
+            shown.update(picture)
+            pause = max(seconds, 10 * (time.monotonic() - began))
     thread = threading.Thread(target=redraw, name="watching", daemon=True)
     thread.start()
     try:
@@ -202,20 +215,20 @@ def watching(workdir: str | pathlib.Path, metric: str = "train/loss", seconds: f
     finally:
         ended.set()
         thread.join()
-        shown.update(_Picture(workdir, metric))
+        shown.update(picture)
 
 
 class _Picture:
-    """What a notebook shows of a run now: its curve as PNG, or a line of text before there is one."""
+    """What a notebook shows of runs now: curves as PNG, or a line of text before there is one."""
 
-    def __init__(self, workdir: str | pathlib.Path, metric: str):
-        self._workdir, self._metric = workdir, metric
+    def __init__(self, workdir: str | pathlib.Path, metric: str, axis: str, look: Mapping):
+        self._workdir, self._metric, self._axis, self._look = workdir, metric, axis, look
 
     def _repr_mimebundle_(self, **_) -> dict[str, str]:
         import base64
         import io
         try:
-            figure = curves([self._workdir], self._metric)
+            figure = curves([self._workdir], self._metric, self._axis, **self._look)
         except UserError:   # nothing written yet
             return {"text/plain": f"{self._workdir}: waiting for the first {self._metric}"}
         file = io.BytesIO()

@@ -406,11 +406,14 @@ def one_device():
         graphdefs, params, inputs(), RowKey.of(jax.random.key(5), B))
 
 
+# Every pair of data, fsdp, expert and tensor stands in the first five; `make test-all` runs the others, 7 s each.
 @pytest.mark.parametrize("mesh", [
-    {"data": 8}, {"data": 2, "expert": 4}, {"expert": 2, "fsdp": 4}, {"expert": 4, "tensor": 2},
-    {"fsdp": 2, "expert": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "expert": 2},
-    {"data": 2, "expert": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2},
-    {"data": 2, "expert": 2, "sequence": 2}],
+    {"data": 8}, {"fsdp": 2, "expert": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "expert": 2},
+    {"data": 2, "expert": 2, "sequence": 2}, {"data": 2, "fsdp": 2, "tensor": 2},
+    pytest.param({"data": 2, "expert": 4}, marks=pytest.mark.slow),
+    pytest.param({"expert": 2, "fsdp": 4}, marks=pytest.mark.slow),
+    pytest.param({"expert": 4, "tensor": 2}, marks=pytest.mark.slow),
+    pytest.param({"data": 2, "expert": 2, "tensor": 2}, marks=pytest.mark.slow)],
     ids=lambda mesh: "-".join(f"{axis}{n}" for axis, n in mesh.items()))
 def test_eight_devices_compute_what_one_does(one_device, mesh):
     """Loss, drops, metrics and gradients, capacity-bounded and dropless."""

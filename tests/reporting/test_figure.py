@@ -1,5 +1,8 @@
 """Figures of runs for notebooks."""
 
+import time
+from types import SimpleNamespace
+
 import pytest
 
 from t5x_lite.errors import UserError
@@ -82,10 +85,30 @@ def test_wrong_names_are_told(tmp_path, arguments, message):
 
 
 def test_a_picture_of_nothing_yet_is_a_line_of_text(tmp_path):
-    picture = figure._Picture(tmp_path / "none", "train/loss")._repr_mimebundle_()
+    picture = figure._Picture(tmp_path / "none", "train/loss", "step", {})._repr_mimebundle_()
     assert list(picture) == ["text/plain"] and "waiting" in picture["text/plain"]
     write_run(tmp_path / "a", 0, [3.0])
-    assert "image/png" in figure._Picture(tmp_path / "a", "train/loss")._repr_mimebundle_()
+    later = figure._Picture(tmp_path / "a", "train/loss", "step", {"logx": True})
+    assert "image/png" in later._repr_mimebundle_()
+
+
+def test_a_ladder_is_watched_while_its_runs_come(tmp_path, monkeypatch):
+    """In a notebook the picture of a folder is drawn anew, last of all when the block has ended."""
+    from IPython import display
+    drawn, updates = [], []
+    monkeypatch.setitem(figure.sys.modules, "ipykernel", figure)
+    monkeypatch.setattr(display, "display", lambda picture, display_id: SimpleNamespace(
+        update=lambda picture: updates.append(picture._repr_mimebundle_().keys())))
+    monkeypatch.setattr(figure, "curves", lambda *args, **look: drawn.append((args, look)) or (
+        SimpleNamespace(savefig=lambda *_, **__: None)))
+    with figure.watching(tmp_path, axis="FLOPs", seconds=0.01, logx=True):
+        while len(updates) < 2:
+            time.sleep(0.01)
+    assert updates[-1] == {"image/png", "text/plain"}
+    assert set(map(repr, drawn)) == {repr((([tmp_path], "train/loss", "FLOPs"), {"logx": True}))}
+    with pytest.raises(UserError, match="axis='flop': must be one of step"), \
+            figure.watching(tmp_path, axis="flop"):
+        pass
 
 
 def test_outside_a_notebook_nothing_is_shown(tmp_path, capsys, monkeypatch):

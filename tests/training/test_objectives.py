@@ -45,6 +45,11 @@ def tiny_model(architecture: str) -> ModelConfig:
         init=InitConfig(embedding_std=0.2))
 
 
+# One of each architecture and loss; `make test-all` runs the others, 15 s each.
+QUICK = {("causal_lm", "lm"), ("span_corruption", "seq2seq"), ("prefix_lm", "prefix_lm"),
+         ("bert", "mlm")}
+
+
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     """Two files of whole topics: training and held-out ones."""
@@ -56,8 +61,7 @@ def texts(tmp_path_factory):
 
 
 @pytest.mark.parametrize("denoising,objective", [
-    pytest.param(*case, marks=[pytest.mark.slow] * (case == ("ul2", "prefix_lm")))
-    for case in CASES])
+    pytest.param(*case, marks=[pytest.mark.slow] * (case not in QUICK)) for case in CASES])
 def test_learns_more_than_frequencies(texts, denoising, objective):
     architecture, = OBJECTIVES[objective].architectures
     decoder_only = architecture == "decoder_only"
