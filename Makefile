@@ -3,6 +3,7 @@
 #   make quickstart   trains and shows configs/quickstart.py; ARGS="--config.train.num_steps=100"
 #   make test         runs the tests; ARGS="tests/test_checkpoint.py -k damage", WORKERS=4
 #   make test-all     runs the slow ones as well
+#   make test-gpus    those that compile for described GPUs, which others skip (600 MB more)
 #   make test-faults  kills, damages and hangs runs on purpose (part of test-all)
 #   make check        style, types, directions of imports and the quick tests, in two minutes
 #   make docs         builds docs/ into docs/_build/html; a warning is an error
@@ -43,7 +44,7 @@ QUICK := tests/test_imports.py tests/test_config.py tests/test_tree.py tests/cos
     tests/layers/test_masks.py tests/parallel/test_sharding.py tests/training/test_schedules.py \
     tests/training/test_metrics.py tests/test_docs.py
 
-.PHONY: quickstart test test-all test-faults check docs clean
+.PHONY: quickstart test test-all test-gpus test-faults check docs clean
 
 quickstart: $(VENV)/cpu.stamp
 	@$(CPU_ENVIRONMENT) $(VENV_PYTHON) -m t5x_lite.train \
@@ -54,6 +55,9 @@ test: $(VENV)/test.stamp
 
 test-all: $(VENV)/test.stamp
 	@$(VENV_PYTHON) -m pytest -q -n $(WORKERS) --dist=loadfile -m '' $(ARGS)
+
+test-gpus: $(VENV)/gpus.stamp
+	@$(VENV_PYTHON) -m pytest -q -rs -n $(WORKERS) --dist=load -m '' tests/planning/test_gpus.py $(ARGS)
 
 test-faults: $(VENV)/test.stamp
 	@$(VENV_PYTHON) -m pytest -q -rP -n $(WORKERS) --dist=load -m '' tests/faults $(ARGS)
@@ -81,6 +85,11 @@ $(VENV)/test.stamp: setup.py constraints.txt | $(VENV_PYTHON)
 	    r.urlopen('$(TORCH_INDEX)/torch/', timeout=5); \
 	    print('--extra-index-url $(TORCH_INDEX)')" 2>/dev/null) -e '.[cpu,test,plan,audit,report]'
 	@touch $@ $(VENV)/cpu.stamp
+
+$(VENV)/gpus.stamp: $(VENV)/test.stamp
+	@echo "Installing what compiles for GPUs that are described into $(VENV) (1 to 3 minutes)"
+	@$(INSTALL) -e '.[cpu,test,plan_gpu]'
+	@touch $@
 
 $(VENV)/check.stamp: setup.py constraints.txt | $(VENV_PYTHON)
 	@echo "Installing t5x_lite and what its checks need into $(VENV) (1 to 3 minutes)"

@@ -366,10 +366,9 @@ def _check_places(config: RunConfig, policy: precision.Policy, mesh: Mesh) -> No
         return
     stacks = {f"model.{side}": stack for side in ("encoder", "decoder")
               if (stack := getattr(model, side)) is not None}
-    mixture = any(block.moe for stack in stacks.values() for s in stack.segments for block in s.blocks)
     refusals = [
         (mesh.shape["stage"] > 1, f"mesh.stage={mesh.shape['stage']}", "mesh.stage=1 and mesh.fsdp"),
-        (mixture, "mixtures of experts", "sharding.offload=optimizer_host"),
+        (model.has_mixtures, "mixtures of experts", "sharding.offload=optimizer_host"),
         (jax.process_count() > 1, f"{jax.process_count()} processes", "sharding.offload=optimizer_host"),
         (config.train.bad_steps == "skip", "train.bad_steps=skip, which needs the state before the step",
          "train.bad_steps=stop"),

@@ -12,18 +12,15 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 
-# Before TensorFlow, JAX or gRPC are imported: their C++ parts read these once.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-os.environ.setdefault("GLOG_minloglevel", "2")
+from t5x_lite import first  # noqa: F401
+
+# isort: split
 
 from t5x_lite import buckets, files, gin_spelling, manual, packages, quiet as quiet_lib
 
 buckets.prepare()   # before etils is first asked for a path
 
-with quiet_lib.stderr():   # JAX's CUDA plugin says already here that there is no GPU
-    import jax
+import jax
 from absl import app, flags, logging as absl_logging
 from ml_collections import config_flags
 

@@ -19,6 +19,10 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 
+from t5x_lite import first  # noqa: F401
+
+# isort: split
+
 from t5x_lite import config_reference, packages
 from t5x_lite.config import RunConfig
 from t5x_lite.errors import UserError, nearest

@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # From the ground up. Every room stands here; a new one takes its place.
 FLOORS = (
-    ("errors", "tree", "log", "files", "buckets", "packages", "quiet"),
+    ("errors", "tree", "log", "files", "buckets", "packages", "quiet", "first"),
     ("parallel", "decoding", "data"),
     ("layers", "checkpoints"),
     ("models",),
@@ -156,6 +156,23 @@ def _needs_no_tensorflow(module: str) -> bool:
     if room(module) == "data":
         return module.count(".") == 1 or module.split(".")[2] in TENSORFLOW_FREE_DATA
     return room(module) is None or FLOOR[room(module)] <= FLOOR["build"]
+
+
+def _first_of_ours(source: str) -> str:
+    """The module of t5x_lite that a module imports before any other, "" for none."""
+    found = [(node.lineno, node.names[0].name if node.module == "t5x_lite" else node.module)
+             for node in ast.walk(ast.parse(source))
+             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("t5x_lite")]
+    return min(found, default=(0, ""))[1]
+
+
+def test_a_command_is_quiet_before_it_imports_jax():
+    """What JAX's CUDA plugin says on import is dropped in `first`, to which the doors' first import leads."""
+    first = {name: _first_of_ours((ROOT / f"t5x_lite/{name}.py").read_text())
+             for name in ("manual", "cli", *FLOORS[-1])}
+    assert {first.pop("manual"), first.pop("cli")} == {"first"}
+    del first["interactive"], first["console"]   # imported by a notebook; starts a door
+    assert set(first.values()) <= {"manual", "cli"}, first
 
 
 def test_only_data_knows_tensorflow_and_nothing_the_zoo():

@@ -59,11 +59,9 @@ class Prediction:
 def widths(config: RunConfig) -> tuple[int, ...]:
     """The widths that inputs are read at, falling: data.inputs_length, its half, its quarter … as many
     as eval.length_buckets. One where a mixture's room for tokens follows from the width."""
-    stacks = filter(None, (config.model.encoder, config.model.decoder))
-    mixtures = any(b.moe for stack in stacks for s in stack.segments for b in s.blocks)
     whole = config.data.inputs_length
     halves = [-(-whole // 2**n) for n in range(1, config.eval.length_buckets)]
-    return (whole, *(width for width in halves if width >= MIN_WIDTH and not mixtures))
+    return (whole, *(width for width in halves if width >= MIN_WIDTH and not config.model.has_mixtures))
 
 
 def make_score_step(model):

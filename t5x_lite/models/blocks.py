@@ -426,7 +426,7 @@ class Stack(nnx.Module):
         if config.embedding_norm:
             x = self.embedding_norm(x)
         x = self._dropout(x, key, config.num_layers)
-        if not any(b.moe for s in config.segments for b in s.blocks):
+        if not config.has_mixtures:
             tokens = real = None
         inputs = BlockInputs(masking, self._bias(masking), cross_masking, encoded, key, tokens,
                              real)

@@ -91,6 +91,11 @@ class StackConfig:
         """Blocks in all."""
         return sum(len(s.blocks) * s.repeats for s in self.segments)
 
+    @property
+    def has_mixtures(self) -> bool:
+        """Whether some block has a mixture of experts."""
+        return any(block.moe for s in self.segments for block in s.blocks)
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -122,3 +127,8 @@ class ModelConfig:
     base_width: int = 0                     # mup: embed_dim of the model that was tuned
     base_head_dim: int = 0                  # mup: its head_dim; 0: the same as here
     base_depth: int = 0                     # mup: layers of each of its stacks; 0: as many as here
+
+    @property
+    def has_mixtures(self) -> bool:
+        """Whether some block has a mixture of experts."""
+        return any(stack.has_mixtures for stack in (self.encoder, self.decoder) if stack)

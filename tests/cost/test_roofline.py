@@ -123,9 +123,11 @@ def test_an_axis_over_two_slices_is_one_group_in_each():
 
 def test_gpus_use_nvlink_inside_a_machine_and_the_network_between():
     """16 H100 in two machines: 1 GB gathered over all is 7/8 GB over NVLink, and the 8 of a
-    machine fetch the other half of it together at 50 GB/s each."""
+    machine fetch the other half of it together at 50 GB/s each. A described GPU has coordinates,
+    which are of no torus."""
     h100 = hardware.lookup("h100")
-    devices = np.asarray([types.SimpleNamespace(id=i) for i in range(16)])
+    devices = np.asarray([types.SimpleNamespace(id=i, coords=(i, 0, 0), process_index=i // 8)
+                          for i in range(16)])
     placement = roofline.place(devices, ("fsdp",), h100)
     bound = roofline.roofline(h100, num_chips=16, model_flops=1.0, dtype="bfloat16",
                               collectives=[_collective("all-gather", ("fsdp",), 1000, 16)],

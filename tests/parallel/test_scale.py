@@ -127,6 +127,7 @@ COMBINATIONS = [
                   "remat": "save:context;offload:mlp_hidden"}),
     pytest.param("lm", {"slice": 2, "stage": 2, "fsdp": 2},
                  {"pipeline": GPIPE, "zero": 3, "remat": "dots"}),
+    pytest.param("lm", {"stage": 2, "data": 2, "fsdp": 2}, {"pipeline": ONE_F_ONE_B, "zero": 1}),
     pytest.param("moe", {"fsdp": 2, "expert": 2, "tensor": 2}, {"zero": 2, "accumulation": 2}),
     # the rest
     pytest.param("seq2seq", {"data": 8}, {"zero": 1}, marks=SLOW),
@@ -153,6 +154,10 @@ COMBINATIONS = [
     pytest.param("lm", {"stage": 2, "data": 2, "tensor": 2},
                  {"pipeline": ONE_F_ONE_B, "remat": "full", "zero": 1}, marks=SLOW),
     pytest.param("lm", {"slice": 2, "data": 2, "fsdp": 2}, {"zero": 1, "accumulation": 2},
+                 marks=SLOW),
+    pytest.param("lm", {"slice": 2, "stage": 2, "fsdp": 2},
+                 {"pipeline": PipelineConfig("1f1b", 2), "zero": 1, "accumulation": 2}, marks=SLOW),
+    pytest.param("moe", {"stage": 2, "fsdp": 2, "expert": 2}, {"pipeline": GPIPE, "zero": 1},
                  marks=SLOW),
     pytest.param("moe", {"data": 2, "expert": 4}, {"zero": 1, "remat": "full"}, marks=SLOW),
     pytest.param("moe", {"stage": 2, "expert": 2, "tensor": 2},

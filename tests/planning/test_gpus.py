@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import math
 import os
 import pathlib
 import subprocess
@@ -13,14 +14,18 @@ import jax.numpy as jnp
 import pytest
 
 from t5x_lite import quiet
+from t5x_lite.build import build
 from t5x_lite.config import replace
 from t5x_lite.cost import hardware, hlo
 from t5x_lite.errors import UserError
 from t5x_lite.layers import attention_implementations, dispatch, grouped
+from t5x_lite.layers.config import MLPConfig, MoEConfig
+from t5x_lite.parallel.pipeline_schedules import PipelineConfig
 from t5x_lite.parallel.sharding import MeshConfig
 from t5x_lite.planning import gpus, make, rehearse, search, show
 from t5x_lite.planning.make import make_plan
 from tests import tiny_config
+from tests.parallel.test_scale_tpu import lm as scaled
 from tests.planning.test_plan import HIDDEN, LAYERS, VOCAB, WIDTH, by_kind, lm
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -201,6 +206,51 @@ def test_a_dropless_mixture_costs_what_its_rows_do_whatever_the_experts():
 
 @needs_plugin
 @pytest.mark.slow
+def test_a_dropless_step_on_eight_gpus_multiplies_no_more_for_more_experts():
+    """The products of a device in the whole compiled step, with two of 4 experts for a token and of 8."""
+    def products(experts):
+        mixture = MoEConfig(num_experts=experts, router="top_2", dropless=True,
+                            mlp=MLPConfig(mlp_dim=HIDDEN))
+        config = replace(lm(data=1, fsdp=8), "train.global_batch_size", 64)
+        config = replace(config, "model.decoder.segments", tuple(
+            dataclasses.replace(segment, blocks=tuple(
+                dataclasses.replace(block, moe=mixture) for block in segment.blocks))
+            for segment in config.model.decoder.segments))
+        topology = rehearse.topology("h100:8")
+        with topology.compiling():
+            program = build(config, topology.devices)
+            with program.activate():
+                step = program.largest_program().lower(program.abstract_state,
+                                                       program.abstract_batch())
+                compiled, _, temp = rehearse.compile_lowered(step, "gpu")
+        return hlo.matmul_flops(compiled.as_text()), temp
+    few, many = products(4), products(8)
+    # Dense over experts it would be twice as much of what the mixtures take.
+    assert many[0] < 1.25 * few[0]
+
+
+@needs_plugin
+@pytest.mark.slow
+def test_a_pipeline_under_zero_1_sums_gradients_over_fsdp_once_a_step():
+    """Float32, each device's stage of the layers; not once more for every micro-batch."""
+    micro_batches, stages, layers = 8, 2, 4
+    config = scaled({"stage": stages, "fsdp": 4}, rows=8 * micro_batches, layers=layers, zero=1,
+                    pipeline=PipelineConfig("1f1b", micro_batches))
+    topology = rehearse.topology("h100:8")
+    with topology.compiling():
+        program = build(config, topology.devices)
+        step = rehearse.compile_step(program)
+    summed = [c for c in step.collectives if "fsdp" in c.axes
+              and c.kind in ("all-reduce", "reduce-scatter") and c.bytes_per_device > 4096]
+    tables = sum(math.prod(info.shape) for path, info in program.model.table.items()
+                 if "layers" not in info.logical_axes)
+    in_layers = (program.num_params - tables) // stages
+    assert sum(c.bytes_per_step for c in summed) == pytest.approx(4 * in_layers, rel=0.1)
+    assert sum(c.count_per_step for c in summed) <= 4
+
+
+@needs_plugin
+@pytest.mark.slow
 def test_offloaded_state_is_counted_though_the_compiler_does_not_see_it():
     whole = planned("h100:8")
     plan = planned("h100:8", sharding__offload_optimizer=True)
@@ -259,9 +309,11 @@ def test_a_search_leaves_out_what_the_compiler_cannot_see(monkeypatch):
 @pytest.mark.slow
 def test_the_command_prints_a_plan_and_no_lines_of_the_plugin(tmp_path):
     text = tiny_config.write_text(tmp_path / "text.txt")
+    # Of an environment that names the CPU, JAX would not ask the plugin for more than its lines.
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
     result = subprocess.run(
         [sys.executable, "-m", "t5x_lite.plan", f"--config=tests/tiny_config.py:{text}",
-         "--topology=h100:2"], cwd=ROOT, capture_output=True, text=True)
+         "--topology=h100:2"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
     assert "FITS, compiled in" in result.stdout and "by XLA:GPU" in result.stdout
 
@@ -276,6 +328,5 @@ def test_a_machine_with_the_plugin_and_no_gpu_still_trains_on_the_cpu(tmp_path):
         [sys.executable, "-m", "t5x_lite.train", f"--config=tests/tiny_config.py:{text}",
          f"--workdir={tmp_path / 'run'}", "--config.train.num_steps=1"], cwd=ROOT,
         env=environment, capture_output=True, text=True)
-    assert result.returncode == 0 and "Traceback" not in result.stderr
-    assert "cudart" not in result.stderr
+    assert (result.returncode, result.stderr) == (0, "")
     assert "cpu" in result.stdout
