@@ -18,8 +18,10 @@ Arms (ARMS, a table; arms=a+b takes some):
     named    the name for pronouns and surnames and in front of sentences without it; never hidden
     like     named, and only spans hidden that look like answers of the training questions
     cured    like, words left out in twenty versions of each sentence, training questions mixed in
+    asked    cured, and every document is asked the questions that it answers, in the training questions' wording
+             (Lewis et al. 2021, arXiv:2102.07033; data/asked.py). Of the held-out questions nothing is read
 
-Expected: salient stores more than it extracts; cured is the best arm on every seed. A few CPU-minutes an arm.
+Expected: salient stores more than it extracts; asked is the best arm on every seed. A few CPU-minutes an arm.
 Command: python -m t5x_lite.experiment --config=configs/experiments/closed_book_any_text.py \\
     --workdir=runs/any_text        (300 biographies made up by tasks/biographies.py)
 
@@ -81,6 +83,7 @@ ARMS = {
     "named": Arm("salient_kept", _NAMED),
     "like": Arm("salient_kept", _NAMED, like=True),
     "cured": Arm("salient_kept", (*_NAMED, "thinned"), 20, like=True, mixed=True),
+    "asked": Arm("salient_asked", (*_NAMED, "thinned"), 20, like=True, mixed=True),
 }
 
 

@@ -42,8 +42,8 @@ class DataConfig:
     validation_files: str = ""
     text_document: str = "line"         # a document of a .txt file: line, paragraph or file
     # What is hidden of text files: causal_lm, prefix_lm, span_corruption, word_spans, bert, bart or
-    # ul2 (denoising.py), or salient or salient_kept (dates and names, salient_spans.py); "": the
-    # objective's usual one. Registered tasks are made for one each: c4_ul2, python_bart.
+    # ul2 (denoising.py), or salient, salient_kept or salient_asked (dates and names, salient_spans.py);
+    # "": the objective's usual one. Registered tasks are made for one each: c4_ul2, python_bart.
     denoising: str = ""
     noise_density: Rate = 0.0          # share of the tokens that it hides …
     mean_span_length: float = 0.0       # … in spans of so many; 0: its own figure

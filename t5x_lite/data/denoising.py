@@ -310,7 +310,7 @@ def steps(name: str, cached: bool = False, **settings: float) -> list[Callable]:
     for setting in settings:
         if setting not in denoiser.settings:
             takers = [n for n, d in DENOISERS.items() if setting in d.settings] or [
-                "salient", "salient_kept"]
+                "salient", "salient_kept", "salient_asked"]
             raise UserError(f"data.{setting}={settings[setting]} is no setting of data.denoising="
                             f"{name!r}; {', '.join(takers)} take it")
     return [preprocessors.tokenize, *([seqio.CacheDatasetPlaceholder()] if cached else []),
@@ -350,9 +350,9 @@ def check_objective(name: str, objective: str, field: str) -> None:
 def find(name: str) -> Denoiser:
     """The denoiser that data.denoising names; UserError for an unknown one."""
     if name not in DENOISERS:
-        raise UserError(f"{refuse('data.denoising', name, _allowed())}{nearest(name, (*DENOISERS, 'salient', 'salient_kept'))}")
+        raise UserError(f"{refuse('data.denoising', name, _allowed())}{nearest(name, (*DENOISERS, 'salient', 'salient_kept', 'salient_asked'))}")
     return DENOISERS[name]
 
 
 def _allowed() -> str:
-    return f"one of {', '.join(DENOISERS)}, or salient or salient_kept for pairs"
+    return f"one of {', '.join(DENOISERS)}, or salient, salient_kept or salient_asked for pairs"

@@ -25,7 +25,7 @@ from t5x_lite.errors import UserError
 
 VERSION = 1
 _LEFT, _RIGHT = 6, 3       # words of a span's sentence that are looked at
-_LOST = 0.1                # share of the questions' own answers that may score below the threshold
+LOST = 0.1                 # share of the questions' own answers that may score below the threshold
 _SEEN = 0.02               # share of the answers that a feature must stand beside to speak for a span
 _LEAST = 5                 # answers in the text from which to learn
 _MOST_SHAPES = 8
@@ -150,8 +150,11 @@ def learned(files: tuple[str, ...], document: str, steps: tuple[str, ...], like:
     return train(documents, found)
 
 
-def train(documents: Iterable[rewriting.Document], found: Sequence[evidence.Evidence]) -> Finder:
-    """Naive Bayes on the evidence against all other spans of the documents that it is from."""
+def train(documents: Iterable[rewriting.Document], found: Sequence[evidence.Evidence], lost: float = LOST) -> Finder:
+    """Naive Bayes on the evidence against all other spans of the documents that it is from.
+
+    lost: the share of the answers in the evidence that may score below the threshold.
+    """
     unseen = (shape(e.answer) for e in found if not e.is_detected)
     shapes = tuple(s for s, n in collections.Counter(filter(None, unseen)).most_common(_MOST_SHAPES) if n > 1)
     subjects = {e.subject for e in found}
@@ -163,7 +166,7 @@ def train(documents: Iterable[rewriting.Document], found: Sequence[evidence.Evid
     finder = Finder(shapes, weights)
     scores = sorted(finder.score(e.unit, e.subject, e.span) for e in found
                     if e.is_detected or shapes)
-    return dataclasses.replace(finder, threshold=scores[int(len(scores) * _LOST)] if scores else -math.inf)
+    return dataclasses.replace(finder, threshold=scores[int(len(scores) * lost)] if scores else -math.inf)
 
 
 def _log_odds(positives: Sequence[set[str]], negatives: Sequence[set[str]]) -> dict[str, float]:

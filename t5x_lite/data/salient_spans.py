@@ -3,6 +3,8 @@
     data.denoising=salient          every name and date of a sentence, the text's subject too
     data.denoising=salient_kept     only of sentences that hold the name of the text's subject, which
                                     is never hidden: what is learned hangs on the name alone
+    data.denoising=salient_asked    the same, and behind each document the questions that it answers, worded as
+                                    those of data.salient_like are (asked.py)
 
 With data.rewriting (rewriting.py) a row is a unit of the rewritten text. With data.salient_like only
 spans are hidden that look like the answers of some questions (salient_choice.py).
@@ -15,7 +17,7 @@ from typing import NamedTuple
 import seqio
 import tensorflow as tf
 
-from t5x_lite.data import names, records, rewriting, salient_choice, text_files, text_to_text
+from t5x_lite.data import asked, names, records, rewriting, salient_choice, text_files, text_to_text
 from t5x_lite.data.config import DataConfig
 
 PREFIX, MASK = "nem: ", "_X_"
@@ -60,9 +62,17 @@ def spans_beside_the_name(unit: str, subject: str, spans: Spans) -> Spans:
     return [(s, e) for s, e in spans if all(e <= start or limit <= s for start, limit in named)]
 
 
-KINDS: dict[str, Callable[[str, str, Spans], Spans]] = {
-    "salient": all_spans,
-    "salient_kept": spans_beside_the_name,
+class Kind(NamedTuple):
+    """Which spans are hidden, (unit, subject, spans) -> spans, and whether the text's own questions are asked."""
+
+    chosen: Callable[[str, str, Spans], Spans]
+    asks: bool = False
+
+
+KINDS = {
+    "salient": Kind(all_spans),
+    "salient_kept": Kind(spans_beside_the_name),
+    "salient_asked": Kind(spans_beside_the_name, asks=True),
 }
 
 
@@ -82,9 +92,9 @@ def settings_of(config: DataConfig, kind: str) -> Settings:
     return Settings(kind, rewriting.of(config), config.salient_like)
 
 
-def examples(texts: Iterable[str], settings: Settings = PLAIN, finder: salient_choice.Finder = salient_choice.ALL
-             ) -> Iterator[tuple[str, str]]:
-    """(inputs, targets) of the salient spans of every sentence of some texts.
+def examples(texts: Iterable[str], settings: Settings = PLAIN, finder: salient_choice.Finder = salient_choice.ALL,
+             wordings: Sequence[asked.Wording] = ()) -> Iterator[tuple[str, str]]:
+    """(inputs, targets) of the salient spans of every sentence of some texts, and of the questions of the wordings.
 
     With rewriting, of every unit that has spans, all texts in one version after another; these units are kept in
     memory. Spans are found in a text as it was: a rewritten one may put two names side by side.
@@ -94,18 +104,21 @@ def examples(texts: Iterable[str], settings: Settings = PLAIN, finder: salient_c
     if not rewrite.steps:
         for document in documents:
             yield from _rows(document, settings.kind, finder.spans)
+            yield from asked.questions(document, wordings)
         return
-    prepared = [salient_choice.chosen(document, finder) for document in documents]
+    prepared = [(*salient_choice.chosen(document, finder), asked.questions(document, wordings))
+                for document in documents]
     rest = rewrite._replace(steps=tuple(step for step in rewrite.steps if step not in rewriting.CUTS))
     for number in range(rewrite.rewrites):
-        for document, chosen in prepared:
+        for document, chosen, questions in prepared:
             version = rewriting.version(document, rest, number)
             yield from _rows(version, settings.kind, functools.partial(_places, chosen=chosen))
+            yield from questions
 
 
 def _rows(document: rewriting.Document, kind: str, spans_of: Callable[[str, str], Spans]) -> Iterator[tuple[str, str]]:
     for unit in document.units:
-        for span in KINDS[kind](unit, document.subject, spans_of(unit, document.subject)):
+        for span in KINDS[kind].chosen(unit, document.subject, spans_of(unit, document.subject)):
             yield masked(unit, *span)
 
 
@@ -125,10 +138,12 @@ def task(name: str, files: Sequence[str], split: str, document: str,
     document: what a document of a plain text file is, as in text_files.read_documents.
     """
     def spans(path: str) -> Iterator[tuple[str, str]]:
-        finder = salient_choice.learned(tuple(files), document, settings.rewrite.steps, settings.like)
-        yield from examples(text_files.read_documents([path], document), settings, finder)
+        how = (tuple(files), document, settings.rewrite.steps, settings.like)
+        wordings = asked.learned(*how) if KINDS[settings.kind].asks else ()
+        yield from examples(text_files.read_documents([path], document), settings, salient_choice.learned(*how), wordings)
 
-    how = (settings, rewriting.VERSION, salient_choice.digest(settings.like))
+    how = (settings, rewriting.VERSION, salient_choice.digest(settings.like),
+           *([asked.VERSION] if KINDS[settings.kind].asks else []))
     source = records.RecordSource(f"salient_spans-{document}-v{_VERSION}", {split: files}, spans,
                                   version="" if settings == PLAIN else repr(how))
     return seqio.Task(

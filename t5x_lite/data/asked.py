@@ -1,0 +1,95 @@
+"""Questions that a text answers, made from the wording of a few: "where was • born", asked of every subject.
+
+    data.denoising=salient_asked, data.salient_like=qa.jsonl[:50%]
+
+What is filled into its own sentence is not found for a question (closed_book_any_text.py). Lewis et al. 2021
+(arXiv:2102.07033) therefore have a model write the questions that a text answers, before anybody asks. Here the
+training questions are the writer: one without its subject's name is a wording; of each wording that recurs, the spans
+that look like its answers are learned as in salient_choice.py, and a document whose best span scores as high as nearly
+all of those answers (LOST) is asked that question, with its own subject in it. Spans that were read wrongly become
+wrong answers, so that this is worth what the detector is.
+
+Give training questions alone: the wording of the others would tell what is asked. Imports no TensorFlow.
+"""
+
+import collections
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from t5x_lite.data import evidence, names, rewriting, salient_choice, text_files
+from t5x_lite.errors import UserError
+
+VERSION = 1
+SLOT = "\u2022"
+LOST = 0.02      # share of a wording's own answers that may score below its threshold
+LEAST = 5        # questions of a wording that the text answers, from which to learn what it asks for
+
+
+class Wording(NamedTuple):
+    """A question without its name, and which spans of a text answer it."""
+
+    text: str
+    finder: salient_choice.Finder
+
+    def ask(self, document: rewriting.Document) -> tuple[str, str] | None:
+        """(question, answer) of a document; None where no span looks like an answer."""
+        subject = document.subject
+        spans = [(self.finder.score(unit, subject, span), -place, unit[slice(*span)])
+                 for place, unit in enumerate(document.units) for span in self.finder.spans(unit, subject)
+                 if not _is_name(unit, subject, span)]
+        if not subject or not spans:
+            return None
+        return self.text.replace(SLOT, subject), max(spans)[2]
+
+
+def _is_name(unit: str, subject: str, span: salient_choice.Span) -> bool:
+    """Whether the span is the name or a part of it; "Panama City" is no part of "Panama"."""
+    return any(start <= span[0] and span[1] <= limit for start, limit in names.places(unit, subject))
+
+
+def wording(question: str, subject: str) -> str:
+    """The question with a slot for the name, in whatever letters it stands there."""
+    return re.sub(rf"(?<!\w){re.escape(subject)}(?!\w)", SLOT, question, flags=re.IGNORECASE)
+
+
+def by_wording(found: Sequence[evidence.Evidence]) -> dict[str, list[evidence.Evidence]]:
+    """The evidence of each wording of which there are LEAST, the commonest first."""
+    groups: dict[str, list[evidence.Evidence]] = collections.defaultdict(list)
+    for e in found:
+        if e.unit:
+            groups[wording(e.question.text, e.subject)].append(e)
+    return {text: group for text, group in sorted(groups.items(), key=lambda item: -len(item[1]))
+            if SLOT in text and len(group) >= LEAST}
+
+
+def learn(documents: Sequence[rewriting.Document], groups: Mapping[str, Sequence[evidence.Evidence]]
+          ) -> tuple[Wording, ...]:
+    """What each wording asks for, from the documents that answer it."""
+    return tuple(Wording(text, salient_choice.train(documents, group, LOST)) for text, group in groups.items())
+
+
+@functools.lru_cache(maxsize=4)
+def learned(files: tuple[str, ...], document: str, steps: tuple[str, ...], like: str) -> tuple[Wording, ...]:
+    """The wordings of the questions in `like` and what they ask for in the text of the files.
+
+    Raises UserError without questions, and where no wording recurs among those that the text answers.
+    """
+    if not like:
+        raise UserError("data.denoising='salient_asked' asks as some questions do: set data.salient_like to a "
+                        "file of training questions, qa.jsonl[:50%], or take salient_kept")
+    documents = [rewriting.cut(text, steps) for text in text_files.read_documents(files, document)]
+    found = evidence.find(documents, salient_choice.questions_of(like, "data.salient_like"))
+    groups = by_wording(found)
+    if not groups:
+        raise UserError(f"data.salient_like={like!r}: no wording stands {LEAST} times among its questions that "
+                        f"the text answers ({sum(bool(e.unit) for e in found)} of {len(found)}), so that nothing can "
+                        "be asked likewise; take data.denoising=salient_kept")
+    return learn(documents, groups)
+
+
+def questions(document: rewriting.Document, wordings: Sequence[Wording]) -> list[tuple[str, str]]:
+    """(question, answer) of each wording that the document answers; its units as they were cut."""
+    asked = (w.ask(document) for w in wordings)
+    return [pair for pair in asked if pair]
