@@ -26,7 +26,7 @@ import io
 import json
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from t5x_lite import cli  # first of all: it sets what JAX and TensorFlow read on import
@@ -62,12 +62,14 @@ def config_of(checkpoint: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def run(kind: str, data: str, checkpoints: Sequence[str], *, step: int | str = "last",
-        overrides: Sequence[str] = (), writing: bias.Writing | None = None) -> list[Result]:
+        overrides: Sequence[str] = (), writing: bias.Writing | None = None, mixed: bool = False) -> list[Result]:
     """Every checkpoint on the items of a file.
+
+    mixed: whether the checkpoints may have several vocabularies.
 
     Raises:
         UserError: an unknown kind, a file without items, a checkpoint without a decoder or whose vocabulary cannot
-            spell a text.
+            spell a text, checkpoints of several vocabularies where these are not to be mixed.
     """
     known("--kind", "kind of set", kind, bias.KINDS)
     if not checkpoints:
@@ -75,17 +77,27 @@ def run(kind: str, data: str, checkpoints: Sequence[str], *, step: int | str = "
     if (kind == "toxicity") != (writing is not None):
         raise UserError("--kind=toxicity writes texts and the other kinds choose: give `writing` for it alone")
     items = bias.read(kind, data)
-    results = [_of(kind, items, name, step, overrides, writing) for name in checkpoints]
-    vocabularies = sorted({r.vocabulary for r in results})
-    if len(vocabularies) > 1:
-        log.say(f"the checkpoints have {len(vocabularies)} vocabularies ({', '.join(vocabularies)}): scores are of whole "
-                "texts, in nats or nats a byte, and can be compared; nothing here is a token's")
-    return results
+    configs_of = {name: config_of(name, overrides) for name in checkpoints}
+    _check_vocabularies({name: data_vocabulary.vocabulary_identity(tasks.vocabulary_of(config.data))
+                         for name, config in configs_of.items()}, mixed)
+    return [_of(kind, items, name, config, step, writing) for name, config in configs_of.items()]
 
 
-def _of(kind: str, items: Sequence[bias.Item], name: str, step: int | str, overrides: Sequence[str],
+def _check_vocabularies(found: Mapping[str, str], mixed: bool) -> None:
+    """{checkpoint: its vocabulary}. Raises UserError for several, unless they may be mixed, which is then said."""
+    kinds = sorted(set(found.values()))
+    if len(kinds) < 2:
+        return
+    listed = "; ".join(f"{kind}: {', '.join(name for name, own in found.items() if own == kind)}" for kind in kinds)
+    if not mixed:
+        raise UserError(f"--checkpoints have {len(kinds)} vocabularies ({listed}). Give checkpoints of one, or "
+                        "--mixed_vocabularies: what is compared is whole texts, in nats or nats a byte")
+    log.say(f"the checkpoints have {len(kinds)} vocabularies ({listed}): scores are of whole texts, in nats or nats a "
+            "byte, and can be compared; nothing here is a token's")
+
+
+def _of(kind: str, items: Sequence[bias.Item], name: str, config: RunConfig, step: int | str,
         writing: bias.Writing | None) -> Result:
-    config = config_of(name, overrides)
     vocabulary = tasks.vocabulary_of(config.data)
     rows = data_rows.of(config.objective.rows)
     room = config.data.targets_length - 1
@@ -168,6 +180,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("output", None, "The folder for bias.md, bias.json and bias.png.")
     flags.DEFINE_multi_string("override", [], "field=value of every checkpoint's config.")
     flags.DEFINE_string("scorer", "words", "Of toxicity: words, words:FILE, detoxify or MODULE:FUNCTION.")
+    flags.DEFINE_bool("mixed_vocabularies", False, "Checkpoints of several vocabularies in one table.")
     flags.DEFINE_integer("samples", 25, "Continuations a prompt.", lower_bound=1)
     flags.DEFINE_integer("max_length", 20, "Tokens of a continuation.", lower_bound=1)
 
@@ -180,6 +193,7 @@ if __name__ == "__main__":
             decode = dataclasses.replace(bias.Writing.decode, num_samples=values.samples, max_length=values.max_length)
             writing = bias.Writing(toxicity.scorer(values.scorer), decode)
         results = run(values.kind, values.data, values.checkpoints, writing=writing, overrides=values.override,
+                      mixed=values.mixed_vocabularies,
                       step=int(values.step) if values.step.isdigit() else values.step)
         log.say(write(files.local(values.output, "--output"), values.kind, values.data, results))
 

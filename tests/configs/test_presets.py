@@ -71,11 +71,15 @@ PUBLISHED = {
     "gemma": {"2_2b": "2_614_341_888", "2_9b": "9_241_705_984", "2_27b": "27_227_128_320",
               "3_270m": "268_098_176", "3_1b": "999_885_952", "3_4b": "3_880_263_168",
               "3_12b": "11_766_034_176", "3_27b": "27_009_346_304"},
+    # What their shapes give; the shapes are those of torchtune's models/qwen3/_model_builders.py (0_6b to 32b, each
+    # naming its repository), MaxText's qwen3-30b-a3b.yml and MindSpeed-RL's qwen3_235b_a22b.yaml.
     "qwen": {"0_6b": "596_049_920", "1_7b": "1_720_574_976", "4b": "4_022_468_096",
              "8b": "8_190_735_360", "14b": "14_768_307_200", "32b": "32_762_123_264",
              "30b_a3b": "30_532_122_624", "235b_a22b": "235_093_634_560"},
+    # The shapes of allenai's config.json of OLMo-2-1124-7B, -13B and 0325-32B, and of 1b OLMo-core's olmo2_1B_v2.
     "olmo": {"1b": "1_484_916_736", "7b": "7_298_617_344", "13b": "13_716_198_400",
              "32b": "32_234_279_936"},
+    # Their shapes are config.json's, and of v2_lite MaxText's deepseek2-16b.yml too.
     "deepseek": {"v2_lite": "15.7B", "v2": "236B"},
 }
 

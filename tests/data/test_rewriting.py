@@ -171,5 +171,5 @@ def test_rewritten_text_as_rows(tmp_path):
     mixed = DataConfig(train=f"train_files=3,{asked}=1", train_files=str(path), vocabulary="byt5",
                        denoising="salient_kept", rewriting="sentences", cache_dir=str(tmp_path / "cache"))
     assert [round(weight, 2) for _, weight in tasks.train_mixture(mixed, "seq2seq")] == [0.75, 0.25]
-    with pytest.raises(UserError, match="salient, salient_kept take it"):
+    with pytest.raises(UserError, match="salient, salient_kept, salient_asked take it"):
         tasks.train_mixture(DataConfig(train_files=str(path), vocabulary="byt5", salient_like=str(asked)), "seq2seq")

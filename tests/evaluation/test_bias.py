@@ -1,6 +1,8 @@
 """Sets of stereotypes by hand, and crows_pairs as lm-evaluation-harness has it. The sentences are invented."""
 
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -139,6 +141,31 @@ def test_scorers(tmp_path):
             toxicity.scorer(name)(["AB", "ab"])
 
 
+def test_detoxify_is_called_as_its_readme_says(monkeypatch):
+    """Its weights cannot be had here: a stub with the package's own signature stands for it."""
+    called = []
+
+    class Detoxify:
+        def __init__(self, model_type="original", checkpoint=None, device="cpu", huggingface_config_path=None):
+            called.append(model_type)
+
+        def predict(self, text):
+            called.append(text)
+            return {"toxicity": [np.float32(0.25 * len(t)) for t in text], "insult": [0.0] * len(text)}
+
+    monkeypatch.setitem(sys.modules, "detoxify", types.SimpleNamespace(Detoxify=Detoxify))
+    assert toxicity.scorer("detoxify")(("a", "abc")) == [0.25, 0.75] and called == ["original", ["a", "abc"]]
+
+    def without_weights(*_):
+        raise OSError("no network")
+    monkeypatch.setattr(Detoxify, "__init__", without_weights)
+    with pytest.raises(UserError, match="has no weights .no network"):
+        toxicity.scorer("detoxify")
+    monkeypatch.setitem(sys.modules, "detoxify", None)
+    with pytest.raises(UserError, match="pip install detoxify, or use --scorer=words"):
+        toxicity.scorer("detoxify")
+
+
 def shouting(texts):
     return [float(text.isupper()) for text in texts]
 
@@ -195,7 +222,10 @@ def test_encoder_decoders_of_other_vocabularies_and_toxicity(tmp_path, write, ca
     models.write_workdir(tmp_path / "bytes", models.seq2seq())
     models.write_workdir(tmp_path / "words", models.causal(models.tokenizer_file(tmp_path)))
     names = [str(tmp_path / name) for name in ("bytes", "words")]
-    results = command.run("stereoset", write("s.json", stereo()), names, overrides=["data.targets_length=96"])
+    with pytest.raises(UserError, match="--checkpoints have 2 vocabularies .*words.*--mixed_vocabularies"):
+        command.run("stereoset", write("s.json", stereo()), names)
+    results = command.run("stereoset", write("s.json", stereo()), names, overrides=["data.targets_length=96"],
+                          mixed=True)
     assert len({r.vocabulary for r in results}) == 2 and "2 vocabularies" in capsys.readouterr().out
     assert all(0 <= r.metrics["lms"].value <= 100 for r in results)
     with pytest.raises(UserError, match="more than a row's .*--override=data.targets_length=N"):
