@@ -29,6 +29,7 @@ ABSL = {"help", "helpfull", "verbosity", "alsologtostderr"}
 SHORT = {
     "python -m t5x_lite.plan --published": "GPT-3",
     "python -m t5x_lite.inspect_task --list": "scan_simple",
+    "python -m t5x_lite.scaling laws": "hoffmann",
 }
 
 
