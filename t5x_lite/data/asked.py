@@ -15,6 +15,7 @@ Give training questions alone: the wording of the others would tell what is aske
 import collections
 import functools
 import re
+import types
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -33,15 +34,31 @@ class Wording(NamedTuple):
     text: str
     finder: salient_choice.Finder
 
-    def ask(self, document: rewriting.Document) -> tuple[str, str] | None:
-        """(question, answer) of a document; None where no span looks like an answer."""
+    def answer(self, document: rewriting.Document) -> str:
+        """What a document says to it; "" where no span looks like an answer."""
         subject = document.subject
         spans = [(self.finder.score(unit, subject, span), -place, unit[slice(*span)])
                  for place, unit in enumerate(document.units) for span in self.finder.spans(unit, subject)
                  if not _is_name(unit, subject, span)]
-        if not subject or not spans:
-            return None
-        return self.text.replace(SLOT, subject), max(spans)[2]
+        return max(spans)[2] if spans else ""
+
+
+class Asker(NamedTuple):
+    """Wordings, and whose name each name is (evidence.by_name, to subjects)."""
+
+    wordings: tuple[Wording, ...] = ()
+    subjects: Mapping[str, str] = types.MappingProxyType({})
+
+    def questions(self, document: rewriting.Document) -> list[tuple[str, str]]:
+        """(question, answer) of each wording that the document answers, by each of its subject's names; the
+        document's units are as they were cut."""
+        subject = document.subject
+        called = [name for name in names.aliases(subject) if self.subjects.get(name.casefold()) == subject]
+        answers = ((w.text, w.answer(document)) for w in self.wordings)
+        return [(text.replace(SLOT, name), answer) for text, answer in answers if answer for name in called]
+
+
+NOBODY = Asker()
 
 
 def _is_name(unit: str, subject: str, span: salient_choice.Span) -> bool:
@@ -50,8 +67,12 @@ def _is_name(unit: str, subject: str, span: salient_choice.Span) -> bool:
 
 
 def wording(question: str, subject: str) -> str:
-    """The question with a slot for the name, in whatever letters it stands there."""
-    return re.sub(rf"(?<!\w){re.escape(subject)}(?!\w)", SLOT, question, flags=re.IGNORECASE)
+    """The question with a slot for the name, in whatever letters and by whichever of its forms it stands there."""
+    for name in sorted(names.aliases(subject), key=len, reverse=True):
+        text, count = re.subn(rf"(?<!\w){re.escape(name)}(?!\w)", SLOT, question, flags=re.IGNORECASE)
+        if count:
+            return text
+    return question
 
 
 def by_wording(found: Sequence[evidence.Evidence]) -> dict[str, list[evidence.Evidence]]:
@@ -64,14 +85,15 @@ def by_wording(found: Sequence[evidence.Evidence]) -> dict[str, list[evidence.Ev
             if SLOT in text and len(group) >= LEAST}
 
 
-def learn(documents: Sequence[rewriting.Document], groups: Mapping[str, Sequence[evidence.Evidence]]
-          ) -> tuple[Wording, ...]:
+def learn(documents: Sequence[rewriting.Document], groups: Mapping[str, Sequence[evidence.Evidence]]) -> Asker:
     """What each wording asks for, from the documents that answer it."""
-    return tuple(Wording(text, salient_choice.train(documents, group, LOST)) for text, group in groups.items())
+    subjects = {name: group[0].subject for name, group in evidence.by_name(documents).items()}
+    return Asker(tuple(Wording(text, salient_choice.train(documents, group, LOST)) for text, group in groups.items()),
+                 subjects)
 
 
 @functools.lru_cache(maxsize=4)
-def learned(files: tuple[str, ...], document: str, steps: tuple[str, ...], like: str) -> tuple[Wording, ...]:
+def learned(files: tuple[str, ...], document: str, steps: tuple[str, ...], like: str) -> Asker:
     """The wordings of the questions in `like` and what they ask for in the text of the files.
 
     Raises UserError without questions, and where no wording recurs among those that the text answers.
@@ -87,9 +109,3 @@ def learned(files: tuple[str, ...], document: str, steps: tuple[str, ...], like:
                         f"the text answers ({sum(bool(e.unit) for e in found)} of {len(found)}), so that nothing can "
                         "be asked likewise; take data.denoising=salient_kept")
     return learn(documents, groups)
-
-
-def questions(document: rewriting.Document, wordings: Sequence[Wording]) -> list[tuple[str, str]]:
-    """(question, answer) of each wording that the document answers; its units as they were cut."""
-    asked = (w.ask(document) for w in wordings)
-    return [pair for pair in asked if pair]

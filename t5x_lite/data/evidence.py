@@ -44,21 +44,30 @@ class Evidence(NamedTuple):
                                        for start, limit in names.places(self.unit, self.subject))
 
 
+def by_name(documents: Iterable[rewriting.Document]) -> dict[str, list[rewriting.Document]]:
+    """{name in small letters: the documents whose subject is called so}; what two subjects may be called is nobody's,
+    unless it is the whole name of one."""
+    found: dict[str, list[rewriting.Document]] = {}
+    for document in documents:
+        for name in names.aliases(document.subject):
+            found.setdefault(name.casefold(), []).append(document)
+    whole = {name: [d for d in group if d.subject.casefold() == name] for name, group in found.items()}
+    return {name: whole[name] or group for name, group in found.items()
+            if whole[name] or len({d.subject for d in group}) == 1}
+
+
 def find(documents: Sequence[rewriting.Document], questions: Iterable[Question]) -> list[Evidence]:
     """The evidence of each question, in order."""
-    by_subject: dict[str, list[rewriting.Document]] = {}
-    for document in documents:
-        if document.subject:
-            by_subject.setdefault(document.subject.casefold(), []).append(document)
-    return [_of(question, by_subject) for question in questions]
+    named = by_name(documents)
+    return [_of(question, named) for question in questions]
 
 
-def _of(question: Question, by_subject: dict[str, list[rewriting.Document]]) -> Evidence:
+def _of(question: Question, named: Mapping[str, Sequence[rewriting.Document]]) -> Evidence:
     asked = question.text.casefold()
-    known = [name for name in by_subject if name in asked and names.places(asked, name)]
+    known = [name for name in named if name in asked and names.places(asked, name)]
     if not known:
         return Evidence(question)
-    documents = by_subject[max(known, key=len)]
+    documents = named[max(known, key=len)]
     units = [unit for document in documents for unit in document.units]
     subject = documents[0].subject
     found = [Evidence(question, subject, unit, span)

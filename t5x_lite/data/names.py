@@ -92,6 +92,26 @@ def subject(text: str) -> str:
     return next(iter([*opening, *(n for n in names if " " in n), *names]), "")
 
 
+_TITLES = frozenset("sir dame lord lady dr prof mr mrs ms st saint rev gen col capt".split())
+_SUFFIXES = frozenset("jr sr ii iii iv".split())
+
+
+def aliases(subject: str) -> list[str]:
+    """What else a text's subject may be called in whole: without titles and "Jr.", by first and last name.
+
+    The name itself comes first. "Sir Thomas Alva Edison Jr." -> also "Thomas Alva Edison", "Thomas Edison"; a name with
+    a small word ("Ludwig van Beethoven", "Bosnia and Herzegovina") is not shortened.
+    """
+    words = subject.split()
+    while len(words) > 2 and words[0].lower().rstrip(".") in _TITLES:
+        words = words[1:]
+    while len(words) > 2 and words[-1].lower().rstrip(".") in _SUFFIXES:
+        words = words[:-1]
+    plain = " ".join(words).rstrip(",")
+    short = f"{words[0]} {words[-1]}" if len(words) > 2 and all(w[0].isupper() for w in words) else plain
+    return list(dict.fromkeys(filter(None, (subject, plain, short))))
+
+
 def holds(text: str, name: str) -> bool:
     """Whether the name stands in the text as whole words, in these letters."""
     return bool(places(text, name))

@@ -93,8 +93,8 @@ def settings_of(config: DataConfig, kind: str) -> Settings:
 
 
 def examples(texts: Iterable[str], settings: Settings = PLAIN, finder: salient_choice.Finder = salient_choice.ALL,
-             wordings: Sequence[asked.Wording] = ()) -> Iterator[tuple[str, str]]:
-    """(inputs, targets) of the salient spans of every sentence of some texts, and of the questions of the wordings.
+             asker: asked.Asker = asked.NOBODY) -> Iterator[tuple[str, str]]:
+    """(inputs, targets) of the salient spans of every sentence of some texts, and the questions that they answer.
 
     With rewriting, of every unit that has spans, all texts in one version after another; these units are kept in
     memory. Spans are found in a text as it was: a rewritten one may put two names side by side.
@@ -104,9 +104,9 @@ def examples(texts: Iterable[str], settings: Settings = PLAIN, finder: salient_c
     if not rewrite.steps:
         for document in documents:
             yield from _rows(document, settings.kind, finder.spans)
-            yield from asked.questions(document, wordings)
+            yield from asker.questions(document)
         return
-    prepared = [(*salient_choice.chosen(document, finder), asked.questions(document, wordings))
+    prepared = [(*salient_choice.chosen(document, finder), asker.questions(document))
                 for document in documents]
     rest = rewrite._replace(steps=tuple(step for step in rewrite.steps if step not in rewriting.CUTS))
     for number in range(rewrite.rewrites):
@@ -139,8 +139,8 @@ def task(name: str, files: Sequence[str], split: str, document: str,
     """
     def spans(path: str) -> Iterator[tuple[str, str]]:
         how = (tuple(files), document, settings.rewrite.steps, settings.like)
-        wordings = asked.learned(*how) if KINDS[settings.kind].asks else ()
-        yield from examples(text_files.read_documents([path], document), settings, salient_choice.learned(*how), wordings)
+        asker = asked.learned(*how) if KINDS[settings.kind].asks else asked.NOBODY
+        yield from examples(text_files.read_documents([path], document), settings, salient_choice.learned(*how), asker)
 
     how = (settings, rewriting.VERSION, salient_choice.digest(settings.like),
            *([asked.VERSION] if KINDS[settings.kind].asks else []))
