@@ -107,7 +107,8 @@ def aliases(subject: str) -> list[str]:
         words = words[1:]
     while len(words) > 2 and words[-1].lower().rstrip(".") in _SUFFIXES:
         words = words[:-1]
-    plain = " ".join(words).rstrip(",")
+    words = [word.rstrip(",") for word in words]
+    plain = " ".join(words)
     short = f"{words[0]} {words[-1]}" if len(words) > 2 and all(w[0].isupper() for w in words) else plain
     return list(dict.fromkeys(filter(None, (subject, plain, short))))
 
