@@ -32,12 +32,13 @@ Your own text and questions by name=value pairs behind the colon, commas between
     held_out    the same, to score on             unit       sentences, or lines: of one statement each
     dev=1       score on the last fifth of `questions` instead, to choose settings on
     arms        which, joined by "+"              seeds      how many (3)
-    steps       of pre-training (600)             vocabulary facts, byt5, t5 or a file
+    steps       of pre-training (400)             vocabulary facts, byt5, t5 or a file
 
     …:passages=factbook.txt,document=paragraph,unit=lines,questions=qa.jsonl[:50%],held_out=qa.jsonl[50%:]
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -97,9 +98,9 @@ class Options:
     document: str = "line"
     unit: str = "sentences"
     vocabulary: str = "facts"
-    arms: str = "none+salient+mixed+named+like+cured"
+    arms: str = "none+salient+mixed+cured+asked"
     seeds: str = "3"
-    steps: str = "600"
+    steps: str = "400"
     dev: str = ""
 
 
@@ -155,22 +156,40 @@ def split_for_dev(chosen: Options) -> Options:
     return dataclasses.replace(chosen, questions=f"{path}[{low}%:{middle}%]", held_out=f"{path}[{middle}%:{high}%]")
 
 
-def _evidence(chosen: Options):
-    """What the text says to each held-out question. Raises UserError for files without documents or questions."""
+@functools.lru_cache(maxsize=2)
+def _documents(passages: str, document: str, unit: str) -> tuple:
+    """The text as rewriting.Document, cut. Raises UserError for files without documents."""
     data_tasks.tensorflow_side()
-    from t5x_lite.data import evidence, rewriting, salient_choice, text_files
-    paths = text_files.find_files(chosen.passages, "passages")
-    documents = [rewriting.cut(text, (chosen.unit,))
-                 for text in text_files.read_documents(paths, chosen.document)]
+    from t5x_lite.data import rewriting, text_files
+    paths = text_files.find_files(passages, "passages")
+    documents = tuple(rewriting.cut(text, (unit,)) for text in text_files.read_documents(paths, document))
     if not documents:
-        raise UserError(f"passages={chosen.passages!r} hold no document: all their lines are blank")
-    salient_choice.questions_of(chosen.questions, "questions")
-    return evidence.find(documents, salient_choice.questions_of(chosen.held_out, "held_out"))
+        raise UserError(f"passages={passages!r} hold no document: all their lines are blank")
+    return documents
+
+
+def _evidence(chosen: Options, field: str) -> list:
+    """What the text says to each question of `questions` or `held_out`. Raises UserError for files without any."""
+    documents = _documents(chosen.passages, chosen.document, chosen.unit)
+    from t5x_lite.data import evidence, salient_choice
+    return evidence.find(documents, salient_choice.questions_of(getattr(chosen, field), field))
+
+
+def _check_wordings(chosen: Options) -> None:
+    """Raises UserError where an arm asks the text's own questions and no wording recurs."""
+    from t5x_lite.data import asked, salient_spans
+    found = _evidence(chosen, "questions")
+    asking = [arm for arm in chosen.arms.split("+") if salient_spans.KINDS[ARMS[arm].kind].asks]
+    if asking and not asked.by_wording(found):
+        others = "+".join(arm for arm in chosen.arms.split("+") if arm not in asking) or "none+salient+cured"
+        raise UserError(f"closed_book_any_text.py:arms={chosen.arms}: no wording stands {asked.LEAST} times among the "
+                        f"{len(found)} training questions, once their names are taken away, so that arm "
+                        f"{', '.join(asking)} has nothing to ask; take arms={others}")
 
 
 def _storage_probes(chosen: Options) -> dict[str, str]:
     """{arm: the path of a file in the cache}: the sentences of the held-out questions, their answers hidden."""
-    found = [e for e in _evidence(chosen) if e.unit]
+    found = [e for e in _evidence(chosen, "held_out") if e.unit]
     if not found:
         raise UserError(f"passages={chosen.passages!r} answer none of the questions of {chosen.held_out!r}: no "
                         "document's subject stands in a question and has its answer")
@@ -214,6 +233,7 @@ def get_runs(arg: str | None = None) -> tuple[Run, ...]:
     """All arms, seeds and stages."""
     chosen = split_for_dev(options(arg))
     storage, runs = _storage_probes(chosen), []
+    _check_wordings(chosen)
     for seed in range(int(chosen.seeds)):
         for name in chosen.arms.split("+"):
             if ARMS[name].steps:
@@ -296,4 +316,4 @@ def _covered(runs: Sequence[Run]) -> list[str]:
     from t5x_lite.data import evidence
     held_out = _held_out(runs)
     chosen = Options(data.train_files, held_out, held_out, data.text_document, data.rewriting.partition(",")[0])
-    return [f"- {count} {what}" for what, count in evidence.coverage(_evidence(chosen)).items()]
+    return [f"- {count} {what}" for what, count in evidence.coverage(_evidence(chosen, "held_out")).items()]

@@ -36,6 +36,8 @@ def test_arms_differ_in_what_they_read(given):
     assert len(lines) == 6 and lines[0] == {"inputs": "nem: She was born in _X_ on 1 May 1900.", "targets": "Bern6"}
     named = open(cured.validation.rpartition(",")[2]).readline()
     assert json.loads(named)["inputs"] == "nem: Ada Gilholm was born in _X_ on 1 May 1900."
+    asking = experiment.get_runs(f"{given},seeds=1,arms=asked")[0].config.data
+    assert (asking.denoising, asking.salient_like, asking.rewrites) == ("salient_asked", cured.salient_like, 20)
     dev = experiment.get_runs(f"{given},dev=1,arms=none")[0].config.data
     assert dev.train.endswith("[0%:40%]") and dev.validation.endswith("[40%:50%]")
 
@@ -52,6 +54,8 @@ def test_wrong_input_is_refused_by_name(given, tmp_path):
             (f"passages={p},questions={tmp_path / 'none.jsonl'},held_out={tmp_path / 'q.jsonl'}", "none.jsonl"),
             (f"passages={p},questions=q.jsonl", "held_out missing"),
             (f"passages={p},questions=q.jsonl,held_out=q.jsonl", "what is trained on would be scored"),
+            (given.replace("[:50%]", "[:34%]") + ",arms=none+asked",
+             "no wording stands 5 times among the 4 training .* arm asked has nothing to ask; take arms=none"),
             (f"{given},arms=cured+curd", "did you mean 'cured'"), (f"{given},unit=words", "sentences"),
             (f"{given},seeds=0", "a number from 1 on"), (f"{given},pasages=f", "did you mean 'passages'")):
         with pytest.raises(UserError, match=message):
