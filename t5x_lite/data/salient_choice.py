@@ -46,19 +46,20 @@ class Finder:
                 if not self.weights or self.score(unit, subject, span) >= self.threshold]
 
     def score(self, unit: str, subject: str, span: Span) -> float:
-        return sum(self.weights.get(f, 0.0) for f in features(unit, subject, span))
+        return math.fsum(self.weights.get(f, 0.0) for f in features(unit, subject, span))   # in whatever order
 
 
 ALL = Finder()
 
 
-def candidates(unit: str, shapes: Sequence[str] = ()) -> list[Span]:
+@functools.lru_cache(maxsize=1 << 13)
+def candidates(unit: str, shapes: tuple[str, ...] = ()) -> tuple[Span, ...]:
     """Names, dates, and words of the shapes, in order, not overlapping."""
     spans = names.salient_spans(unit)
     for shape in shapes:
         more = (m.span() for m in re.finditer(rf"(?<!\S){shape}(?=[\s,;:!?)]|\.?$|\.\s)", unit))
         spans += [(s, e) for s, e in more if all(e <= start or limit <= s for start, limit in spans)]
-    return sorted(spans)
+    return tuple(sorted(spans))
 
 
 def shape(answer: str) -> str | None:
@@ -77,7 +78,8 @@ def _class_of(part: str) -> str:
     return re.escape(part)
 
 
-def features(unit: str, subject: str, span: Span) -> set[str]:
+@functools.lru_cache(maxsize=1 << 15)   # a document's, which several finders look at one after another
+def features(unit: str, subject: str, span: Span) -> frozenset[str]:
     """The words around a span, with their side, and what it is itself: its first letter's kind, its length."""
     text = unit[slice(*span)]
     left, right = unit[:span[0]], unit[span[1]:]
@@ -86,8 +88,8 @@ def features(unit: str, subject: str, span: Span) -> set[str]:
     sides = [("<", word) for word in _words(left)[-_LEFT:]] + [
         (">", word) for word in _words(right)[:_RIGHT]]
     first = "9" if text[0].isdigit() else "A" if text[0].isupper() else text[0]
-    return {f"{side}{word}" for side, word in sides} | {
-        f"={first}", f"={min(len(text.split()), 4)}", f"={any(c.isdigit() for c in text)}"}
+    return frozenset({f"{side}{word}" for side, word in sides} | {
+        f"={first}", f"={min(len(text.split()), 4)}", f"={any(c.isdigit() for c in text)}"})
 
 
 def _words(text: str) -> list[str]:
@@ -169,7 +171,7 @@ def train(documents: Iterable[rewriting.Document], found: Sequence[evidence.Evid
     return dataclasses.replace(finder, threshold=scores[int(len(scores) * lost)] if scores else -math.inf)
 
 
-def _log_odds(positives: Sequence[set[str]], negatives: Sequence[set[str]]) -> dict[str, float]:
+def _log_odds(positives: Sequence[frozenset[str]], negatives: Sequence[frozenset[str]]) -> dict[str, float]:
     """log p(feature | answer) / p(feature | other span), half an occurrence added to each.
 
     A feature of fewer than _SEEN of the answers says nothing for them: a single name beside one answer
