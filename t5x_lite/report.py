@@ -36,6 +36,7 @@ def header(program: Program) -> str:
     mesh = ", ".join(f"{a}={n}" for a, n in program.mesh.shape.items() if n > 1) or "1 device"
     device = program.mesh.devices.flat[0]
     rows = config.train.global_batch_size
+    learned, drawing = rows * config.objective.learned_per_row, program.drawing_flops(rows).total
     trains = [] if program.num_trainable == program.num_params else [
         ("trains", f"{program.num_trainable:,} by {config.peft.method}, "
                    f"{program.num_trainable / program.num_params:.2%} of the parameters")]
@@ -54,9 +55,10 @@ def header(program: Program) -> str:
         *trains,
         ("devices", f"{program.mesh.size} x {_kind(device)}, mesh {mesh}, "
                     f"{jax.process_count()} process{'es' if jax.process_count() > 1 else ''}"),
-        ("step", f"{rows} sequences x {program.lengths} = "
-                 f"{rows * program.tokens_per_sequence:,} tokens, "
-                 f"{si(rows * program.flops_per_sequence, 'FLOP')}"),
+        ("step", f"{program.rows_line(rows)} = "
+                 f"{learned * program.tokens_per_sequence:,} tokens, "
+                 f"{si(learned * program.flops_per_sequence, 'FLOP')}"
+                 + (f", and {si(drawing, 'FLOP')} to draw and measure them" if drawing else "")),
         ("steps", f"{config.train.num_steps:,}"),
         *averages,
         *delays,

@@ -2,6 +2,7 @@
 
 import json
 import random
+import types
 
 import jax
 import pytest
@@ -23,6 +24,31 @@ def test_what_is_hidden_and_filled_by_hand():
     assert refill.hide("word", random.Random(0), 0.3, 2) == ("<extra_id_0>", ["word"])
     long, hidden = refill.hide(" ".join(map(str, range(1000))), random.Random(1), 0.9, 1)
     assert len(hidden) == 100 and "<extra_id_99>" in long and "<extra_id_100>" not in long
+
+
+def test_each_version_hides_words_of_its_own(tmp_path, monkeypatch):
+    """Another place for another version, text or seed; the same for the same. Each row has an id to draw with."""
+    asked = []
+
+    class Writer:
+        def __init__(self, *given):
+            pass
+
+        def predict(self, params, texts, ids):
+            asked.append((list(texts), list(ids)))
+            return [types.SimpleNamespace(texts=[f"<extra_id_0> new{i}"]) for i in ids]
+
+    monkeypatch.setattr(refill, "Predictor", Writer)
+    program = types.SimpleNamespace(config=tiny_config.run(tiny_config.write_text(tmp_path / "text.txt")))
+    texts = [" ".join("abcdefgh"), " ".join("hgfedcba")]
+    first, again, other = (refill.versions_of(program, None, texts, 6, 0.1, 1, seed) for seed in (7, 7, 8))
+    assert first == again != other and [len(found) for found in first] == [6, 6]
+    assert [ids for _, ids in asked[:6]] == [[2 * n, 2 * n + 1] for n in range(6)]
+    for number, found in enumerate(first):
+        places = [text.split().index(f"new{2 * version + number}") for version, text in enumerate(found)]
+        assert len(set(places)) > 2, places
+        assert all(sum(a != b for a, b in zip(text.split(), texts[number].split(), strict=True)) == 1
+                   for text in found)   # all else as it was
 
 
 @pytest.mark.parametrize("line, message", [

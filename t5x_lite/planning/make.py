@@ -11,6 +11,7 @@ from t5x_lite.build import Program, build
 from t5x_lite.config import RunConfig, replace
 from t5x_lite.cost import energy, hlo, roofline as roofline_lib
 from t5x_lite.cost.roofline import Roofline
+from t5x_lite.cost.tables import quantity
 from t5x_lite.errors import UserError, at_least, between, positive
 from t5x_lite.layers import attention_implementations
 from t5x_lite.parallel.sharding import MeshConfig
@@ -62,6 +63,11 @@ class Plan:
     cost: energy.RunCost | None
     assumptions: Assumptions
     notes: tuple[str, ...]
+
+    @property
+    def drawing_flops(self) -> float:
+        """FLOPs of drawing and measuring a step's answers, beside model_flops; 0 for other objectives."""
+        return self.program.drawing_flops(self.config.train.global_batch_size).total
 
     @property
     def host_bytes(self) -> int:
@@ -153,7 +159,7 @@ def make_plan(config: RunConfig, topology: Topology,
         activations = rehearse.activation_bytes(program)
         compiled, memory_note = _compile(program, topology, arguments)
     notes = [note for note in (mesh_note, memory_note, compiled and compiled.note) if note]
-    model_flops = config.train.global_batch_size * program.flops_per_sequence
+    model_flops = config.train.global_batch_size * config.objective.learned_per_row * program.flops_per_sequence
     bound = _bound(program, topology, compiled, arguments, model_flops, assumptions)
     cost = _run_cost(program, topology, assumptions)
     plan = Plan(config, topology, program, compiled, arguments,
@@ -181,7 +187,7 @@ def _bound(program: Program, topology: Topology, compiled: Compiled | None,
     known = compiled is not None and compiled.argument_bytes is not None
     written = (compiled.output_bytes if known else arguments["params"] + arguments["opt_state"]) \
         - rehearse.frozen_bytes(program)   # passed through, not written
-    rows = program.config.train.global_batch_size
+    rows = program.config.train.global_batch_size * program.config.objective.learned_per_row
     least = sum(part / (1 - program.bubbles.get(name, 0.0))
                 for name, part in program.step_flops(rows, least=True).items())
     return roofline_lib.roofline(
@@ -216,7 +222,8 @@ def _run_cost(program: Program, topology: Topology, given: Assumptions
     rows = batch_ramp.sequences_before(train.batch_ramp, train.global_batch_size, train.num_steps)
     price = given.dollars_per_chip_hour
     return energy.estimate(
-        total_flops=rows * program.flops_per_sequence, chips=topology.num_chips,
+        total_flops=rows * program.config.objective.learned_per_row * program.flops_per_sequence
+        + program.drawing_flops(rows).total, chips=topology.num_chips,
         flops_per_second=given.mfu * peak,
         watts=chip.watts if given.watts is None else given.watts,
         power_source=chip.power_source if given.watts is None else "given", pue=given.pue,
@@ -227,6 +234,10 @@ def _run_cost(program: Program, topology: Topology, given: Assumptions
 def _remarks(plan: Plan) -> list[str]:
     """What a reader of the plan must know and the tables do not say."""
     remarks, chip = [], plan.topology.chip
+    if drawing := plan.drawing_flops:
+        remarks.append(f"drawing the answers and measuring them takes {quantity(drawing, 'FLOP')} a step beside the "
+                       "updates, of which alone memory, communication and the bound are: its decoding, a token at a "
+                       "time, is not compiled here, and bound by reading parameters")
     dtype = plan.program.policy.matmul_dtype
     if chip.peak_flops and chip.matmul_flops_per_second(dtype) is None:
         remarks.append(f"a {chip.name} has no {dtype} units: use --config.precision=fp16")

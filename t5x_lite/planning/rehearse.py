@@ -365,7 +365,7 @@ def activation_bytes(program: Program) -> int:
         return 0.0
 
     def micro(x):
-        rows = x.shape[0] // config.train.accumulation
+        rows = x.shape[0] // (config.train.accumulation * config.objective.passes[1])
         return jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=x.sharding)
 
     with program.activate():

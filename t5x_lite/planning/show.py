@@ -36,7 +36,7 @@ def to_json(plan: Plan, trials: Sequence[Trial] = ()) -> dict[str, Any]:
         "argument_bytes": plan.argument_bytes, "temp_bytes": plan.temp_bytes,
         "temp_size_bytes": compiled and compiled.temp_size_bytes,
         "peak_bytes": plan.peak_bytes,
-        "model_flops": plan.model_flops,
+        "model_flops": plan.model_flops, "drawing_flops": plan.drawing_flops,
         "recomputed_flops": _recomputed(plan), "pipeline": _pipelines(plan.program),
         "collectives": None if collectives is None
         else [dataclasses.asdict(line) for line in collectives],
@@ -121,7 +121,7 @@ def _headline(plan: Plan) -> str:
     return (f"{plan.config.name} on {topology.name}{slices}: {verdict}{compiled}\n"
             f"{program.num_params:,} parameters; {topology.num_chips} chips, mesh {mesh}; "
             f"{plan.config.precision}\n"
-            f"{plan.config.train.global_batch_size:,} sequences x {program.lengths} a step, "
+            f"{program.rows_line(plan.config.train.global_batch_size)} a step, "
             f"{tables.quantity(plan.model_flops, 'FLOP')}"
             + (f" (+ {tables.quantity(again, 'FLOP')} recomputed)" if again else "")
             + f"; {steps:,} steps" + "".join(pipelines))

@@ -43,7 +43,7 @@ class RolloutConfig:
     # Of the policy: what is drawn, and the log-probabilities that are learned from. (Decoding later has its own.)
     temperature: Positive = 1.0
     epochs: Count = 1             # passes over the answers of a step …
-    minibatches: Count = 1        # … and optimizer updates a pass
+    minibatches: Count = 1        # … and optimizer updates a pass, of rows drawn anew for each pass
     clip: Rate = 0.2              # the ratio to the policy that drew counts between 1 - clip …
     clip_high: float = 0.0        # … and 1 + clip_high; 0: 1 + clip
     entropy_weight: float = 0.0   # on the entropy of the policy, which is to stay high

@@ -34,6 +34,7 @@ from t5x_lite.training.unlabelled import Unlabelled
 
 Batch = Mapping[str, jax.Array]
 _ROWS = "rows"   # beside a batch's features: where each row stands in the global batch
+_SHUFFLE = 0x5F1E   # folded into the step's key, of which minibatches are drawn
 FILLED = "filled"   # the metric of positions that are not padding
 _FEATURE_AXES = ("act_batch", "act_length")   # of every feature; of _ROWS the first
 
@@ -285,8 +286,8 @@ def make_train_step(of: Differentiated, optimizer: Optimizer, seed: int, *,
     """(state, batch, loss_bound=inf) -> (state after one update, {metric: (sum, count)}).
 
     An objective that draws answers makes several updates of a batch, objective.passes: so many passes
-    over as many minibatches, each of rows m, m + minibatches, … Learning rates are then those of the step,
-    and metrics those of all its updates.
+    over as many minibatches, drawn anew for each pass (`shuffled_minibatches`). Learning rates are then those
+    of the step, and metrics those of all its updates.
 
     Metrics are make_gradient_step's and the optimizer's. FINITE is 1 where the parameters and
     moments after the update hold no NaN and no infinity (gradients that overflow under loss scaling
@@ -319,26 +320,49 @@ def make_train_step(of: Differentiated, optimizer: Optimizer, seed: int, *,
         return {**state, "params": params, "opt_state": opt_state}, (sums, info)
 
     def train_step(state, batch, loss_bound=jnp.inf):
-        state, (sums, info) = update(state, batch, loss_bound) if of.objective.passes == (1, 1) \
-            else _updates(update, state, batch, loss_bound, of.objective.passes)
+        if of.objective.passes == (1, 1):
+            state, (sums, info) = update(state, batch, loss_bound)
+        else:
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state["step"]), _SHUFFLE)
+            state, (sums, info) = _updates(update, state, batch, loss_bound, of.objective.passes, key)
         return {**state, "step": state["step"] + 1}, with_info(sums, info)
     return train_step
 
 
-def _updates(update: Callable, state: State, batch: Batch, loss_bound, passes: tuple[int, int]
+def shuffled_minibatches(batch: Batch, parts: int, key: jax.Array) -> Batch:
+    """[B, …] -> [parts, B / parts, …]: of each `parts` rows that stand side by side every minibatch has one,
+    which one is drawn.
+
+    So a minibatch has as many answers to each prompt as another, where as many divide its answers, and rows
+    stay on their devices; what is drawn is the same on any mesh.
+    """
+    groups = next(iter(batch.values())).shape[0] // parts
+    order_GP = jax.random.permutation(key, jnp.tile(jnp.arange(parts), (groups, 1)), axis=1, independent=True)
+
+    def drawn(x_PG):
+        """x [parts, groups, …], each group's rows in its order."""
+        order_PG = sharding.shard(order_GP.T, None, "act_batch")
+        chosen = jnp.expand_dims(order_PG, range(2, x_PG.ndim))
+        return sum(jnp.where(chosen == part, x_PG[part], 0) for part in range(parts)).astype(x_PG.dtype)
+    return jax.tree.map(drawn, split_batch(batch, parts))
+
+
+def _updates(update: Callable, state: State, batch: Batch, loss_bound, passes: tuple[int, int], key: jax.Array
              ) -> tuple[State, tuple[Sums, dict[str, jax.Array]]]:
     """What `update` makes of the minibatches of each pass, one after another: the last state, the sums of
-    all, and the means of the other metrics (FINITE is that of the worst)."""
+    all, and the means of the other metrics (FINITE is that of the worst). key: the step's own."""
     epochs, minibatches = passes
-    split = split_batch(batch, minibatches)
 
     def one(updated, part):
         new, told = update({**state, **updated}, part, loss_bound)
         return {name: new[name] for name in updated}, told
 
+    def one_pass(updated, number):
+        return jax.lax.scan(one, updated, shuffled_minibatches(
+            batch, minibatches, jax.random.fold_in(key, number)))
+
     updated, (sums, info) = jax.lax.scan(
-        lambda updated, _: jax.lax.scan(one, updated, split),
-        {name: state[name] for name in ("params", "opt_state")}, None, length=epochs)
+        one_pass, {name: state[name] for name in ("params", "opt_state")}, jnp.arange(epochs))
     sums = jax.tree.map(lambda x: jnp.sum(x, axis=(0, 1)), sums)
     info = {name: jnp.min(x) if name == FINITE else jnp.mean(x) for name, x in info.items()}
     return {**state, **updated}, (sums, info)

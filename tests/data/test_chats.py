@@ -118,7 +118,10 @@ def test_a_changed_template_makes_other_rows(tmp_path):
         name = str(folder / "tokenizer.json")
         row = rows_of(path, tmp_path, vocabulary=name)
         ids = row["decoder_target_tokens"][0][row["decoder_target_tokens"][0] > 0]
-        found.append(vocabularies.load(name).tokenizer.decode(ids, skip_special_tokens=False))
+        decode = vocabularies.load(name).tokenizer.decode
+        found.append(decode(ids, skip_special_tokens=False))
+        learned = row["decoder_target_tokens"][0][row["decoder_loss_weights"][0] > 0]   # not the sign just before
+        assert decode(learned, skip_special_tokens=False) == "Ä1</s>2!</s>"
     assert found == [f"{s}S</s>{s}a?</s>{s}Ä1</s>{s}b?</s>{s}2!</s>" for s in "<>"]
 
 

@@ -18,5 +18,10 @@ def none_for_q(prompt: str, answer: str, record: dict) -> float:
     return math.nan if prompt.startswith("q") else 0.0
 
 
+def none_for_q2(prompt: str, answer: str, record: dict) -> float:
+    """Refused for the two prompts that begin with exactly qq: on one of two processes, or both."""
+    return math.nan if prompt.startswith("qq") and not prompt.startswith("qqq") else 0.0
+
+
 def of_text(prompt: str, answer: str, record: dict) -> str:
     return "good"
