@@ -8,6 +8,8 @@ empty cache of compiled programs (cold) and with a filled one (warm), and to the
 Then the limit: what an interpreter takes to import jax and seqio, and what the run's own clock counts as
 steps and evaluation. The text cache is filled before, and so is Python's bytecode. Root may prefix
 `chrt -f 50`, which every process inherits, on a machine that does other work.
+`--t5x=PYTHON` also times T5X to the end of step one of the same model on the same task, in that
+interpreter (bench_t5x.py, whose environment bench_peers.py makes).
 """
 
 import json
@@ -24,6 +26,7 @@ import cpu_environment
 from absl import app, flags
 
 _BEFORE = flags.DEFINE_string("before", "HEAD~1", "The commit to compare with; '' for none.")
+_T5X = flags.DEFINE_string("t5x", "", "The Python of an environment with T5X: time its start too.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Runs of each kind.")
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -52,6 +55,19 @@ def run(tree: pathlib.Path, caches: pathlib.Path, workdir: pathlib.Path) -> tupl
                 first = time.perf_counter() - began
     assert process.returncode == 0, f"the run in {tree} ended with {process.returncode}"
     return first, time.perf_counter() - began
+
+
+def t5x_start(folder: pathlib.Path) -> float:
+    """Seconds from nothing to the end of step one of T5X; it keeps no compiled programs."""
+    began = time.perf_counter()
+    with subprocess.Popen(
+            [_T5X.value, ROOT / "scripts" / "bench_t5x.py", "start", folder / "t5x"], cwd=ROOT,
+            env=environment(ROOT, folder / "t5x_text"), stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("step 1"):
+                return time.perf_counter() - began
+    raise AssertionError(f"T5X's first step did not end in {_T5X.value}")
 
 
 def main(argv) -> None:
@@ -87,6 +103,12 @@ def measure(trees: dict[str, pathlib.Path], folder: pathlib.Path) -> None:
             first, whole = run(path, caches[tree], folder / "run")
             seconds[kinds[1]][tree].append(first)
             seconds[kinds[2]][tree].append(whole)
+    if _T5X.value:
+        theirs = [t5x_start(folder) for _ in range(_ROUNDS.value + 1)][1:]   # text and bytecode
+        cold, warm = (statistics.median(seconds[kind]["now"]) for kind in kinds[:2])
+        peer = statistics.median(theirs)
+        print(f"T5X, to the end of step one {peer:.1f} s: ours cold {cold / peer:.2f}, warm "
+              f"{warm / peer:.2f} of it")
     losses = {tree: _losses(path, caches[tree], folder / "run") for tree, path in trees.items()}
     for kind, found in seconds.items():
         medians = {tree: statistics.median(values) for tree, values in found.items()}

@@ -7,9 +7,12 @@ Prints seconds a step (median and minimum), tokens/s, model FLOP/s and its share
 matrix-multiplication peak measured in the same process between the steps, and what comes
 before the first step: import, initialisation and compilation. `--scan` keeps the layer
 scan; by default the layers are unrolled, which XLA's CPU backend runs faster. `--peer` takes turns with
-a step of transformers' T5 of the same shapes in PyTorch, with its Adafactor.
+a step of transformers' T5 of the same shapes in PyTorch, with its Adafactor; `--t5x=PYTHON` with one of
+T5X in that interpreter (bench_t5x.py, whose environment bench_peers.py makes).
 """
 
+import pathlib
+import subprocess
 import time
 
 import cpu_environment  # noqa: F401  first of all: it may start the script again
@@ -26,6 +29,7 @@ _LENGTHS = flags.DEFINE_string("lengths", "512,114", "Encoder and decoder positi
 _DTYPE = flags.DEFINE_string("dtype", "float32", "A precision policy: float32, bf16, …")
 _STEPS = flags.DEFINE_integer("steps", 5, "Steps timed, after one that is not.")
 _PEER = flags.DEFINE_bool("peer", False, "Take turns with transformers' T5; needs both.")
+_T5X = flags.DEFINE_string("t5x", "", "The Python of an environment with T5X: take turns with its step.")
 _SCAN = flags.DEFINE_bool("scan", False, "Scan the layers instead of unrolling them.")
 
 
@@ -74,6 +78,23 @@ def peers_step(config, inputs: int, targets: int):
     return step
 
 
+def t5x_step():
+    """A function that takes one step of T5X's trainer and returns its seconds, in a process of its own."""
+    process = subprocess.Popen(
+        [_T5X.value, pathlib.Path(__file__).with_name("bench_t5x.py"), "step", str(_BATCH.value),
+         _LENGTHS.value, {"bf16": "bfloat16"}.get(_DTYPE.value, _DTYPE.value)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdin and process.stdout
+    said = process.stdout.readline().strip()
+    assert said == "ready", f"T5X's step does not begin in {_T5X.value}: it says {said!r}"
+
+    def step() -> float:
+        process.stdin.write("\n")
+        process.stdin.flush()
+        return float(process.stdout.readline())
+    return step
+
+
 def main() -> None:
     import dataclasses
 
@@ -112,12 +133,15 @@ def main() -> None:
         step = program.jit_train_step().lower(state, batch).compile()
         compiled = time.perf_counter() - begin
         peer = peers_step(run.model, inputs, targets) if _PEER.value else None
-        seconds, peaks, peers = [], [], []
+        t5x = t5x_step() if _T5X.value else None
+        seconds, peaks, peers, t5xs = [], [], [], []
         for i in range(_STEPS.value + 1):
             if peer is not None:
                 begin = time.perf_counter()
                 peer()
                 peers.append(time.perf_counter() - begin)
+            if t5x is not None:
+                t5xs.append(t5x())
             peaks.append(measured_peak())
             begin = time.perf_counter()
             state, sums = step(state, batch)
@@ -137,6 +161,9 @@ def main() -> None:
     if peers:
         theirs = float(np.median(peers[1:]))
         print(f"transformers     {theirs:.3f} s a step in PyTorch, {theirs / median:.2f} times ours")
+    if t5xs:
+        theirs = float(np.median(t5xs[1:]))
+        print(f"T5X              {theirs:.3f} s a step, {theirs / median:.2f} of ours")
     print(f"before step one  import {imported:.1f} s, init {initialised:.1f} s, "
           f"compile {compiled:.1f} s")
 

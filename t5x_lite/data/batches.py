@@ -137,11 +137,16 @@ class ShardedRows:
         cores = os.cpu_count() or 1
         threads = max(1, cores // len(shards))
         self._share = global_batch_size // config.num_shards
+        documents = [pipeline.blocks.documents_of(task, "train") for task, _ in mixture]
+
+        def stream(shard: int, documents: Sequence[int]):
+            return make(shard, config.num_shards, training=True, threads=threads,
+                        shuffle_buffer=config.shuffle_buffer, read_ahead=2 * self._share,
+                        documents=documents)
         self._readers = {
             shard: pipeline.ShardReader(
-                make(shard, config.num_shards, training=True, threads=threads,
-                     shuffle_buffer=config.shuffle_buffer, read_ahead=2 * self._share),
-                {**identity, "shard": shard})
+                functools.partial(stream, shard),
+                {**identity, "shard": shard}, documents if any(documents) else ())
             for shard in sorted(shards)}
         self.identity = identity
         self._kind = kind

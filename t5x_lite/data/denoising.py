@@ -34,7 +34,12 @@ from t5x_lite.data import (
     vocabularies,
     vocabulary as data_vocabulary,
 )
-from t5x_lite.data.span_corruption import corrupt, span_corruption, windows_of
+from t5x_lite.data.span_corruption import (
+    corrupt,
+    span_corruption,
+    span_corruption_blocks,
+    windows_of,
+)
 from t5x_lite.data.word_spans import word_spans
 from t5x_lite.errors import UserError, between, nearest, refuse
 
@@ -285,14 +290,19 @@ class Denoiser(NamedTuple):
     makes: str                     # text, pairs or masked: what rows take (rows.Rows.takes)
     settings: tuple[str, ...] = ()   # fields of DataConfig that it takes
     sentinels: bool = False        # whether it needs them in the vocabulary
+    # The same examples of an endless stream of blocks of documents (blocks.py); None: `preprocessor` is it.
+    blocks: Callable | None = None
+    ends: bool = False             # whether documents of such a block end with EOS
 
 
 _PAIR = ("inputs", "targets")
 DENOISERS = {
-    "causal_lm": Denoiser(preprocessors.causal_lm, ("targets",), "text"),
+    "causal_lm": Denoiser(preprocessors.causal_lm, ("targets",), "text",
+                          blocks=preprocessors.causal_lm_blocks, ends=True),
     "prefix_lm": Denoiser(prefix_lm, _PAIR, "pairs"),
     "span_corruption": Denoiser(span_corruption, _PAIR, "pairs",
-                                ("noise_density", "mean_span_length"), sentinels=True),
+                                ("noise_density", "mean_span_length"), sentinels=True,
+                                blocks=span_corruption_blocks),
     "word_spans": Denoiser(word_spans, _PAIR, "pairs", ("noise_density", "mean_span_length"),
                            sentinels=True),
     "bert": Denoiser(bert, _PAIR, "masked", ("noise_density",)),

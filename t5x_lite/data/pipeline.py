@@ -14,14 +14,14 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import seqio
 import tensorflow as tf
 
-from t5x_lite.data import vocabulary as data_vocabulary
+from t5x_lite.data import blocks, vocabulary as data_vocabulary
 from t5x_lite.data.config import DataConfig
 from t5x_lite.data.rows import FIXES, Rows
 from t5x_lite.errors import UserError
@@ -144,18 +144,22 @@ def check_task(task: seqio.Task, split: str, features: Sequence[str], field: str
 
 
 def task_dataset(task: seqio.Task, split: str, lengths: dict[str, int], seed: int,
-                 shard: int, num_shards: int, *, training: bool, shuffle_buffer: int
-                 ) -> tf.data.Dataset:
+                 shard: int, num_shards: int, *, training: bool, shuffle_buffer: int,
+                 documents: int = 0) -> tf.data.Dataset:
     """Examples {feature: int32 tokens, or floats} of one shard: endless and shuffled, or once in
     order.
 
     Sources of at least num_shards files are split by file; smaller ones by example, for
     which every shard must read them in the same order, hence with the same seed.
+
+    documents: how many an endless stream reads at a time (blocks.py); 0: one, as before there were blocks.
     """
+    task = blocks.in_blocks(task, documents)
     dataset = _preprocessed(task, split, lengths, seed, shard, num_shards, training)
-    dataset = dataset.map(_plain(lambda x: {
-        f: values if values.dtype.is_floating else tf.cast(values, tf.int32)
-        for f, values in trimmed(x, lengths).items()}))
+    if not (documents and blocks.fit(dataset, lengths)):
+        dataset = dataset.map(_plain(lambda x: {
+            f: values if values.dtype.is_floating else tf.cast(values, tf.int32)
+            for f, values in trimmed(x, lengths).items()}))
     if training and shuffle_buffer > 1:
         shard_seed = seed_of(seed, task.name, shard)
         dataset = dataset.shuffle(shuffle_buffer, seed=seed_of(shard_seed, "shuffle"))
@@ -214,34 +218,42 @@ def first_examples(task: seqio.Task, split: str, lengths: dict[str, int], record
 
 def rows_dataset(mixture: Sequence[Weighted], split: str, kind: Rows, config: DataConfig, seed: int,
                  shard: int = 0, num_shards: int = 1, *, training: bool, shuffle_buffer: int = 0,
-                 read_ahead: int = 0, threads: int = 1) -> tf.data.Dataset:
+                 read_ahead: int = 0, threads: int = 1, documents: Sequence[int] = ()
+                 ) -> tf.data.Dataset:
     """Blocks of up to BLOCK_ROWS rows of this kind, of one shard.
 
     config: the lengths of a row, and whether it is packed.
     read_ahead: rows to prepare in the background; they are part of the saved place.
+    documents: of each task, that a stream which is read in blocks takes at a time; (): no blocks.
     """
     vocabulary = mixture[0].task.output_features["targets"].vocabulary
     eos_id = vocabulary.eos_id
-    parts = [task_dataset(
-        task, split, kind.task_lengths(task, config.inputs_length, config.targets_length), seed,
-        shard, num_shards, training=training, shuffle_buffer=shuffle_buffer).map(
-            _plain(lambda example: kind.weighted(kind.convert(example, eos_id),
-                                                 config.loss_on_inputs))) for task, _ in mixture]
-    dataset = parts[0]
-    if len(parts) > 1:
-        total = sum(weight for _, weight in mixture)
-        dataset = tf.data.Dataset.sample_from_datasets(
-            parts, [weight / total for _, weight in mixture],
-            seed=seed_of(seed, "mixture", shard))
     row_lengths = kind.lengths(config)
-    if config.packing:
-        dataset = pack(dataset, row_lengths)
     start = 0 if kind.has_encoder else getattr(vocabulary, "start_id", 0)
     read = mixture[0].task.output_features.get(
         "inputs", mixture[0].task.output_features["targets"]).vocabulary
     marked = data_vocabulary.zero_in_rows(read)
-    dataset = dataset.map(_plain(lambda sides: _finish_row(sides, row_lengths, start, marked)))
-    dataset = dataset.batch(BLOCK_ROWS).prefetch(2 + read_ahead // BLOCK_ROWS)
+
+    def convert(example: dict) -> dict:
+        return kind.weighted(kind.convert(example, eos_id), config.loss_on_inputs)
+
+    def finish(sides: dict) -> dict:
+        return _finish_row(sides, row_lengths, start, marked)
+
+    examples = [task_dataset(
+        task, split, kind.task_lengths(task, config.inputs_length, config.targets_length), seed,
+        shard, num_shards, training=training, shuffle_buffer=shuffle_buffer, documents=number)
+        for (task, _), number in zip(mixture, documents or [0] * len(mixture), strict=True)]
+    dataset = None
+    if any(documents) and len(examples) == 1:
+        dataset = blocks.rows(examples[0], convert, row_lengths, config.packing, finish, BLOCK_ROWS)
+    if dataset is None:
+        dataset = _mixed([part.map(_plain(convert)) for part in examples],
+                         [weight for _, weight in mixture], seed_of(seed, "mixture", shard))
+        if config.packing:
+            dataset = pack(dataset, row_lengths)
+        dataset = dataset.map(_plain(finish)).batch(BLOCK_ROWS)
+    dataset = dataset.prefetch(2 + read_ahead // BLOCK_ROWS)
     check_saveable(dataset, ", ".join(task.name for task, _ in mixture))
     options = tf.data.Options()
     options.deterministic = True
@@ -250,6 +262,14 @@ def rows_dataset(mixture: Sequence[Weighted], split: str, kind: Rows, config: Da
     options.threading.private_threadpool_size = threads
     options.threading.max_intra_op_parallelism = 1
     return dataset.with_options(options)
+
+
+def _mixed(parts: list[tf.data.Dataset], weights: Sequence[float], seed: int) -> tf.data.Dataset:
+    """One stream of several, in proportion to their weights."""
+    if len(parts) == 1:
+        return parts[0]
+    return tf.data.Dataset.sample_from_datasets(
+        parts, [weight / sum(weights) for weight in weights], seed=seed)
 
 
 def check_documents(mixture: Sequence[Weighted], split: str, num_shards: int) -> None:
@@ -318,15 +338,21 @@ def _read(dataset: tf.data.Dataset) -> Iterator[dict[str, np.ndarray]]:
         yield element
 
 
+_DOCUMENTS = "documents read at a time"   # in a saved place, beside its rows
+
+
 class ShardReader:
     """Rows of one virtual shard, with a place that can be saved.
 
-    dataset: endless blocks of rows. identity: what the rows are a function of, checked when
-    a place is restored.
+    make: the documents that each task reads at a time (`rows_dataset`) -> endless blocks of rows, which
+    are the same for all of them. documents: those of a stream that begins; one whose place is restored
+    goes on with its own. identity: what the rows are a function of, checked when a place is restored.
     """
 
-    def __init__(self, dataset: tf.data.Dataset, identity: dict):
-        self._iterator = iter(dataset)
+    def __init__(self, make: Callable[[Sequence[int]], tf.data.Dataset], identity: dict,
+                 documents: Sequence[int] = ()):
+        self._make, self._documents = make, tuple(documents)
+        self._iterator = iter(make(self._documents))
         self._identity = identity
         self._pending: dict[str, np.ndarray] = {}   # rows read and not yet handed out
 
@@ -356,7 +382,9 @@ class ShardReader:
         iterator = tf.io.serialize_tensor(tf.raw_ops.SerializeIterator(
             resource_handle=self._iterator._iterator_resource, external_state_policy=1)).numpy()
         file = io.BytesIO()
-        np.savez(file, identity=np.bytes_(json.dumps(self._identity).encode()),
+        # Places of before there were blocks do not say that they have none.
+        read = {_DOCUMENTS: np.array(self._documents)} if any(self._documents) else {}
+        np.savez(file, **read, identity=np.bytes_(json.dumps(self._identity).encode()),
                  iterator=np.frombuffer(iterator, np.uint8), **self._pending)
         return zlib.compress(file.getvalue(), 1)
 
@@ -373,6 +401,9 @@ class ShardReader:
                             "data are others:\n  " + "\n  ".join(changed) + "\nGo back to the "
                             "run's own data settings, or start a new workdir with init_from.")
         iterator = arrays.pop("iterator").tobytes()
+        documents = tuple(arrays.pop(_DOCUMENTS, np.zeros(0, int)).tolist())
+        if documents != self._documents:
+            self._documents, self._iterator = documents, iter(self._make(documents))
         names = self._iterator.element_spec.keys()
         if arrays and arrays.keys() != names:
             raise UserError(

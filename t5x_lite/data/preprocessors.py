@@ -88,6 +88,17 @@ def concat_and_split(dataset: tf.data.Dataset, key: str, length: int) -> tf.data
             .flat_map(_plain(windows)))
 
 
+def whole_windows(dataset: tf.data.Dataset, key: str, length: int) -> tf.data.Dataset:
+    """The windows of `concat_and_split` of an endless stream, all of one shape: {key: int32 [length]}."""
+    def cut(rest, example):
+        tokens = tf.concat([rest, tf.cast(example[key], tf.int32)], 0)
+        used = tf.size(tokens) // length * length
+        return tokens[used:], tf.reshape(tokens[:used], [-1, length])
+
+    windows = dataset.scan(tf.zeros([0], tf.int32), _plain(cut)).unbatch()
+    return windows.map(_plain(lambda window: {key: window}))
+
+
 def causal_lm(dataset: tf.data.Dataset, sequence_length, output_features) -> tf.data.Dataset:
     """{"targets": tokens of a document} -> {"targets": window of targets_length}.
 
@@ -96,3 +107,8 @@ def causal_lm(dataset: tf.data.Dataset, sequence_length, output_features) -> tf.
     eos = output_features["targets"].vocabulary.eos_id
     ended = dataset.map(_plain(lambda x: {"targets": tf.concat([x["targets"], [eos]], 0)}))
     return concat_and_split(ended, "targets", sequence_length["targets"])
+
+
+def causal_lm_blocks(dataset: tf.data.Dataset, sequence_length, output_features) -> tf.data.Dataset:
+    """The examples of `causal_lm`, of an endless stream of documents that end with EOS (blocks.py)."""
+    return whole_windows(dataset, "targets", sequence_length["targets"])

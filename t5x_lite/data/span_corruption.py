@@ -186,3 +186,67 @@ def _corrupt_fn(noise_density: float, mean_span_length: float, first_sentinel: i
         return graph(example["targets"], seeds)
 
     return corrupt_example
+
+
+# --- many windows at a time ---------------------------------------------------------------------
+
+WINDOWS = 16   # corrupted in one call
+
+
+def span_corruption_blocks(dataset: tf.data.Dataset, sequence_length, output_features,
+                           noise_density: float = 0.15, mean_span_length: float = 3.0
+                           ) -> tf.data.Dataset:
+    """The examples of `span_corruption` of an endless stream, which all have one shape (blocks.py)."""
+    vocabulary = output_features["inputs"].vocabulary
+    length, = windows_of(sequence_length["inputs"], sequence_length["targets"], vocabulary,
+                         [(noise_density, mean_span_length)])
+    if length < 2:   # the mask of a single token is that of two, cut
+        return span_corruption(dataset, sequence_length, output_features, noise_density,
+                               mean_span_length)
+    seeded = seqio.map_over_dataset(num_seeds=2, num_parallel_calls=None)(
+        tf.autograph.experimental.do_not_convert(lambda example, seeds: (example["targets"], seeds)))(
+            preprocessors.whole_windows(dataset, "targets", length))
+    eos_ids = tuple(output_features[name].vocabulary.eos_id for name in ("inputs", "targets"))
+    return seeded.batch(WINDOWS, drop_remainder=True).map(_corrupt_block_fn(
+        length, noise_density, mean_span_length, vocabulary.vocab_size - 1, eos_ids)).unbatch()
+
+
+@functools.cache
+def _corrupt_block_fn(length: int, noise_density: float, mean_span_length: float, first_sentinel: int,
+                      eos_ids: tuple[int, int]):
+    """(windows, their seeds) -> examples; one graph for all the shards of a run."""
+    noise, spans = (int(n) for n in _noise_counts(length, noise_density, mean_span_length))
+
+    @tf.function(autograph=False)
+    def graph(tokens_WT, seeds):
+        noise_ends_WS = _partitions(noise, spans, seeds[0])
+        kept_ends_WS = _partitions(length - noise, spans, seeds[1])
+        noise_starts_WS = kept_ends_WS + tf.pad(noise_ends_WS[:, :-1], [[0, 0], [1, 0]])
+        edges = tf.stack([noise_starts_WS, kept_ends_WS + noise_ends_WS], 2)
+        passed_WT = tf.searchsorted(tf.reshape(edges, [WINDOWS, -1]), tf.tile(
+            tf.range(length)[None], [WINDOWS, 1]), side="right")
+        mask_WT = passed_WT % 2 == 1
+        sizes = length - noise + spans, noise + spans
+        return {name: _sentinels(tokens_WT, masked_WT, first_sentinel, size, eos)
+                for name, masked_WT, size, eos in zip(
+                    ("inputs", "targets"), (mask_WT, ~mask_WT), sizes, eos_ids, strict=True)}
+
+    return tf.autograph.experimental.do_not_convert(lambda windows, seeds: graph(windows, seeds))
+
+
+def _partitions(num_items: int, num_parts: int, seeds):
+    """`_random_partition_ends` for the seeds of many windows, ([W], [W]): int32 [W, num_parts]."""
+    noise = [tf.random.stateless_uniform([num_items - 1], seed=tf.unstack(seed, num=2))
+             for seed in tf.unstack(tf.stack(seeds, 1), num=WINDOWS)]
+    is_cut = tf.argsort(tf.stack(noise)) < num_parts - 1
+    ends = tf.reshape(tf.cast(tf.where(is_cut)[:, 1], tf.int32) + 1, [WINDOWS, num_parts - 1])
+    return tf.pad(ends, [[0, 0], [0, 1]], constant_values=num_items)
+
+
+def _sentinels(tokens_WT, mask_WT, first_sentinel: int, size: int, eos: int):
+    """`spans_to_sentinels` of many windows that all keep `size` tokens, with EOS: [W, size + 1]."""
+    starts_WT = mask_WT & ~tf.pad(mask_WT[:, :-1], [[0, 0], [1, 0]])
+    span_WT = tf.cumsum(tf.cast(starts_WT, tokens_WT.dtype), axis=1)
+    kept = tf.boolean_mask(tf.where(starts_WT, first_sentinel + 1 - span_WT, tokens_WT),
+                           starts_WT | ~mask_WT)
+    return tf.pad(tf.reshape(kept, [WINDOWS, size]), [[0, 0], [0, 1]], constant_values=eos)
