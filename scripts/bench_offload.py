@@ -2,6 +2,7 @@
 
     python scripts/bench_offload.py --folder=/tmp
     python scripts/bench_offload.py --folder=/mnt/nvme --layers=48 --width=1024
+    python scripts/bench_offload.py --topology=v5e:2x2 --layers=4
 
 A decoder-only model with AdamW. Resident memory is what the process has of its own (RssAnon of
 /proc/self/status: files' pages, which the kernel takes back when it likes, are not in it), the highest of
@@ -9,6 +10,10 @@ samples a few milliseconds apart during steps after the first, less what was the
 made. "Computed" is parameters, gradients and what of the optimizer state is in memory at once:
 activations and buffers come on top in every row alike. On a CPU device and host are the same memory:
 what the host keeps leaves no device there, and its rows show what the visits cost in time.
+
+With --topology nothing runs: libtpu compiles the step for one chip of the two memories, with --layers layers and
+with twice as many. What a layer adds to the device is computed from what stays there: 4 bytes a parameter, 4 of
+its gradient, 8 of its moments.
 """
 
 import json
@@ -28,6 +33,10 @@ _LAYERS = flags.DEFINE_integer("layers", 12, "Layers.")
 _WIDTH = flags.DEFINE_integer("width", 512, "embed_dim; MLPs are four times as wide.")
 _STEPS = flags.DEFINE_integer("steps", 5, "Steps timed, after one that compiles.")
 _ROW = flags.DEFINE_string("row", "", "One value of sharding.offload, in this process.")
+_TOPOLOGY = flags.DEFINE_string("topology", "", "TPUs to compile for instead, such as v5e:2x2.")
+OFFLOADS = ("none", "optimizer_host", "params_host", "optimizer_disk")
+# Bytes a parameter of a stack that stay on the device through a step: parameters, gradients, moments.
+STAY = {"none": 16, "optimizer_host": 8, "params_host": 0, "optimizer_disk": 8}
 MIB = 2**20
 # glibc else keeps for itself what is freed, up to 32 MiB an array, and counts as in use.
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
@@ -56,8 +65,8 @@ class Highest(threading.Thread):
         return self.found
 
 
-def run_config(offload: str):
-    """The run of one row."""
+def run_config(offload: str, layers: int = 0):
+    """The run of one row; layers: 0 for --layers."""
     from t5x_lite.config import RunConfig, ShardingConfig, TrainConfig
     from t5x_lite.data.config import DataConfig
     from t5x_lite.layers.config import AttentionConfig, MLPConfig, PositionConfig
@@ -67,7 +76,7 @@ def run_config(offload: str):
     from t5x_lite.training.objectives import ObjectiveConfig
     width = _WIDTH.value
     block = BlockConfig(AttentionConfig(num_heads=8, head_dim=width // 8), None, MLPConfig(mlp_dim=4 * width))
-    stack = StackConfig((SegmentConfig((block,), _LAYERS.value),), causal=True, remat="full",
+    stack = StackConfig((SegmentConfig((block,), layers or _LAYERS.value),), causal=True, remat="full",
                         position=PositionConfig("rotary"))
     return RunConfig(
         model=ModelConfig("decoder_only", vocab_size=512, embed_dim=width, encoder=None, decoder=stack),
@@ -111,12 +120,42 @@ def measure(offload: str) -> dict:
             "on_disk": sum(x.nbytes for x in on_disk) / MIB}
 
 
+def compiled(offload: str) -> dict:
+    """MiB on one chip as libtpu allocates them: at the peak, and what a layer adds to it."""
+    from t5x_lite.build import build
+    from t5x_lite.planning import rehearse
+    chips = rehearse.topology(_TOPOLOGY.value).devices
+    few, many = (_LAYERS.value, 2 * _LAYERS.value)
+    programs = [build(run_config(offload, layers), chips[:1]) for layers in (few, many)]
+    found = [rehearse.compile_step(program) for program in programs]
+    each = (programs[1].num_params - programs[0].num_params) / (many - few)
+    grown = (found[1].peak_bytes - found[0].peak_bytes) / (many - few)
+    host = found[1].host_argument_bytes
+    return {"offload": offload, "few": found[0].peak_bytes / MIB, "many": found[1].peak_bytes / MIB,
+            "host": host / MIB, "computed": STAY[offload] * each / MIB, "grown": grown / MIB,
+            "seconds": sum(x.seconds for x in found)}
+
+
+def show_compiled() -> None:
+    """A row a value of sharding.offload."""
+    few, many = _LAYERS.value, 2 * _LAYERS.value
+    print(f"{'sharding.offload':<16} {f'{few} layers, MiB':>15} {f'{many} layers, MiB':>15} "
+          f"{f'host at {many}, MiB':>17} {'a layer: computed':>18} {'compiled':>9}  s to compile")
+    for offload in OFFLOADS:
+        row = compiled(offload)
+        print(f"{offload:<16} {row['few']:15.1f} {row['many']:15.1f} {row['host']:17.1f} {row['computed']:18.1f} "
+              f"{row['grown']:9.1f}  {row['seconds']:.0f}", flush=True)
+
+
 def main() -> None:
+    if _TOPOLOGY.value:
+        show_compiled()
+        return
     if _ROW.value:
         print(json.dumps(measure(_ROW.value)))
         return
     rows = []
-    for offload in ("none", "optimizer_host", "params_host", "optimizer_disk"):
+    for offload in OFFLOADS:
         done = subprocess.run([sys.executable, *sys.argv, f"--row={offload}"], capture_output=True,
                               text=True, env={**os.environ, **GIVES_BACK})
         if done.returncode:

@@ -21,7 +21,7 @@ from t5x_lite.scaling import ladders
 SHOWN = ("*/loss",)
 OVER, LOG_AXES = "FLOPs", "xy"
 ARMS = {"digits": "digits", "code": "lm", "text": "text"}   # arm -> argument of ladder.py
-LADDER = ladders.Ladder(budgets=(4e8, 2e9, 1e10), sizes=3, ratio=60.0, unit=4)
+LADDER = ladders.Ladder(budgets=(1e9, 6e9, 3.6e10), sizes=3, ratio=60.0, unit=4)
 
 
 def get_runs() -> tuple[Run, ...]:

@@ -12,6 +12,7 @@ from configs.experiments import (
     double_descent,
     grokking,
     ladder,
+    modalities,
     muon_vs_adamw,
     repeated_data,
     sample_efficiency,
@@ -22,8 +23,8 @@ from t5x_lite import experiment
 from t5x_lite.errors import UserError
 from t5x_lite.scaling import fits, laws, tables
 
-STUDIES = (critical_batch, double_descent, grokking, repeated_data, sample_efficiency, switch_ladder,
-           transfer)
+STUDIES = (critical_batch, double_descent, grokking, modalities, repeated_data, sample_efficiency,
+           switch_ladder, transfer)
 
 
 def write(workdir, run, curve, metric="eval/some_task/loss"):
@@ -195,3 +196,21 @@ def test_each_trains_and_concludes(study, tmp_path):
     assert all(any(n.endswith("/loss") for n in values[r.folder]) for r in short)
     if hasattr(study, "conclude"):
         study.conclude(runs, tmp_path)
+
+
+def test_modalities_share_one_ladder(tmp_path):
+    """Budgets, models, steps and rates are the same whatever the tokens are; the table holds each budget's best."""
+    runs = modalities.get_runs()
+    arms = {arm: [run for run in runs if run.arm == arm] for arm in modalities.ARMS}
+    recipes = [[(run.stage, run.config.model, run.config.train, run.config.optimizer) for run in found]
+               for found in arms.values()]
+    assert recipes[0] == recipes[1] == recipes[2] and len(recipes[0]) == 9
+    assert {run.config.data.train for run in runs} == {
+        "digit_pixels", "python_source_causal_lm", "python_docs_causal_lm"}
+    for place, run in enumerate(arms["digits"]):
+        write(tmp_path, run, {1: 9.0, 2: (3 - place % 3) * np.log(2)})
+    text = modalities.conclude(runs, tmp_path)
+    widest = [max(run.config.model.embed_dim for run in arms["digits"] if run.stage.startswith(f"c{budget:.3g}_"))
+              for budget in modalities.LADDER.budgets]
+    for budget, width in zip(modalities.LADDER.budgets, widest, strict=True):
+        assert f"| {budget:.3g} | 1.000 ({width}) | – | – |" in text

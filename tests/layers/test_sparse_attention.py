@@ -129,6 +129,16 @@ def test_a_mesh_of_8_equals_one_device():
     assert np.all(np.abs(found) > 0)
 
 
+def test_a_split_length_is_refused_by_name():
+    index = jnp.arange(8)[None]
+    for config in (LONGFORMER, BIGBIRD):
+        module = SparseAttention(jax.random.key(0), 8, config, PositionConfig("none"), InitConfig())
+        with sharding.activate(sharding.make_mesh(sharding.MeshConfig(data=4, sequence=2)), sharding.Rules()):
+            with pytest.raises(UserError, match=f"mesh.sequence splits rows, and kind='{config.kind}' .* mesh.sequence=1"):
+                jax.eval_shape(lambda x, module=module: module(x, None, Masking(index, index), None),
+                               jax.ShapeDtypeStruct((4, 8, 8), jnp.float32))
+
+
 def test_flops_are_linear_in_the_length():
     for config, seen in ((LONGFORMER, 5), (BIGBIRD, 12)):
         for length in (64, 128):
