@@ -15,14 +15,12 @@ Give training questions alone: the wording of the others would tell what is aske
 import collections
 import functools
 import re
-import types
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from t5x_lite.data import evidence, names, rewriting, salient_choice, text_files
 from t5x_lite.errors import UserError
 
-VERSION = 1
 SLOT = "\u2022"
 LOST = 0.02      # share of a wording's own answers that may score below its threshold
 LEAST = 5        # questions of a wording that the text answers, from which to learn what it asks for
@@ -46,8 +44,8 @@ class Wording(NamedTuple):
 class Asker(NamedTuple):
     """Wordings, and whose name each name is (evidence.by_name, to subjects)."""
 
-    wordings: tuple[Wording, ...] = ()
-    subjects: Mapping[str, str] = types.MappingProxyType({})
+    wordings: tuple[Wording, ...]
+    subjects: Mapping[str, str]
 
     def questions(self, document: rewriting.Document) -> list[tuple[str, str]]:
         """(question, answer) of each wording that the document answers, by each of its subject's names; the
@@ -56,9 +54,6 @@ class Asker(NamedTuple):
         called = [name for name in names.aliases(subject) if self.subjects.get(name.casefold()) == subject]
         answers = ((w.text, w.answer(document)) for w in self.wordings)
         return [(text.replace(SLOT, name), answer) for text, answer in answers if answer for name in called]
-
-
-NOBODY = Asker()
 
 
 def _is_name(unit: str, subject: str, span: salient_choice.Span) -> bool:

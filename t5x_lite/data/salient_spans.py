@@ -12,16 +12,17 @@ spans are hidden that look like the answers of some questions (salient_choice.py
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import seqio
 import tensorflow as tf
 
-from t5x_lite.data import asked, names, records, rewriting, salient_choice, text_files, text_to_text
+from t5x_lite.data import names, records, rewriting, salient_choice, text_files, text_to_text
 from t5x_lite.data.config import DataConfig
 
 PREFIX, MASK = "nem: ", "_X_"
 _VERSION = 1   # raise it whenever the detector finds other spans
+_ASKED_VERSION = 1   # … or other questions are asked
 
 Spans = Sequence[tuple[int, int]]   # (start, limit) in characters
 
@@ -62,6 +63,12 @@ def spans_beside_the_name(unit: str, subject: str, spans: Spans) -> Spans:
     return [(s, e) for s, e in spans if all(e <= start or limit <= s for start, limit in named)]
 
 
+class Asker(Protocol):
+    """What asks a document the questions that it answers: asked.Asker."""
+
+    def questions(self, document: rewriting.Document) -> list[tuple[str, str]]: ...
+
+
 class Kind(NamedTuple):
     """Which spans are hidden, (unit, subject, spans) -> spans, and whether the text's own questions are asked."""
 
@@ -93,7 +100,7 @@ def settings_of(config: DataConfig, kind: str) -> Settings:
 
 
 def examples(texts: Iterable[str], settings: Settings = PLAIN, finder: salient_choice.Finder = salient_choice.ALL,
-             asker: asked.Asker = asked.NOBODY) -> Iterator[tuple[str, str]]:
+             asker: Asker | None = None) -> Iterator[tuple[str, str]]:
     """(inputs, targets) of the salient spans of every sentence of some texts, and the questions that they answer.
 
     With rewriting, of every unit that has spans, all texts in one version after another; these units are kept in
@@ -104,9 +111,9 @@ def examples(texts: Iterable[str], settings: Settings = PLAIN, finder: salient_c
     if not rewrite.steps:
         for document in documents:
             yield from _rows(document, settings.kind, finder.spans)
-            yield from asker.questions(document)
+            yield from asker.questions(document) if asker else ()
         return
-    prepared = [(*salient_choice.chosen(document, finder), asker.questions(document))
+    prepared = [(*salient_choice.chosen(document, finder), asker.questions(document) if asker else ())
                 for document in documents]
     rest = rewrite._replace(steps=tuple(step for step in rewrite.steps if step not in rewriting.CUTS))
     for number in range(rewrite.rewrites):
@@ -132,18 +139,20 @@ def _places(unit: str, subject: str, chosen: Sequence[str]) -> Spans:
 
 
 def task(name: str, files: Sequence[str], split: str, document: str,
-         vocabulary: seqio.Vocabulary, settings: Settings = PLAIN) -> seqio.Task:
+         vocabulary: seqio.Vocabulary, settings: Settings = PLAIN,
+         learn_asker: Callable[..., Asker] | None = None) -> seqio.Task:
     """A task over the salient spans of text files; it is not registered.
 
     document: what a document of a plain text file is, as in text_files.read_documents.
+    learn_asker: asked.learned, for the kind that asks.
     """
     def spans(path: str) -> Iterator[tuple[str, str]]:
         how = (tuple(files), document, settings.rewrite.steps, settings.like)
-        asker = asked.learned(*how) if KINDS[settings.kind].asks else asked.NOBODY
+        asker = learn_asker(*how) if learn_asker else None
         yield from examples(text_files.read_documents([path], document), settings, salient_choice.learned(*how), asker)
 
     how = (settings, rewriting.VERSION, salient_choice.digest(settings.like),
-           *([asked.VERSION] if KINDS[settings.kind].asks else []))
+           *([_ASKED_VERSION] if learn_asker else []))
     source = records.RecordSource(f"salient_spans-{document}-v{_VERSION}", {split: files}, spans,
                                   version="" if settings == PLAIN else repr(how))
     return seqio.Task(

@@ -309,7 +309,7 @@ def _text_task(config: DataConfig, split: str, objective: str) -> "seqio.Task":
     """data.train_files or data.validation_files as a task with the objective's features."""
     kind = data_rows.of(objective)
     _registered(config)
-    from t5x_lite.data import denoising, rewriting, salient_spans, text_files, tokenized
+    from t5x_lite.data import asked, denoising, rewriting, salient_spans, text_files, tokenized
     field = f"data.{split}_files"
     if not kind.takes:
         able = [name for name, other in data_rows.ROWS.items() if other.takes]
@@ -320,7 +320,7 @@ def _text_task(config: DataConfig, split: str, objective: str) -> "seqio.Task":
     if name in salient_spans.KINDS and kind.pairs:
         return tokenized.ahead(salient_spans.task(
             f"{split}_files", files, split, config.text_document, vocabulary_of(config),
-            salient_spans.settings_of(config, name)))
+            salient_spans.settings_of(config, name), asked.learned if salient_spans.KINDS[name].asks else None))
     denoiser = denoising.find(name)
     denoising.check_objective(name, objective, "data.denoising")
     settings = {s: getattr(config, s) for s in ("noise_density", "mean_span_length", "salient_like")
