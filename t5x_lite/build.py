@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from t5x_lite import errors, tree
 from t5x_lite.config import RunConfig
-from t5x_lite.cost import flops, hardware
+from t5x_lite.cost import drawing, flops, hardware
 from t5x_lite.data import rows as data_rows, views
 from t5x_lite.errors import UserError, multiple_of
 from t5x_lite.layers import fp8, moe
@@ -107,35 +107,12 @@ class Program:
         """What one row costs, by every way of counting that a run records."""
         parts = self.step_flops(1)
         half = self.step_flops(1, causal_half=True)
-        share = 1 / self.config.objective.learned_per_row   # of what drawing took, in each row that is learned from
-        drawn, drawn_half = (self.drawing_flops(1, causal_half=only) * share for only in (False, True))
+        drawn, drawn_half = (drawing.flops_a_row(self.config, self.lengths, only) for only in (False, True))
         total, tokens = sum(parts.values()) + drawn.total, self.tokens_per_sequence
         found = self._counted
         return counts.RowCost(
             tokens, total, sum(half.values()) + drawn_half.total, total - parts["logits"] - drawn.logits,
             flops.six_nd(found.non_embedding_active + found.head, tokens))
-
-    def drawing_flops(self, prompts: int, causal_half: bool = False) -> flops.Flops:
-        """FLOPs of drawing and measuring the answers to so many prompts, which a step's updates come on top of;
-        none of an objective that draws none.
-
-        They are forward passes over the answers' rows: one to draw them (a token read with a cache costs the
-        same), one for their log-probabilities, and one for the reference's, where there is one. What judges
-        them is not counted: a Python function has no FLOPs, and a reward model is of a run of its own.
-        """
-        config, objective = self.config, self.config.objective
-        passes = (2 + objective.compares_with_base) if objective.draws else 0
-        return flops.forward_flops(config.model, prompts * objective.per_row, *self.lengths,
-                                   causal_half=causal_half) * passes
-
-    def rows_line(self, rows: int) -> str:
-        """What a step learns from, given so many rows of data, as screens say it."""
-        objective = self.config.objective
-        if not objective.draws:
-            return f"{rows:,} sequences x {self.lengths}"
-        passes, updates = objective.passes
-        again = f", {passes} x {updates} updates" if objective.passes != (1, 1) else ""
-        return f"{rows:,} prompts x {objective.per_row} answers x {self.lengths}{again}"
 
     @property
     def parameter_counts(self) -> dict[str, int | float]:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from t5x_lite import tree
 from t5x_lite.build import Program
+from t5x_lite.cost.drawing import drawing_flops, rows_line
 from t5x_lite.data import spans
 from t5x_lite.log import is_main, say, si
 from t5x_lite.training.metrics import METRIC
@@ -36,7 +37,7 @@ def header(program: Program) -> str:
     mesh = ", ".join(f"{a}={n}" for a, n in program.mesh.shape.items() if n > 1) or "1 device"
     device = program.mesh.devices.flat[0]
     rows = config.train.global_batch_size
-    learned, drawing = rows * config.objective.learned_per_row, program.drawing_flops(rows).total
+    learned, drawing = rows * config.objective.learned_per_row, drawing_flops(config, program.lengths, rows).total
     trains = [] if program.num_trainable == program.num_params else [
         ("trains", f"{program.num_trainable:,} by {config.peft.method}, "
                    f"{program.num_trainable / program.num_params:.2%} of the parameters")]
@@ -55,7 +56,7 @@ def header(program: Program) -> str:
         *trains,
         ("devices", f"{program.mesh.size} x {_kind(device)}, mesh {mesh}, "
                     f"{jax.process_count()} process{'es' if jax.process_count() > 1 else ''}"),
-        ("step", f"{program.rows_line(rows)} = "
+        ("step", f"{rows_line(config, program.lengths, rows)} = "
                  f"{learned * program.tokens_per_sequence:,} tokens, "
                  f"{si(learned * program.flops_per_sequence, 'FLOP')}"
                  + (f", and {si(drawing, 'FLOP')} to draw and measure them" if drawing else "")),

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from t5x_lite.build import Program, build
 from t5x_lite.config import RunConfig, replace
 from t5x_lite.cost import energy, hlo, roofline as roofline_lib
+from t5x_lite.cost.drawing import drawing_flops
 from t5x_lite.cost.roofline import Roofline
 from t5x_lite.cost.tables import quantity
 from t5x_lite.errors import UserError, at_least, between, positive
@@ -67,7 +68,7 @@ class Plan:
     @property
     def drawing_flops(self) -> float:
         """FLOPs of drawing and measuring a step's answers, beside model_flops; 0 for other objectives."""
-        return self.program.drawing_flops(self.config.train.global_batch_size).total
+        return drawing_flops(self.config, self.program.lengths, self.config.train.global_batch_size).total
 
     @property
     def host_bytes(self) -> int:
@@ -223,7 +224,7 @@ def _run_cost(program: Program, topology: Topology, given: Assumptions
     price = given.dollars_per_chip_hour
     return energy.estimate(
         total_flops=rows * program.config.objective.learned_per_row * program.flops_per_sequence
-        + program.drawing_flops(rows).total, chips=topology.num_chips,
+        + drawing_flops(program.config, program.lengths, rows).total, chips=topology.num_chips,
         flops_per_second=given.mfu * peak,
         watts=chip.watts if given.watts is None else given.watts,
         power_source=chip.power_source if given.watts is None else "given", pue=given.pue,

@@ -8,6 +8,7 @@ from rich.table import Column, Table
 
 from t5x_lite.build import Program
 from t5x_lite.cost import energy, flops, tables
+from t5x_lite.cost.drawing import rows_line
 from t5x_lite.planning import remedies
 from t5x_lite.planning.make import ROOM, Plan, Trial, best
 
@@ -121,7 +122,7 @@ def _headline(plan: Plan) -> str:
     return (f"{plan.config.name} on {topology.name}{slices}: {verdict}{compiled}\n"
             f"{program.num_params:,} parameters; {topology.num_chips} chips, mesh {mesh}; "
             f"{plan.config.precision}\n"
-            f"{program.rows_line(plan.config.train.global_batch_size)} a step, "
+            f"{rows_line(plan.config, program.lengths, plan.config.train.global_batch_size)} a step, "
             f"{tables.quantity(plan.model_flops, 'FLOP')}"
             + (f" (+ {tables.quantity(again, 'FLOP')} recomputed)" if again else "")
             + f"; {steps:,} steps" + "".join(pipelines))

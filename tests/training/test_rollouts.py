@@ -19,6 +19,7 @@ from t5x_lite.checkpoints import manager
 from t5x_lite.checkpoints.config import CheckpointConfig
 from t5x_lite.config import RunConfig, TrainConfig
 from t5x_lite.cost import flops
+from t5x_lite.cost.drawing import drawing_flops
 from t5x_lite.cost.tables import quantity
 from t5x_lite.data import batches as data_batches, tasks as data_tasks
 from t5x_lite.data.config import DataConfig
@@ -198,7 +199,7 @@ def test_drawing_is_counted_and_said(prompts, name, reference, passes):
     program = build(run, jax.devices()[:1])
     lengths = (8, 16) if name.startswith("seq2seq") else (0, 16)
     whole = flops.forward_flops(run.model, 8 * 4, *lengths)
-    drawing = program.drawing_flops(8)
+    drawing = drawing_flops(run, lengths, 8)
     assert drawing.total == pytest.approx(passes * whole.total) and program.lengths == lengths
     update = 8 * 4 * 2 * program.flops_per_sequence   # each of 32 rows twice
     cost = program.row_cost
@@ -215,8 +216,8 @@ def test_drawing_is_counted_and_said(prompts, name, reference, passes):
     screen = " ".join(show.screen(plan).split())
     assert f"note: drawing the answers and measuring them takes {quantity(drawing.total, 'FLOP')} a step" in screen
     assert said in screen and show.to_json(plan)["drawing_flops"] == drawing.total
-    assert build(dataclasses.replace(run, objective=ObjectiveConfig(
-        "lm" if name == "grpo" else "seq2seq"))).drawing_flops(8).total == 0
+    plain = dataclasses.replace(run, objective=ObjectiveConfig("lm" if name == "grpo" else "seq2seq"))
+    assert drawing_flops(plain, lengths, 8).total == 0
 
 
 CONFIG = """
