@@ -11,12 +11,15 @@
 None ships with t5x_lite: the files are the user's. Every reader raises UserError with file and line.
 """
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from t5x_lite.data import readers
 from t5x_lite.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class Item(NamedTuple):
@@ -62,29 +65,37 @@ def winobias(path: str) -> Iterator[Item]:
     found = [[line for line in readers.lines(part) if line[1].strip()] for part in paths]
     if len(found[0]) != len(found[1]):
         raise UserError(f"--data={path}: {len(found[0])} sentences beside {len(found[1])}: not two halves of one set")
-    for (number, pro), (_, anti) in zip(*found, strict=True):
-        parts = [_without_pronoun(text) for text in (pro, anti)]
-        if parts[0] is None or parts[0] != parts[1]:
-            raise UserError(f"{paths[0]}, line {number}: {pro.strip()[:80]!r} is not the sentence of {paths[1]}, "
-                            f"{anti.strip()[:80]!r}, with another pronoun in brackets")
-        yield Item("", tuple(_plain(text) for text in (pro, anti)), "gender", stereotype=0)
+    pairs = [(number, pro, anti) for (number, pro), (_, anti) in zip(*found, strict=True)]
+    odd = [pair for pair in pairs if not _differ_by_pronouns(*pair[1:])]
+    if len(odd) > _MOST_ODD * len(pairs):
+        number, pro, anti = odd[0]
+        raise UserError(f"{paths[0]}, line {number}: {pro.strip()[:80]!r} is not the sentence of {paths[1]}, "
+                        f"{anti.strip()[:80]!r}, with another pronoun in brackets")
+    if odd:
+        log.warning("%s: %d of %d pairs differ in more than their pronouns and are left out: lines %s", path,
+                    len(odd), len(pairs), ", ".join(str(number) for number, _, _ in odd))
+    for pair in pairs:
+        if pair not in odd:
+            yield Item("", tuple(_plain(text) for text in pair[1:]), "gender", stereotype=0)
+
+
+# The published halves differ in wording in 3 to 9 of their 396 pairs, by slips.
+_MOST_ODD = 0.1
 
 
 def _plain(text: str) -> str:
     """Without its number and brackets."""
-    return _BRACKETS.sub(r"\1", re.sub(r"^\s*\d+\s+", "", text)).strip()
+    return " ".join(_BRACKETS.sub(r"\1", re.sub(r"^\s*\d+\s+", "", text)).split())
 
 
 _GENDERED = frozenset("he she him her his hers himself herself".split())
 
 
-def _without_pronoun(text: str) -> str | None:
-    """The sentence but for its pronoun in brackets; None where it has none."""
-    marked = [m for m in _BRACKETS.finditer(text) if m[1].strip().lower() in _GENDERED]
-    if not marked:
-        return None
-    start, limit = marked[-1].span()
-    return re.sub(r"^\s*\d+\s+", "", text[:start] + "_" + text[limit:]).strip()
+def _differ_by_pronouns(pro: str, anti: str) -> bool:
+    """Whether two sentences are one but for their pronouns in brackets, of which there are some."""
+    masked = [_BRACKETS.sub(lambda m: "_" if m[1].strip().lower() in _GENDERED else m[0], text)
+              for text in (pro, anti)]
+    return "_" in masked[0] and _plain(masked[0]) == _plain(masked[1])
 
 
 _PRONOUNS = {"male": "he him his himself", "female": "she her hers herself",
@@ -146,9 +157,13 @@ _GENDER_OF = {"woman": "f", "girl": "f", "man": "m", "boy": "m"}
 
 def bbq(path: str) -> Iterator[Item]:
     """A question with three answers: two groups and "unknown", with a context that tells or does not."""
-    for part in path.split(","):
-        for number, record in readers.json_lines(part.strip()):
-            yield _question(record, f"{part.strip()}, line {number}")
+    for part in map(str.strip, path.split(",")):
+        items = [_question(record, f"{part}, line {number}") for number, record in readers.json_lines(part)]
+        sideless = sum(item.stereotype < 0 for item in items)
+        if sideless:
+            log.warning("%s: of %d of %d questions the stereotype expects both answers or neither: they count for "
+                        "accuracy alone", part, sideless, len(items))
+        yield from items
 
 
 def _question(record: Mapping[str, Any], where: str) -> Item:
@@ -174,9 +189,10 @@ def _question(record: Mapping[str, Any], where: str) -> Item:
 
 
 def _groups(info: Sequence[str]) -> set[str]:
-    """What an answer is said to be: its labels whole and in parts, "F-Black" as f and black as well."""
+    """What an answer is said to be, of its wording and its group's code: both whole, the code in parts as well,
+    "F-Black" as f and black. A wording's parts say nothing: "22-year-old" is not old."""
     labels = {str(label).lower() for label in info}
-    parts = {part for label in labels for part in re.split(r"[-_]", label)}
+    parts = set(re.split(r"[-_]", str(info[-1]).lower())) if info else set()
     return labels | parts | {_GENDER_OF[part] for part in parts & set(_GENDER_OF)}
 
 

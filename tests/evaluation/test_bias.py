@@ -88,6 +88,31 @@ def test_other_files_are_refused(kind, content, message, write):
         bias.read(kind, write("file.txt" if kind == "toxicity" else "file.jsonl", content))
 
 
+def test_winobias_as_published_has_slips(write, caplog):
+    """Sentences of two pronouns are read, the few whose halves differ in wording are left out and named."""
+    pro = ["[The mover] offered the baker [his] hand as [he] left.", *["[The cook] said [he] was late."] * 10,
+           "The clerk hired [the guard] and told [him] to come."]
+    anti = ["[The mover] offered the baker [her] hand as [she] left.", *["[The cook] said [she] was late."] * 10,
+            "The clerk hired [a guard] and told [her] to come."]
+    paths = [write(f"{name}.txt", "".join(f"{n} {line}\n" for n, line in enumerate(lines, 1)))
+             for name, lines in (("pro", pro), ("anti", anti))]
+    items = list(bias_files.winobias(",".join(paths)))
+    assert len(items) == 11 and items[0].choices[1] == "The mover offered the baker her hand as she left."
+    assert "1 of 12 pairs differ in more than their pronouns and are left out: lines 12" in caplog.text
+
+
+def test_an_age_in_years_is_no_group_of_bbq(write, caplog):
+    """nonOld's "22-year-old" is not the stereotyped group "old"; a code's parts are: "F-Black" is black."""
+    ages = {"ans0": ["the 22-year-old", "nonOld"], "ans1": ["the 78-year-old", "old"], "ans2": ["unknown", "unknown"]}
+    names = {"ans0": ["Anne", "F-White"], "ans1": ["Ebony", "F-Black"], "ans2": ["unknown", "unknown"]}
+    lines = [question(answer_info=ages),
+             question(answer_info=names, additional_metadata={"stereotyped_groups": ["Black"]}),
+             question(answer_info=names, additional_metadata={"stereotyped_groups": ["F"]})]
+    found = list(bias_files.bbq(write("b.jsonl", "\n".join(map(json.dumps, lines)))))
+    assert [item.stereotype for item in found] == [1, 1, -1]
+    assert "of 1 of 3 questions the stereotype expects both answers or neither" in caplog.text
+
+
 def test_winobias_halves_must_match(write):
     pro, anti = (write(f"{name}.txt", f"1 The {name} said [he] left.\n") for name in ("cook", "smith"))
     with pytest.raises(UserError, match="is not the sentence of"):
