@@ -6,8 +6,8 @@ Nothing here needs the run's code, its devices or TensorFlow.
 import dataclasses
 import fnmatch
 import json
-import math
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -47,10 +47,22 @@ class Run:
         values = (line.get(metric) for line in reversed(self.lines))
         return next((v for v in values if is_number(v)), None)
 
+    def not_finite_since(self, metric: str) -> int | None:
+        """The step from which on each value of a metric is NaN, infinite or null; None where the last one
+        is a number."""
+        since = None
+        for line in reversed(self.lines):
+            if is_number(line.get(metric)):
+                break
+            if metric in line:
+                since = int(line["step"])
+        return since
+
 
 def is_number(value: Any) -> bool:
-    """Whether a JSON value is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a JSON value is a finite number that a float holds."""
+    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_real and abs(value) <= sys.float_info.max   # NaN is not
 
 
 def value(values: Mapping[str, Any], metric: str) -> float | None:
@@ -76,6 +88,11 @@ def find(paths: Sequence[str]) -> list[Run]:
     Raises:
         UserError: a path that is no folder, or holds no metrics.jsonl with a line in it.
     """
+    return find_with_empty(paths)[0]
+
+
+def find_with_empty(paths: Sequence[str]) -> tuple[list[Run], list[files.Path]]:
+    """(the runs of folders as `find` gives them, the folders of runs that have no line of metrics)."""
     folders: dict[files.Path, files.Path] = {}   # a run's folder -> the path that named it
     for path in map(files.path, paths):
         if not path.is_dir():
@@ -89,7 +106,31 @@ def find(paths: Sequence[str]) -> list[Run]:
     if not kept:
         raise UserError(f"{', '.join(map(str, folders))}: no line of metrics yet; train.log_every "
                         "says how often one is written.")
-    return _with_arms(kept)
+    return _with_arms(_told_apart(kept, folders)), [run.folder for run in runs if not run.lines]
+
+
+def _told_apart(runs: Sequence[Run], named_by: Mapping[files.Path, files.Path]) -> list[Run]:
+    """The runs, with the path that named them before an arm that two paths have and that is not one
+    arm: a seed twice, or other settings."""
+    names = _shortest_names(list(dict.fromkeys(named_by.values())))
+    result = []
+    members = by_arm(runs)
+    for run in runs:
+        others = members[run.arm]
+        same = len({named_by[other.folder] for other in others}) == 1 or (
+            len({other.seed for other in others}) == len(others)
+            and len({_settings_key(other) for other in others}) == 1)
+        arm = run.arm if same or not run.arm else f"{names[named_by[run.folder]]}/{run.arm}"
+        result.append(dataclasses.replace(run, arm=arm))
+    return result
+
+
+def _shortest_names(paths: Sequence[files.Path]) -> dict[files.Path, str]:
+    """{path: as many of its last folders as tell it from the others}."""
+    parts = {path: files.path(files.absolute(str(path))).parts for path in paths}
+    depths = range(1, max(map(len, parts.values()), default=0) + 1)
+    depth = next((n for n in depths if len({p[-n:] for p in parts.values()}) == len(parts)), 1)
+    return {path: "/".join(p[-depth:]) for path, p in parts.items()}
 
 
 def _read(folder: files.Path, path: files.Path) -> Run:
@@ -165,12 +206,17 @@ def _with_arms(runs: Sequence[Run]) -> list[Run]:
     for run in runs:
         arm = run.arm
         if not arm:
-            key = json.dumps({k: v for k, v in sorted(run.settings.items())
-                              if k not in _NOT_SETTINGS}, default=str)
+            key = _settings_key(run)
             again = seen[key, run.seed] = seen.get((key, run.seed), -1) + 1
             arm = known.setdefault((key, again), _unused(_own_name(run.folder), known.values()))
         named.append(dataclasses.replace(run, arm=arm))
     return named
+
+
+def _settings_key(run: Run) -> str:
+    """What runs of one arm have in common."""
+    return json.dumps({k: v for k, v in sorted(run.settings.items()) if k not in _NOT_SETTINGS},
+                      default=str)
 
 
 def _own_name(folder: files.Path) -> str:

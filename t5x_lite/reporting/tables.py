@@ -23,9 +23,20 @@ def final(runs: Sequence[Run], metrics: Sequence[str]) -> Table:
     rows = []
     for arm, members in by_arm(runs).items():
         steps = {int(run.lines[-1]["step"]) for run in members}
-        cells = [_range([run.last(metric) for run in members]) for metric in shown]
+        cells = [_last_values(members, metric) for metric in shown]
         rows.append([arm, str(len(members)), " … ".join(f"{s:,}" for s in sorted(steps)), *cells])
     return ["arm", "seeds", "step", *(m.removeprefix("eval/") for m in shown)], rows
+
+
+def _last_values(runs: Sequence[Run], metric: str) -> str:
+    """The range of an arm's last values; of runs that end in NaN it says so instead of their last number."""
+    ends = {run.folder: run.not_finite_since(metric) for run in runs}
+    bad = sorted(step for step in ends.values() if step is not None)
+    if not bad:
+        return _range([run.last(metric) for run in runs])
+    said = f"NaN since step {bad[0]:,}" if len(runs) == 1 else f"{len(bad)} of {len(runs)} NaN since step {bad[0]:,}"
+    rest = [run.last(metric) for run in runs if ends[run.folder] is None]
+    return f"{_range(rest)}; {said}" if rest else said
 
 
 def _range(values: Sequence[float | None]) -> str:

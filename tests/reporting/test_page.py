@@ -74,6 +74,45 @@ def test_runs_that_are_named_side_by_side_stay_apart(tmp_path):
         ("first", 0), ("second", 0), ("wide", 0), ("wide", 1)]
 
 
+def test_arms_of_one_name_from_two_experiments_are_two(tmp_path):
+    """… with the experiments' names before them; seeds of one setting from two folders are one arm."""
+    write_run(tmp_path / "one" / "dense" / "seed_0", 0, [4.0])
+    write_run(tmp_path / "two" / "dense" / "seed_0", 0, [2.0], width=16)
+    write_run(tmp_path / "two" / "wide" / "seed_0", 0, [2.0], width=32)
+    found = reporting_runs.find([tmp_path / "one", tmp_path / "two"])
+    assert [run.arm for run in found] == ["one/dense", "two/dense", "wide"]
+    write_run(tmp_path / "three" / "dense" / "seed_1", 1, [3.0])
+    assert {run.arm for run in reporting_runs.find([tmp_path / "one", tmp_path / "three"])} == {"dense"}
+    deep = tmp_path / "a" / "x", tmp_path / "b" / "x"
+    for number, folder in enumerate(deep):
+        write_run(folder / "dense", 0, [3.0], width=number)
+    assert [run.arm for run in reporting_runs.find(deep)] == ["a/x/dense", "b/x/dense"]
+
+
+def test_a_run_that_ended_in_nan_does_not_show_its_last_number(tmp_path):
+    nan = float("nan")
+    write_run(tmp_path / "x" / "good" / "seed_0", 0, [3.0, 2.0])
+    write_run(tmp_path / "x" / "bad" / "seed_0", 0, [3.0, nan, nan])
+    write_run(tmp_path / "x" / "half" / "seed_0", 0, [3.0, 2.0])
+    write_run(tmp_path / "x" / "half" / "seed_1", 1, [3.0, nan])
+    found = reporting_runs.find([tmp_path / "x"])
+    _, rows = tables.final(found, ["eval/all/loss"])
+    assert {row[0]: row[-1] for row in rows} == {
+        "good": "2", "bad": "NaN since step 20", "half": "2; 1 of 2 NaN since step 20"}
+    text = page.render(found, "t")
+    assert "eval/all/loss is NaN or infinite from step 20 to the end" in text
+    write_run(tmp_path / "only", 0, [nan, nan])
+    with pytest.raises(UserError, match="is NaN or infinite since step 10: the run diverged"):
+        page.render(reporting_runs.find([tmp_path / "only"]), "t")
+
+
+def test_a_run_without_metrics_is_named_on_the_page(tmp_path):
+    write_run(tmp_path / "x" / "one", 0, [3.0], extra=f'{{"step": 20, "eval/all/loss": {10 ** 400}}}\n')
+    write_run(tmp_path / "x" / "crashed", 0, [])
+    file = page.write([tmp_path / "x"], str(tmp_path / "out.html"))
+    assert "crashed: no line of metrics; this run is on no curve" in file.read_text()
+
+
 def test_losses_come_first_then_what_tasks_measure(tmp_path):
     write_run(tmp_path / "a", 0, [2.0], **{
         "eval/all/aux_loss": 1.0, "eval/t/loss": 1.0, "eval/t/z_loss": 1.0, "eval/t/metric/em": 1.0,
