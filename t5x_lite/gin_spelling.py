@@ -5,7 +5,8 @@
     --gin.utils.SaveCheckpointConfig.period=500   --config.checkpoint.every=500
 
 BINDINGS has a row for each name of theirs; docs/from_t5x.md shows them, and a test reads that page.
-A class's scope (train/utils.…) and module are left out. Values are literals; what refers to another
+A class's module is left out, and its scope where it is training's (train/utils.…); within a scope of
+evaluation (train_eval/, infer_eval/) a name sets what evaluation reads: OF_EVALUATION. Values are literals; what refers to another
 binding (%NAME, @function) and whole gin files are refused: a config here is a Python file.
 """
 
@@ -63,7 +64,13 @@ def _microbatches(value: Any, run: RunConfig) -> Changes:
 
 
 def _initial(value: Any, run: RunConfig) -> Changes:
-    known = re.match(r"(hf|t5x|mtf):", str(value))
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        value = value[0]
+    if value in (None, "", [], ()):
+        return {"init_from": ""}
+    if not isinstance(value, str):
+        raise UserError(f"--gin binding of a checkpoint with the value {value!r}: must be one folder.")
+    known = re.match(r"(hf|t5x|mtf):", value)
     return {"init_from": value if known else f"t5x:{value}"}
 
 
@@ -74,8 +81,21 @@ def _dtype(value: Any, run: RunConfig) -> Changes:
     return {"precision": names[value]}
 
 
-def _refused(why: str) -> Binding:
+def _same_lengths(value: Any, run: RunConfig) -> Changes:
+    asked = _lengths(value, run)
+    here = {"data.inputs_length": run.data.inputs_length, "data.targets_length": run.data.targets_length}
+    if any(here[name] != length for name, length in asked.items()):
+        raise UserError(f"--gin binding of an evaluation's task_feature_lengths with the value {value!r}: rows of "
+                        f"evaluation are as long as training's, {here['data.inputs_length']} and "
+                        f"{here['data.targets_length']}; bind TASK_FEATURE_LENGTHS before it, or leave it out.")
+    return {}
+
+
+def _refused(why: str, *but: Any) -> Binding:
+    """A binding that has no field here, whatever its value; one of `but` is what is done here anyhow."""
     def refuse(value: Any, run: RunConfig) -> Changes:
+        if value in but:
+            return {}
         raise UserError(f"--gin binding with the value {value!r}: {why}")
     return Binding(refuse)
 
@@ -107,8 +127,9 @@ BINDINGS: Mapping[str, Binding] = {
     "Z_LOSS": _field("objective.z_loss"),
     "LOSS_NORMALIZING_FACTOR": _refused(
         "losses here are means over the tokens of the global batch; leave it out, and divide the "
-        "learning rate of an optimizer that is not Adafactor instead."),
-    "USE_CACHED_TASKS": _refused("name the folders of cached tasks by --config.data.cached_tasks=DIR."),
+        "learning rate of an optimizer that is not Adafactor instead.", None),
+    "USE_CACHED_TASKS": _refused(
+        "name the folders of cached tasks by --config.data.cached_tasks=DIR.", False),
     "train.total_steps": _field("train.num_steps"),
     "train.eval_period": _field("eval.every"),
     "train.eval_steps": _field("eval.num_batches"),
@@ -120,6 +141,8 @@ BINDINGS: Mapping[str, Binding] = {
     "DatasetConfig.pack": _field("data.packing"),
     "DatasetConfig.seed": _field("data.seed"),
     "DatasetConfig.module": _field("data.task_modules"),
+    "DatasetConfig.use_cached": _refused(
+        "name the folders of cached tasks by --config.data.cached_tasks=DIR.", False),
     "Trainer.num_microbatches": Binding(_microbatches),
     "create_learning_rate_scheduler.factors": _field("optimizer.schedule.factors"),
     "create_learning_rate_scheduler.base_learning_rate": _field(
@@ -141,6 +164,18 @@ BINDINGS: Mapping[str, Binding] = {
     "T5Config.num_encoder_layers": _layers("encoder"),
     "T5Config.num_decoder_layers": _layers("decoder"),
 }
+# What the same names set within a scope of evaluation, such as train_eval/utils.DatasetConfig.batch_size.
+OF_EVALUATION: Mapping[str, Binding] = {
+    "DatasetConfig.mixture_or_task_name": _field("data.validation"),
+    "DatasetConfig.task_feature_lengths": Binding(_same_lengths),
+    "DatasetConfig.batch_size": _field("eval.batch_size"),
+    "DatasetConfig.module": BINDINGS["DatasetConfig.module"],
+    "DatasetConfig.use_cached": BINDINGS["USE_CACHED_TASKS"],
+}
+# {a scope before a class: what a name sets there}
+SCOPES: Mapping[str, Mapping[str, Binding]] = {
+    "": BINDINGS, "train": BINDINGS,
+    **dict.fromkeys(("train_eval", "infer_eval", "infer", "eval"), OF_EVALUATION)}
 # Bindings that are a flag of the doors and no field.
 FLAGS = {"MODEL_DIR": "workdir", "EVAL_OUTPUT_DIR": "workdir"}
 _GIN_FLAGS = ("gin_file", "gin_search_paths", "gin_bindings")
@@ -184,8 +219,15 @@ def apply(run: RunConfig, bindings: Sequence[str]) -> RunConfig:
 
 
 def _changes(run: RunConfig, name: str, value: Any) -> Changes:
-    short = ".".join(name.rpartition("/")[2].split(".")[-2:])
-    binding = BINDINGS.get(name) or BINDINGS.get(short)
+    scope, _, bare = name.rpartition("/")
+    if scope not in SCOPES:
+        raise UserError(f"--gin.{name}: the scope {scope}/ means nothing here; there are "
+                        f"{', '.join(f'{known}/' for known in SCOPES if known)}.")
+    short = ".".join(bare.split(".")[-2:])
+    binding = SCOPES[scope].get(bare) or SCOPES[scope].get(short)
+    if SCOPES[scope] is OF_EVALUATION and not binding:
+        raise UserError(f"--gin.{name}: of {scope}/ there are {', '.join(OF_EVALUATION)} alone; without the scope "
+                        "it would change training.")
     if binding:
         return binding.changes(value, run)
     if name in field_names(run):

@@ -46,7 +46,7 @@ def test_every_row_of_the_page_sets_what_it_says(theirs, ours):
 def test_the_page_has_a_row_for_each_name():
     shown = {name.partition("=")[0].rpartition("/")[2] for name, _ in ROWS}
     shorts = {".".join(name.split(".")[-2:]) for name in shown}
-    refused = {"LOSS_NORMALIZING_FACTOR", "USE_CACHED_TASKS"}
+    refused = {"LOSS_NORMALIZING_FACTOR", "USE_CACHED_TASKS", "DatasetConfig.use_cached"}
     assert {*gin_spelling.BINDINGS, *gin_spelling.FLAGS} == shorts | refused | {
         "train.random_seed"} - refused | refused
 
@@ -71,10 +71,36 @@ def test_our_own_fields_and_several_at_once():
     ("--gin.LOSS_NORMALIZING_FACTOR=1", "means over the tokens"),
     ("--gin.USE_CACHED_TASKS=True", "data.cached_tasks"),
     ("--gin.network.T5Config.dtype='int8'", "one of bfloat16"),
+    ("--gin.train_eval/utils.DatasetConfig.pack=True", "without the scope it would change training"),
+    ("--gin.train_eval/utils.DatasetConfig.task_feature_lengths={'inputs': 7}", "are as long as training's"),
+    ("--gin.mine/utils.DatasetConfig.batch_size=8", "the scope mine/ means nothing here"),
+    ("--gin.utils.RestoreCheckpointConfig.path=['a', 'b']", "must be one folder"),
+    ("--gin.infer_eval/utils.DatasetConfig.use_cached=True", "data.cached_tasks"),
 ])
 def test_what_does_not_fit_is_named(argument, message):
     with pytest.raises(UserError, match=re.escape(message)):
         bound(argument)
+
+
+def test_what_a_scope_of_evaluation_binds_leaves_training_alone():
+    run = tiny.seq2seq()
+    lengths = {"inputs": run.data.inputs_length, "targets": run.data.targets_length}
+    found = bound("--gin.train_eval/utils.DatasetConfig.mixture_or_task_name='held_out'",
+                  "--gin.train_eval/utils.DatasetConfig.batch_size=7",
+                  f"--gin.train_eval/utils.DatasetConfig.task_feature_lengths={lengths}",
+                  "--gin.train_eval/utils.DatasetConfig.use_cached=False")
+    assert found == configs.override(run, ["data.validation=held_out", "eval.batch_size=7"])
+
+
+@pytest.mark.parametrize("argument", [
+    "--gin.USE_CACHED_TASKS=False", "--gin.LOSS_NORMALIZING_FACTOR=None", "--gin.INITIAL_CHECKPOINT_PATH=None",
+    "--gin.INITIAL_CHECKPOINT_PATH=''", "--gin.utils.RestoreCheckpointConfig.path=[]"])
+def test_what_is_so_anyhow_changes_nothing(argument):
+    assert bound(argument) == tiny.seq2seq()
+
+
+def test_a_list_of_one_checkpoint_is_that_one():
+    assert bound("--gin.utils.RestoreCheckpointConfig.path=['gs://t5/base']").init_from == "t5x:gs://t5/base"
 
 
 def test_what_t5x_says_by_none_and_by_stacks():

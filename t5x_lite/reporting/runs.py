@@ -112,7 +112,7 @@ def find_with_empty(paths: Sequence[str]) -> tuple[list[Run], list[files.Path]]:
 def _told_apart(runs: Sequence[Run], named_by: Mapping[files.Path, files.Path]) -> list[Run]:
     """The runs, with the path that named them before an arm that two paths have and that is not one
     arm: a seed twice, or other settings."""
-    names = _shortest_names(list(dict.fromkeys(named_by.values())))
+    names = shortest_names(list(dict.fromkeys(named_by.values())))
     result = []
     members = by_arm(runs)
     for run in runs:
@@ -125,7 +125,7 @@ def _told_apart(runs: Sequence[Run], named_by: Mapping[files.Path, files.Path]) 
     return result
 
 
-def _shortest_names(paths: Sequence[files.Path]) -> dict[files.Path, str]:
+def shortest_names(paths: Sequence[files.Path]) -> dict[files.Path, str]:
     """{path: as many of its last folders as tell it from the others}."""
     parts = {path: files.path(files.absolute(str(path))).parts for path in paths}
     depths = range(1, max(map(len, parts.values()), default=0) + 1)

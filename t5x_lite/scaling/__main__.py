@@ -13,6 +13,7 @@
 import argparse
 import importlib
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -50,11 +51,15 @@ def fit(options: argparse.Namespace) -> dict:
     at_least("--bootstrap", options.bootstrap, 0)
     at_least("--starts", options.starts, 1)
     positive("--delta", options.delta)
+    _refuse_unused(options)
+    at = numbers(options.at, "at")
+    for name, value in at.items():
+        positive(f"--at={name}", value)
     table = _table(options)
     if options.law in frontier.APPROACHES:
-        return frontier.fit(options.law, table, points=options.points, noise=options.noise,
-                            draws=options.bootstrap or 1000, level=options.level,
-                            seed=options.seed).as_json()
+        best = frontier.fit(options.law, table, points=options.points, noise=options.noise,
+                            draws=options.bootstrap or 1000, level=options.level, seed=options.seed)
+        return {**best.as_json(), **_best_at(best, at)}
     settings = fits.Settings(objective=options.objective, method=options.method,
                              delta=options.delta, starts=options.starts, mean=options.mean,
                              fixed=numbers(options.fix, "fix"),
@@ -66,7 +71,31 @@ def fit(options: argparse.Namespace) -> dict:
     for name in filter(None, options.profile.split(",")):
         one_of("--profile", name, found.law.names)
         found.intervals[name] = fits.profile(found, name, level=options.level)
-    return {**found.as_json(), **_prediction(found, numbers(options.at, "at"))}
+    return {**found.as_json(), **_prediction(found, at)}
+
+
+_OF_LAWS = ("objective", "method", "delta", "starts", "mean", "fix", "start", "profile")
+
+
+def _refuse_unused(options: argparse.Namespace) -> None:
+    """Raises UserError for a flag that the law or approach would not look at."""
+    used_by = {**dict.fromkeys(_OF_LAWS, tuple(LAWS)), "points": ("parabola",), "noise": ("akima", *LAWS)}
+    unset = _Parser()
+    _add_fit(unset)
+    for flag, users in used_by.items():
+        value = getattr(options, flag)
+        if value != unset.get_default(flag) and options.law not in users:
+            whose = " or ".join([n for n in users if n not in LAWS] + ["one that `laws` lists"] * (set(LAWS) <= set(users)))
+            raise UserError(f"--{flag}={value}: --law={options.law} does not use it; it is for --law={whose}.")
+
+
+def _best_at(best: frontier.Frontier, at: dict[str, float]) -> dict[str, dict[str, float]]:
+    """{"prediction": N* and D*} at --at=flops=C; {} where nothing is asked."""
+    if not at:
+        return {}
+    if set(at) != {"flops"}:
+        raise UserError(f"--at={','.join(at)}: {best.approach} gives the best model of a budget; write --at=flops=C.")
+    return {"prediction": {"params": best.params_at(at["flops"]), "tokens": best.tokens_at(at["flops"])}}
 
 
 def _prediction(found: fits.Fit, at: dict[str, float]) -> dict[str, float]:
@@ -160,6 +189,15 @@ COMMANDS: dict[str, tuple[Callable, Callable, Callable]] = {
     "coordinate_check": _later("coordinates")}
 
 
+def _of_json(value: object) -> object:
+    """The value with null for what JSON has no number for: NaN and the infinities."""
+    if isinstance(value, dict):
+        return {name: _of_json(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_of_json(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 for a UserError."""
     parser = _Parser(prog="python -m t5x_lite.scaling", description=__doc__, allow_abbrev=False)
@@ -178,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(found) if options.json else COMMANDS[options.command][2](found))
+    print(json.dumps(_of_json(found), allow_nan=False) if options.json else COMMANDS[options.command][2](found))
     return 0
 
 

@@ -7,11 +7,11 @@ seeds); how many each arm tried is said, for an arm that was tuned harder looks 
 
 import dataclasses
 import fnmatch
-import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from t5x_lite import files
 from t5x_lite.errors import UserError, nearest, positive
 from t5x_lite.reporting import runs as reporting_runs
 from t5x_lite.scaling import frontier, tables
@@ -90,10 +90,14 @@ def from_folders(folders: Sequence[str], metric: str, *, over: str, skip_bad: bo
     Raises:
         UserError: a folder without runs, or a run without a finite loss or compute.
     """
-    return [_from_folder(folder, metric, over, skip_bad) for folder in folders]
+    names = reporting_runs.shortest_names(list(map(files.path, folders)))
+    if len(names) < len(folders):
+        raise UserError(f"--arms={','.join(folders)}: the same folder twice.")
+    return [_from_folder(folder, name, metric, over, skip_bad)
+            for folder, name in zip(folders, names.values(), strict=True)]
 
 
-def _from_folder(folder: str, metric: str, over: str, skip_bad: bool) -> Runs:
+def _from_folder(folder: str, name: str, metric: str, over: str, skip_bad: bool) -> Runs:
     field = reporting_runs.AXES.get({"flops": "FLOPs"}.get(over, over), (over,))[0]
     kept, x, loss = [], [], []
     for run in reporting_runs.find([folder]):
@@ -112,7 +116,7 @@ def _from_folder(folder: str, metric: str, over: str, skip_bad: bool) -> Runs:
     settings = [{n: str(v) for n, v in run.settings.items() if n not in _NOT_TUNED}
                 for run in kept]
     spent = np.array(x, float)
-    return Runs(pathlib.Path(folder).name, spent, spent, np.array(loss, float),
+    return Runs(name, spent, spent, np.array(loss, float),
                 [str(run.seed) for run in kept], settings)
 
 

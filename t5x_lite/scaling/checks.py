@@ -47,6 +47,7 @@ def design(law: Law, table: Table, free: int) -> list[str]:
     warnings = [] if runs > free else [
         f"{runs} runs for {free} parameters: the fit goes through every run and says nothing "
         f"about its own error"]
+    warnings += repeated(table, [*law.inputs, law.output])
     if law.output == "loss" and "flops" in table.columns:
         warnings += rising(table)
     for name, values in logs.items():
@@ -73,6 +74,16 @@ def _check_columns(law: Law, logs: dict[str, np.ndarray]) -> None:
         if abs(np.corrcoef(size, seen)[0, 1]) > 0.9999:
             raise UserError(f"params and tokens lie on one line (in logarithms), which leaves "
                             f"{law.name} unidentified; {_LADDER}.")
+
+
+def repeated(table: Table, names: list[str]) -> list[str]:
+    """A warning of rows that are equal in all these columns: seeds differ at least in what they reached."""
+    values = np.stack([table.columns[name] for name in names])
+    again = len(table) - np.unique(values, axis=1).shape[1]
+    if not again:
+        return []
+    return [f"{again} of {len(table)} rows repeat another exactly: if they are one run written twice, intervals are "
+            "too narrow; leave them out"]
 
 
 def rising(table: Table) -> list[str]:

@@ -233,9 +233,10 @@ def envelope(table: Table, per_decade: int = 20) -> tuple[list[Optimum], list[st
     """
     log_c, loss = np.log(table.columns["flops"]), table.columns["loss"]
     name = table.columns.get("run", table.columns["params"])
-    curves = {}
+    curves, warnings = {}, []
     for run in np.unique(name):
         chosen = np.flatnonzero(name == run)
+        warnings += _one_curve(table, chosen)
         chosen = chosen[np.argsort(log_c[chosen], kind="stable")]
         if len(chosen) > 1:
             curves[run] = chosen
@@ -257,11 +258,28 @@ def envelope(table: Table, per_decade: int = 20) -> tuple[list[Optimum], list[st
                 table.columns["tokens"][curve])))) if _measured(table, "tokens") else \
                 flops / (6 * size)
             best.append(Optimum(flops, size, tokens, float(values[winner]), runs=len(curves)))
-    warnings = []
     if len({o.params for o in best}) < 3:
         warnings.append("the envelope touches fewer than 3 sizes between the smallest and the "
                         "largest: its exponent rests on very little; add sizes")
     return best, warnings
+
+
+def _one_curve(table: Table, chosen: np.ndarray) -> list[str]:
+    """A warning where the rows that count as one curve look like several runs'.
+
+    Raises:
+        UserError: two losses at one place of a curve.
+    """
+    flops, size = table.columns["flops"][chosen], table.columns["params"][chosen[0]]
+    told = "the column run" if "run" in table.columns else "params: name the column of runs by --columns=run=COL,…"
+    if len(np.unique(flops)) < len(flops):
+        raise UserError(f"envelope: a curve of params={size:.4g} has two losses at one number of FLOPs, so it is "
+                        f"more than one run; runs are told apart by {told}.")
+    falls = int((np.diff(flops) < 0).sum())
+    if not falls:
+        return []
+    return [f"the FLOPs of params={size:.4g} fall {falls} times from row to row: if these are several runs, their "
+            f"curves are mixed; runs are told apart by {told}"]
 
 
 def power_laws(optima: list[Optimum]) -> tuple[dict[str, float], dict[str, float]]:

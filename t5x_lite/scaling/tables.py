@@ -14,6 +14,7 @@ import gzip
 import io
 import json
 import pathlib
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -39,6 +40,8 @@ class Table:
     columns: Mapping[str, np.ndarray]
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
     labels: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)   # words a run
+    # {a source: what it counts, in words}, where that is known: of workdirs.
+    meanings: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), ()))
@@ -46,7 +49,7 @@ class Table:
     @property
     def counted(self) -> dict[str, str]:
         """What N, D and C are, in words: {"params": "all parameters", …}."""
-        return {name: MEANINGS.get(source.partition("*")[0], f"as {source!r} of the table counts")
+        return {name: self.meanings.get(source.partition("*")[0], f"as {source!r} of the table counts")
                 if source not in _DERIVED else source
                 for name, source in self.sources.items() if name in ("params", "tokens", "flops")}
 
@@ -67,6 +70,7 @@ class Table:
 
     def without_highest(self, count: int, column: str = "loss") -> "Table":
         """Less the runs with the highest values of a column."""
+        self.require((column,), "--drop_highest")
         if not 0 <= count < len(self):
             raise UserError(f"--drop_highest={count}: must be from 0 to {len(self) - 1}, one less "
                             f"than the runs.")
@@ -121,13 +125,24 @@ def read(path: str | pathlib.Path, columns: Mapping[str, str], *,
         raise UserError(f"--where={_shown(where)}: no row of {path} has that. "
                         f"{_seen(rows, where)}")
     arrays, sources = {}, {}
+    cells = {}
     for name, source in columns.items():
         column, factor = _factor(source, rows[0])
-        arrays[name] = np.array([_number(rows[i].get(column)) for i in numbers]) * factor
+        cells[name] = [rows[i].get(column) for i in numbers]
+        arrays[name] = _codes(cells[name]) if name == "run" else np.array(
+            [_number(cell) for cell in cells[name]]) * factor
         sources[name] = source
     words = {n: [str(rows[i].get(n, "")) for i in numbers] for n in labels}
     lines = np.array([rows[i].get("_line", i + 1) for i in numbers])
-    return _complete(arrays, sources, lines, words, skip_bad=skip_bad)
+    table = _complete(arrays, sources, lines, words, skip_bad=skip_bad, cells=cells)
+    return dataclasses.replace(table, meanings=MEANINGS if path.is_dir() else {})
+
+
+def _codes(cells: Sequence[object]) -> np.ndarray:
+    """A number for each name of a run, float [R]; NaN for an empty cell."""
+    names = [str(cell).strip() if cell is not None else "" for cell in cells]
+    numbers = {name: float(number) for number, name in enumerate(dict.fromkeys(names))}
+    return np.array([numbers[name] if name else np.nan for name in names])
 
 
 def _columns_to_read(path: files.Path, rows: list[dict], columns: Mapping[str, str],
@@ -135,11 +150,12 @@ def _columns_to_read(path: files.Path, rows: list[dict], columns: Mapping[str, s
     """{a law's name: the column}, where nothing was said those of the file that laws know."""
     if path.is_dir():
         return _workdir_columns(path, rows, columns, curves)
+    told_apart = {"run": "run"} if curves and "run" in rows[0] else {}
     if columns:
-        return dict(columns)
+        return {**told_apart, **columns}
     named = {n: n for n in rows[0] if n in _POSITIVE}
     if named:
-        return named
+        return {**named, **told_apart}
     known = ", ".join(n for n in rows[0] if n != "_line")
     raise UserError(f"--table={path} has {known}, and none of the columns that laws know: say which "
                     f"are what by --columns=params=COL,flops=COL,loss=COL.")
@@ -153,17 +169,42 @@ def _read_rows(path: files.Path, curves: bool) -> list[dict]:
     raw = path.read_bytes()
     try:
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"--table={path} is not text in UTF-8 ({error}); write it as CSV.") \
-            from error
+    except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
+        raise UserError(f"--table={path} is not text in UTF-8, or not a whole .gz of it ({error}); write it "
+                        "as CSV.") from error
     name = path.name.removesuffix(".gz")
     if name.endswith((".json", ".jsonl")):
         return _json_rows(path, text)
+    return _csv_rows(path, text.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def _csv_rows(path: files.Path, text: str) -> list[dict]:
     head = text.split("\n", 1)[0]
     delimiter = max(",;\t", key=head.count)
-    reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True)
-    return [{**{(k or "").strip(): v for k, v in row.items()}, "_line": reader.line_num}
-            for row in reader if any(isinstance(v, str) and v.strip() for v in row.values())]
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))   # a cell of notes may be long
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True)
+    names = _unlike([name.strip() for name in next(reader, [])])
+    rows = []
+    try:
+        for cells in reader:
+            if any(cell.strip() for cell in cells[len(names):]):
+                raise UserError(f"--table={path}, line {reader.line_num} has {len(cells)} cells, and the line of "
+                                f"names has {len(names)}: quote a cell that holds a {delimiter!r}.")
+            if any(cell.strip() for cell in cells):
+                rows.append({**dict(zip(names, cells, strict=False)), "_line": reader.line_num})
+    except csv.Error as error:
+        raise UserError(f"--table={path}, line {reader.line_num}: {error}; write it as CSV.") from error
+    return rows
+
+
+def _unlike(names: Sequence[str]) -> list[str]:
+    """The names of columns; one that stands twice gets a number, so that a column is chosen by whoever
+    names it and not by its place: loss#1, loss#2."""
+    result = []
+    for place, name in enumerate(names):
+        number = names[:place + 1].count(name)
+        result.append(f"{name}#{number}" if name and names.count(name) > 1 else name)
+    return result
 
 
 def _json_rows(path: files.Path, text: str) -> list[dict]:
@@ -258,6 +299,16 @@ def _number(value: object) -> float:
         return np.nan
 
 
+def _said(cell: object) -> str:
+    """A cell that cannot be fitted, in words."""
+    text = str(cell).strip() if cell is not None else ""
+    if not text:
+        return "empty"
+    if np.isfinite(_number(cell)) or text.lower().lstrip("+-") in ("nan", "inf", "infinity"):
+        return text
+    return f"{text[:40]!r}, which is no number (write 9523909 or 9.52e6, without unit, % or thousands commas),"
+
+
 def _matches(row: Mapping, where: Mapping[str, str]) -> bool:
     return all(_equal(str(row.get(column, "")), value.split("|"))
                for column, value in where.items())
@@ -278,16 +329,17 @@ def _seen(rows: list[dict], where: Mapping[str, str] | None) -> str:
 
 
 def _complete(arrays: dict[str, np.ndarray], sources: dict[str, str], lines: np.ndarray,
-              words: Mapping[str, Sequence[str]], *, skip_bad: bool) -> Table:
-    """Checked columns, and the one that follows from two others."""
+              words: Mapping[str, Sequence[str]], *, skip_bad: bool,
+              cells: Mapping[str, Sequence[object]] | None = None) -> Table:
+    """Checked columns, and the one that follows from two others. cells: what stood in the file."""
     bad = np.zeros(len(lines), bool)
     why = ""
     for name, values in arrays.items():
         wrong = ~np.isfinite(values) | (values <= 0 if name in _POSITIVE else False)
         if wrong.any() and not why:
             first = int(np.flatnonzero(wrong)[0])
-            said = "no number" if np.isnan(values[first]) else f"{values[first]:g}"
-            why = f"{name} ({sources[name]}) is {said} in line {lines[first]}"
+            cell = cells[name][first] if cells else values[first]
+            why = f"{name} ({sources[name]}) is {_said(cell)} in line {lines[first]}"
         bad |= wrong
     if bad.all() and len(bad):
         raise UserError(f"no row has all of {', '.join(sources.values())}: {why}. Name other "

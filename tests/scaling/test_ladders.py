@@ -239,7 +239,7 @@ def test_tables_that_say_nothing_are_named_or_drawn_with_what_is_wrong(tmp_path,
     assert "1 of the budgets has an optimum" in drawn(one)
     up = "".join(f"{n}e6,1e{16 + k},{3 + k + (n - 2) ** 2 / 10}\n" for k in range(3) for n in (1, 2, 4))
     assert "the loss rises with compute" in drawn(up)
-    assert "loss (L) is no number in line 3" in drawn("1e6,1e16,3\n2e6,1e16,\n")
+    assert "loss (L) is empty in line 3" in drawn("1e6,1e16,3\n2e6,1e16,\n")
     assert "no column 'N'" in drawn(
         "1,2\n", head="a,b")
     assert "none of the columns that laws know" in drawn("1,2\n", columns="", head="a,b")
