@@ -21,6 +21,7 @@ if __name__ == "__main__":   # --help is answered before what is slow to import
     from t5x_lite import manual
     manual.answer(__file__, sys.argv)
 
+import itertools
 import json
 import os
 import pathlib
@@ -170,6 +171,8 @@ if __name__ == "__main__":
                        workers, command)
         log.say(_said(result, folder))
 
-    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
-        sys.argv[1] = f"--corpus={sys.argv[1]}"
+    # What stands before the first flag is the corpus: one name or, as a shell's *.txt becomes, several files.
+    _files = list(itertools.takewhile(lambda word: not word.startswith("-"), sys.argv[1:]))
+    if _files:
+        sys.argv[1:1 + len(_files)] = [f"--corpus={','.join(_files)}"]
     cli.run(main, alone=True)

@@ -284,11 +284,18 @@ def _parse(argv: list[str]) -> list[str]:
     return []
 
 
+# What other programs call flags of ours.
+_FLAGS_ELSEWHERE = dict.fromkeys(("output_dir", "model_dir", "log_dir", "logdir", "save_dir"), "workdir")
+
+
 def meant(flag: str, known: Sequence[str], given: bool) -> str:
     """" did you mean …?" for a flag that is not there: another flag, or a field of the config.
 
     known: the door's flags. given: whether --config names the config, else a workdir holds it.
     """
+    elsewhere = _FLAGS_ELSEWHERE.get(flag.replace("-", "_"))
+    if elsewhere in known:
+        return f" did you mean {elsewhere!r}?"
     own = nearest(flag, [name for name in known if "." not in name])
     if own or not {"config", "override"} <= set(known):
         return own
@@ -316,6 +323,26 @@ def _user_error(error: BaseException | None) -> UserError | None:
         innermost = error if isinstance(error, UserError) else innermost
         error = error.__cause__ or error.__context__
     return innermost
+
+
+def words(argv: Sequence[str], taking: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the words of a command line that are no flag's, its flags), both in order.
+
+    taking: names of the flags that take a value, which may stand behind a space: "--output FILE".
+    """
+    found: list[str] = []
+    flags_: list[str] = []
+    waits = False   # for the value of the last flag
+    for argument in argv:
+        if waits:
+            flags_[-1] += f"={argument}"
+            waits = False
+        elif argument.startswith("-"):
+            flags_.append(argument)
+            waits = argument.lstrip("-") in taking
+        else:
+            found.append(argument)
+    return found, flags_
 
 
 def _joined(argv: list[str]) -> list[str]:

@@ -38,6 +38,12 @@ MOST_USED = (
     "checkpoint.every", "checkpoint.keep_last")
 # What other programs call a field, {last part of a flag: field}.
 ELSEWHERE = {
+    "seed": "train.seed", "random_seed": "train.seed", "rank": "peft.rank", "lora_rank": "peft.rank",
+    "lora_r": "peft.rank", "lora_alpha": "peft.alpha",
+    "epochs": "train.num_steps", "num_epochs": "train.num_steps", "num_train_epochs": "train.num_steps",
+    "grad_clip": "optimizer.clip_norm", "gradient_clip": "optimizer.clip_norm",
+    "clip": "optimizer.clip_norm", "logging_steps": "train.log_every", "log_steps": "train.log_every",
+    "d_model": "model.embed_dim", "hidden_size": "model.embed_dim", "emb_dim": "model.embed_dim",
     "lr": "optimizer.schedule.base_learning_rate",
     "learning_rate": "optimizer.schedule.base_learning_rate",
     "warmup": "optimizer.schedule.warmup_steps",
@@ -136,6 +142,8 @@ def parser_text(parser: argparse.ArgumentParser, description: str) -> str:
 def section_text(where: str) -> str:
     """The fields of a section, or one field. Raises UserError that names the nearest."""
     path = where.strip().removeprefix("--").removeprefix("config").strip(".")
+    if not path:
+        return f"config has the sections {', '.join(_top_sections())}: --help=train shows one."
     field = field_at(path)
     inner = [kind for kind, _ in config_reference.inner_sections(field.kind)]
     if not inner:
@@ -160,6 +168,7 @@ def field_at(path: str) -> config_reference.Field:
     for part in path.split("."):
         known = {f.name: f for f in config_reference.fields(kind)} if kind else {}
         name = part.partition("[")[0]
+        name = name if name in known else name.lower()   # --help=Data
         if name not in known:
             paths = [p for p, _ in all_fields()] + _top_sections()
             hint = suggestion(path) or nearest(path, paths).removeprefix(" ")
@@ -264,7 +273,7 @@ def suggestion(flag: str, prefix: str = "--config.") -> str:
 
     flag: its name, with or without a section: num_steps, train.num_steps, lr.
     """
-    name = flag.lstrip("-").removeprefix("config.")
+    name = flag.lstrip("-").removeprefix("config.").replace("-", "_")
     paths = [path for path, _ in all_fields()]
     plain = {re.sub(r"\[\d+\]", "", path): path for path in reversed(paths)}
     last = name.rpartition(".")[2]

@@ -196,8 +196,8 @@ if __name__ == "__main__":
     _OUTPUT = flags.DEFINE_string("output", "report.html", "The page to write.")
     _TITLE = flags.DEFINE_string("title", "", "Its heading; without one the folders' names.")
     # Folders stand before or between the flags, as files do on other command lines.
-    _FOLDERS = [a for a in sys.argv[1:] if not a.startswith("-")]
-    sys.argv = [sys.argv[0], *(a for a in sys.argv[1:] if a.startswith("-"))]
+    _FOLDERS, _rest = cli.words(sys.argv[1:], ("output", "title"))
+    sys.argv = [sys.argv[0], *_rest]
 
     def main() -> None:
         print(f"written: {page.write(_FOLDERS, _OUTPUT.value, _TITLE.value)}")

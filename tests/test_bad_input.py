@@ -126,7 +126,7 @@ def test_what_ml_collections_cannot_say_is_an_override(given, flag):
     ("train.num_steps", "did you mean --config.train.num_steps?"),
     ("lr", "did you mean --config.optimizer.schedule.base_learning_rate?"),
     ("batch_size", "did you mean --config.train.global_batch_size?"),
-    ("qqq", "--help lists the flags"),
+    ("qqq", "--help lists the flags"), ("output_dir", "did you mean 'workdir'?"),
 ])
 def test_an_unknown_flag_names_the_field_that_it_means(flag, hint):
     own = ["config", "override", "workdir"]

@@ -95,7 +95,10 @@ def test_an_unknown_section_names_the_nearest(where, hint, capsys):
     ("learning_rate", "optimizer.schedule.base_learning_rate"), ("num_step", "train.num_steps"),
     ("lr", "optimizer.schedule.base_learning_rate"), ("batch_size", "train.global_batch_size"),
     ("embed_dim", "model.embed_dim"), ("fsdp", "mesh.fsdp"), ("precision", "precision"),
-    ("max_grad_norm", "optimizer.clip_norm"), ("qqqqq", ""),
+    ("max_grad_norm", "optimizer.clip_norm"), ("qqqqq", ""), ("learning-rate", "optimizer.schedule.base_learning_rate"),
+    ("batch-size", "train.global_batch_size"), ("seed", "train.seed"), ("lora_rank", "peft.rank"),
+    ("num_epochs", "train.num_steps"), ("grad_clip", "optimizer.clip_norm"), ("logging_steps", "train.log_every"),
+    ("d_model", "model.embed_dim"),
 ])
 def test_a_flag_that_means_a_field(flag, field):
     assert manual.suggestion(flag) == (f"did you mean --config.{field}?" if field else "")

@@ -16,6 +16,10 @@ from t5x_lite.corpus.measure import Row
 
 NEAR = 0.8        # Jaccard's index from which two documents are near duplicates
 _SEARCHED = 0.6   # … and from which MinHash has to propose a pair, which keeps misses rare
+# Of pages of one template each is like all others, and their pairs grow by the square: from so many
+# earlier ones on that are alike by so much (of their signatures), a document is measured against these
+# and stands for nobody itself.
+_MANY, _ALIKE = 64, 0.9
 
 
 def exact(rows: Sequence[Row]) -> dict[int, int]:
@@ -37,9 +41,21 @@ def candidates(rows: Sequence[Row], copies: Mapping[int, int]) -> list[tuple[int
         if row.signature is None or number in copies:
             continue
         sketch = measure.sketch_of(row.signature)
-        pairs += [(int(earlier), number) for earlier in index.query(sketch)]
+        earlier = sorted(map(int, index.query(sketch)))
+        alike = _alike(rows, earlier, row.signature) if len(earlier) >= _MANY else []
+        if len(alike) >= _MANY:
+            pairs += [(other, number) for other in alike[:_MANY]]
+            continue
+        pairs += [(other, number) for other in earlier]
         index.insert(number, sketch)
     return sorted(pairs)
+
+
+def _alike(rows: Sequence[Row], earlier: Sequence[int], signature_P: np.ndarray) -> list[int]:
+    """Those of the earlier documents whose signatures agree in _ALIKE of their places or more."""
+    signatures = [rows[number].signature for number in earlier]
+    share = np.mean(np.stack([s for s in signatures if s is not None]) == signature_P, axis=1)
+    return [number for number, same in zip(earlier, share, strict=True) if same >= _ALIKE]
 
 
 def near(documents: Iterable[Document], pairs: Sequence[tuple[int, int]]) -> dict[int, int]:

@@ -33,27 +33,44 @@ def _iban(text: str) -> bool:
     return int("".join(str(int(c, 36)) for c in compact[4:] + compact[:4])) % 97 == 1
 
 
-def _public_address(text: str) -> bool:
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """An address that names a host; None for other numbers between points or colons."""
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
-        return False
-    return address.is_global
+        return None
+    named = sum(1 for group in re.split("[:.]", text) if group)
+    return address if named > 2 else None   # "::" and "1::" stand in code and tables
+
+
+def _public_address(text: str) -> bool:
+    address = _address(text)
+    return address is not None and address.is_global
+
+
+def _private_address(text: str) -> bool:
+    address = _address(text)
+    return address is not None and not address.is_global
 
 
 def _phone(text: str) -> bool:
     return 8 <= sum(c.isdigit() for c in text) <= 15
 
 
+_ADDRESS = re.compile(r"(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}(?![\w]|\.\d)"
+                      r"|(?:[0-9A-Fa-f]{1,4}:|:){2,7}(?:[0-9A-Fa-f]{1,4}|:)?(?![\w:]))")
+
 # kind -> (pattern, what a match must be besides)
 PERSONAL: Mapping[str, tuple[re.Pattern, Callable[[str], bool]]] = {
     "e-mail address": (re.compile(
-        r"\b[\w.+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}\b"), lambda text: True),
+        r"\b[\w.+-]{1,64}@(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}[^\W\d_]{2,24}\b"), lambda text: True),
     "telephone number": (re.compile(
-        r"(?<![\w.+-])(?:\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]\d{2,4}){1,4}"
-        r"|\(\d{3}\) ?\d{3}[ .-]\d{4}|\d{3}[.-]\d{3}[.-]\d{4})(?![\w-])"), _phone),
-    "IP address": (re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w]|\.\d)"), _public_address),
-    "card number": (re.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w-])"), _luhn),
+        r"(?<![\w.+-])(?:\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,14}(?:[ .-]\d{2,8}){0,4}"   # +49 (0)30 123456
+        r"|(?:1[ .-])?(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}"                                # 1-800-555-1234
+        r"|0\d{2,4}[ /-](?:\d{3,4}[ -]\d{3,4}|\d{5,8}))(?![\w-])"), _phone),                     # 020 7946 0958
+    "IP address": (_ADDRESS, _public_address),
+    "IP address of a private or reserved net": (_ADDRESS, _private_address),
+    "card number": (re.compile(r"(?<![\w.-])\d(?:[ .-]?\d){12,18}(?![\w-])"), _luhn),
     "IBAN": (re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b"), _iban),
     "US social security number": (re.compile(
         r"(?<![\w-])(?!000|666|9\d\d)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\w-])"),

@@ -55,6 +55,9 @@ def fit(options: argparse.Namespace) -> dict:
     at = numbers(options.at, "at")
     for name, value in at.items():
         positive(f"--at={name}", value)
+    if options.law in frontier.APPROACHES and at and set(at) != {"flops"}:
+        raise UserError(f"--at={options.at}: --law={options.law} gives the best model of a budget; write "
+                        "--at=flops=C.")
     table = _table(options)
     if options.law in frontier.APPROACHES:
         best = frontier.fit(options.law, table, points=options.points, noise=options.noise,
@@ -93,8 +96,6 @@ def _best_at(best: frontier.Frontier, at: dict[str, float]) -> dict[str, dict[st
     """{"prediction": N* and D*} at --at=flops=C; {} where nothing is asked."""
     if not at:
         return {}
-    if set(at) != {"flops"}:
-        raise UserError(f"--at={','.join(at)}: {best.approach} gives the best model of a budget; write --at=flops=C.")
     return {"prediction": {"params": best.params_at(at["flops"]), "tokens": best.tokens_at(at["flops"])}}
 
 

@@ -304,7 +304,7 @@ def _said(cell: object) -> str:
     text = str(cell).strip() if cell is not None else ""
     if not text:
         return "empty"
-    if np.isfinite(_number(cell)) or text.lower().lstrip("+-") in ("nan", "inf", "infinity"):
+    if not np.isnan(_number(cell)) or text.lower() == "nan":
         return text
     return f"{text[:40]!r}, which is no number (write 9523909 or 9.52e6, without unit, % or thousands commas),"
 

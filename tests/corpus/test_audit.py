@@ -95,7 +95,35 @@ def test_it_finds_personal_data_by_its_check_digits(audited):
     result, _ = audited
     assert result.counts.personal == {
         "e-mail address": 1, "telephone number": 1, "card number": 1, "IBAN": 1, "IP address": 1,
+        "IP address of a private or reserved net": 1,
         "US social security number": 1}
+
+
+@pytest.mark.parametrize(("kind", "found", "others"), [
+    ("telephone number", ["+15551234567", "1-800-555-1234", "555 123 4567", "+49 30 1234567", "+49 (0)30 123456",
+                          "020 7946 0958", "(555) 123-4567", "555.123.4567", "+44 20 7946 0958", "030 1234567"],
+     ["2001-02-20", "12 345 678", "3.14159 26535", "100 200 300", "007", "1,234,567", "ISBN 978-3-16-148410-0"]),
+    ("IP address", ["2001:4860:4860::8888", "8.8.8.8"], ["12:30:45", "std::vector", "a :: b", "1.2.3", "999.1.1.1", "10:20"]),
+    ("IP address of a private or reserved net", ["192.168.1.10", "203.0.113.7", "fe80::1ff:fe23:4567:890a"], ["::", "1::"]),
+    ("e-mail address", ["user@müller.de", "a.b+c@mail.example.org"], ["a@b", "me @home.org", "@user.name"]),
+    ("card number", ["4111.1111.1111.1111", "4111-1111-1111-1111", "4111111111111111"], ["4111.1111.1111.1112", "1" * 16]),
+])
+def test_forms_of_personal_data_and_their_look_alikes(kind, found, others):
+    for text in found:
+        assert patterns.personal_data(f"See {text}, or not.") == {kind: 1}, text
+    for text in others:
+        assert kind not in patterns.personal_data(f"See {text}, or not."), text
+
+
+def test_pages_of_one_template_are_measured_against_a_few():
+    """Their pairs would grow by the square; each is found, and so is a near duplicate of a later one."""
+    body = passage(random.Random(1), 200)
+    texts = [f"{body} number {i}" for i in range(300)]
+    corpus = [documents.Document(text) for text in texts]
+    counts, rows, exact, near = run.audited(lambda: iter(corpus), measure.Settings(
+        patterns.block_list(None), patterns.groups(None), languages=False), run.processes(1), lambda *_: None)
+    assert not exact and near == dict.fromkeys(range(1, 300), 0)
+    assert len(duplicates.candidates(rows, exact)) <= 300 * duplicates._MANY
 
 
 def test_it_says_whose_texts_a_block_list_removes(audited):

@@ -49,7 +49,7 @@ def test_a_cell_that_cannot_be_fitted_is_shown(written, cell, said):
     (gzip.compress(csv_of(ROWS).encode())[:-12], "cut.csv.gz", "not a whole .gz"),
     (b"\x1f\x8b\x08\0\0\0\0\0\0\3" + b"\xff" * 40, "bad.csv.gz", "not a whole .gz"),
     ("params,flops,loss\n1,2,3,4\n", "a.csv", "line 2 has 4 cells, and the line of names has 3"),
-    ("params,flops,loss,loss\n1,2,3,4\n", "a.csv", "no column 'loss'. did you mean 'loss#1'")])
+    ("params,flops,loss,loss\n1,2,3,4\n", "a.csv", "It has flops, loss#1, loss#2, params")])
 def test_tables_that_cannot_be_read(written, content, name, message):
     with pytest.raises(UserError) as error:
         tables.read(written(content, name), {"params": "params", "flops": "flops", "loss": "loss"})
