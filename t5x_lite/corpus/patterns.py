@@ -67,7 +67,7 @@ PERSONAL: Mapping[str, tuple[re.Pattern, Callable[[str], bool]]] = {
     "telephone number": (re.compile(
         r"(?<![\w.+-])(?:\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,14}(?:[ .-]\d{2,8}){0,4}"   # +49 (0)30 123456
         r"|(?:1[ .-])?(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}"                                # 1-800-555-1234
-        r"|0\d{2,4}[ /-](?:\d{3,4}[ -]\d{3,4}|\d{5,8}))(?![\w-])"), _phone),                     # 020 7946 0958
+        r"|(?<!\d )0\d{2,4}[ /-](?:\d{3,4}[ -]\d{3,4}|\d{5,8})(?! \d))(?![\w-])"), _phone),      # 020 7946 0958
     "IP address": (_ADDRESS, _public_address),
     "IP address of a private or reserved net": (_ADDRESS, _private_address),
     "card number": (re.compile(r"(?<![\w.-])\d(?:[ .-]?\d){12,18}(?![\w-])"), _luhn),
