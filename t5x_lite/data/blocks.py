@@ -12,11 +12,12 @@ saved place says how many documents its blocks have, and one that says nothing i
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import seqio
 import tensorflow as tf
 
-from t5x_lite.data import denoising, preprocessors
+from t5x_lite.data import preprocessors
 from t5x_lite.data.rows import Sides
 
 BYTES = 1 << 17   # of a block: tokenising gains nothing from more, and a saved place holds it
@@ -28,18 +29,28 @@ _plain = tf.autograph.experimental.do_not_convert
 
 # --- documents ------------------------------------------------------------------------------
 
-def _joined(task: seqio.Task) -> tuple[int, denoising.Denoiser] | None:
-    """(the place of the step that tokenises, -1 where tokens are read; the denoiser) of a task whose
-    documents are tokenised, joined and corrupted, with nothing between; None for another."""
+class Joining(NamedTuple):
+    """What a denoiser does with blocks of documents."""
+
+    blocks: Callable   # the preprocessor that gives the same examples of an endless stream of them
+    ends: bool         # whether each document of a block ends with EOS
+
+
+JOINING: dict[Callable, Joining] = {}   # by the denoiser's preprocessor; denoising.py fills it
+
+
+def _joined(task: seqio.Task) -> tuple[int, Joining] | None:
+    """(the place of the step that tokenises, -1 where tokens are read; what the last step does with blocks)
+    of a task whose documents are tokenised, joined and corrupted, with nothing between; None for another."""
     steps = [step for step in task.preprocessors if not isinstance(step, seqio.CacheDatasetPlaceholder)]
-    name, functions = denoising.of(task), [getattr(step, "func", step) for step in steps]
-    if name is None or functions[-1] is not denoising.DENOISERS[name].preprocessor:
+    functions = [getattr(step, "func", step) for step in steps]
+    if not steps or functions[-1] not in JOINING:
         return None
     if len(steps) == 1:
-        return -1, denoising.DENOISERS[name]
+        return -1, JOINING[functions[-1]]
     if functions[-2] is not preprocessors.tokenize:
         return None
-    return task.preprocessors.index(steps[-2]), denoising.DENOISERS[name]
+    return task.preprocessors.index(steps[-2]), JOINING[functions[-1]]
 
 
 def documents_of(task: seqio.Task, split: str) -> int:
@@ -61,12 +72,11 @@ def in_blocks(task: seqio.Task, documents: int) -> seqio.Task:
     """The task with steps that take so many documents at a time; 0: the task itself."""
     if not documents:
         return task
-    place, denoiser = _joined(task)
+    place, joining = _joined(task)
     steps = list(task.preprocessors)
     read = steps[place] if place >= 0 else _as_read
-    steps[-1] = functools.partial(denoiser.blocks or denoiser.preprocessor,
-                                  **getattr(steps[-1], "keywords", {}))
-    gathered = functools.partial(tokens, documents=documents, read=read, ends=denoiser.ends)
+    steps[-1] = functools.partial(joining.blocks, **getattr(steps[-1], "keywords", {}))
+    gathered = functools.partial(tokens, documents=documents, read=read, ends=joining.ends)
     if place >= 0:
         steps[place] = gathered
     else:

@@ -29,6 +29,7 @@ import seqio
 import tensorflow as tf
 
 from t5x_lite.data import (
+    blocks,
     preprocessors,
     rows as data_rows,
     vocabularies,
@@ -309,6 +310,8 @@ DENOISERS = {
     "bart": Denoiser(bart, _PAIR, "pairs", ("noise_density", "mean_span_length")),
     "ul2": Denoiser(ul2, _PAIR, "pairs", sentinels=True),
 }
+blocks.JOINING.update({denoiser.preprocessor: blocks.Joining(
+    denoiser.blocks or denoiser.preprocessor, denoiser.ends) for denoiser in DENOISERS.values()})
 
 
 def steps(name: str, cached: bool = False, **settings: float) -> list[Callable]:
