@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from t5x_lite import errors, tree
 from t5x_lite.config import RunConfig
-from t5x_lite.cost import drawing, flops, hardware
+from t5x_lite.cost import flops, hardware
 from t5x_lite.data import rows as data_rows, views
 from t5x_lite.errors import UserError, multiple_of
 from t5x_lite.layers import fp8, moe
@@ -107,7 +107,7 @@ class Program:
         """What one row costs, by every way of counting that a run records."""
         parts = self.step_flops(1)
         half = self.step_flops(1, causal_half=True)
-        drawn, drawn_half = (drawing.flops_a_row(self.config, self.lengths, only) for only in (False, True))
+        drawn, drawn_half = (flops.drawing_flops_a_row(self.config, self.lengths, only) for only in (False, True))
         total, tokens = sum(parts.values()) + drawn.total, self.tokens_per_sequence
         found = self._counted
         return counts.RowCost(

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from t5x_lite import tree
 from t5x_lite.build import Program
-from t5x_lite.cost.drawing import drawing_flops, rows_line
+from t5x_lite.cost.flops import drawing_flops, rows_line
 from t5x_lite.data import spans
 from t5x_lite.log import is_main, say, si
 from t5x_lite.training.metrics import METRIC

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from t5x_lite.build import Program, build
 from t5x_lite.config import RunConfig, replace
 from t5x_lite.cost import energy, hlo, roofline as roofline_lib
-from t5x_lite.cost.drawing import drawing_flops
+from t5x_lite.cost.flops import drawing_flops
 from t5x_lite.cost.roofline import Roofline
 from t5x_lite.cost.tables import quantity
 from t5x_lite.errors import UserError, at_least, between, positive

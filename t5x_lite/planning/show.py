@@ -8,7 +8,7 @@ from rich.table import Column, Table
 
 from t5x_lite.build import Program
 from t5x_lite.cost import energy, flops, tables
-from t5x_lite.cost.drawing import rows_line
+from t5x_lite.cost.flops import rows_line
 from t5x_lite.planning import remedies
 from t5x_lite.planning.make import ROOM, Plan, Trial, best
 

@@ -19,7 +19,7 @@ from t5x_lite.checkpoints import manager
 from t5x_lite.checkpoints.config import CheckpointConfig
 from t5x_lite.config import RunConfig, TrainConfig
 from t5x_lite.cost import flops
-from t5x_lite.cost.drawing import drawing_flops
+from t5x_lite.cost.flops import drawing_flops
 from t5x_lite.cost.tables import quantity
 from t5x_lite.data import batches as data_batches, tasks as data_tasks
 from t5x_lite.data.config import DataConfig
