@@ -60,7 +60,7 @@ MODELS = {
 
 
 def run_config(name: str, *, mesh=None, zero=3, remat="none", accumulation=1, pipeline=None,
-               scan=True, sequence_parallel=False, offload=False, rules=None):
+               scan=True, sequence_parallel=False, offload=False, rules=None, logits_chunk=0):
     """The run of one line of COMBINATIONS."""
     architecture, objective, *stacks = MODELS[name]
     changes = {"remat": remat, "scan": scan, "pipeline": pipeline or PipelineConfig()}
@@ -68,7 +68,8 @@ def run_config(name: str, *, mesh=None, zero=3, remat="none", accumulation=1, pi
     model = ModelConfig(architecture, vocab_size=tiny.VOCAB, embed_dim=16, encoder=encoder,
                         decoder=decoder)
     return dataclasses.replace(
-        tiny.seq2seq(), model=model, objective=ObjectiveConfig(objective), optimizer=OPTIMIZER,
+        tiny.seq2seq(), model=model, optimizer=OPTIMIZER,
+        objective=ObjectiveConfig(objective, logits_chunk=logits_chunk),
         train=config_lib.TrainConfig(global_batch_size=tiny.ROWS, accumulation=accumulation),
         mesh=MeshConfig(**{"data": 1, **(mesh or {})}),
         sharding=config_lib.ShardingConfig(zero=zero, sequence_parallel=sequence_parallel,
@@ -127,7 +128,8 @@ COMBINATIONS = [
                   "remat": "save:context;offload:mlp_hidden"}),
     pytest.param("lm", {"slice": 2, "stage": 2, "fsdp": 2},
                  {"pipeline": GPIPE, "zero": 3, "remat": "dots"}),
-    pytest.param("lm", {"stage": 2, "data": 2, "fsdp": 2}, {"pipeline": ONE_F_ONE_B, "zero": 1}),
+    pytest.param("lm", {"stage": 2, "data": 2, "fsdp": 2},
+                 {"pipeline": ONE_F_ONE_B, "zero": 1, "logits_chunk": 4}),
     pytest.param("moe", {"fsdp": 2, "expert": 2, "tensor": 2}, {"zero": 2, "accumulation": 2}),
     # the rest
     pytest.param("seq2seq", {"data": 8}, {"zero": 1}, marks=SLOW),
