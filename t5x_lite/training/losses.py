@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from t5x_lite.errors import at_least
-from t5x_lite.parallel.sharding import mapped, place_like, split_of
+from t5x_lite.parallel.sharding import mapped, place_like, spec, split_of
 
 # A device's logits above this are chunked when `chunk` is 0. Two chunks cost a CPU no time, but
 # each one adds a float32 gradient of the head to the sum: 4, 8 chunks of T5-small's 112 MiB took
@@ -369,5 +369,6 @@ def _add(a, b):
 
 
 def _zero_sums():
-    return {name: jnp.zeros((), jnp.float32)
+    # Of this mesh: a scan that is mapped cannot split a scalar of none over the mapped dim.
+    return {name: jnp.zeros((), jnp.float32, out_sharding=spec())
             for name in ("loss_sum", "z_loss_sum", "weight_sum", "correct_sum")}
