@@ -172,6 +172,7 @@ def _start(main: Callable[[], None], argv: list[str], alone: bool | Callable[[],
 def find_devices() -> None:
     """Has JAX look for its devices, without what libraries say of those that are not there."""
     noise: tuple[bytes, ...] = ()
+    quiet_lib.expect_no_cuda()
     if processes.has_tpu_library() and not processes.has_tpu(os.environ):
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         noise = quiet_lib.NO_TPU   # libtpu is there for `plan` alone

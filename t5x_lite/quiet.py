@@ -16,6 +16,17 @@ NO_TPU = (b"Failed to find host bounds", b"Logging before InitGoogle()", b"commo
           b"=== Source Location Trace", b"libtpu_init_utils.cc")
 
 
+# What an NVIDIA driver leaves on a Linux machine, WSL2's last.
+NVIDIA = ("/proc/driver/nvidia", "/dev/nvidia0", "/dev/dxg")
+
+
+def expect_no_cuda(exists: Callable[[str], bool] = os.path.exists) -> None:
+    """Where there is no NVIDIA driver, JAX's CUDA plugin is to describe GPUs alone, without looking for CUDA's
+    libraries: it would log a traceback for each one that it misses. With a driver their lack must be said."""
+    if not any(map(exists, NVIDIA)):
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+
+
 @dataclasses.dataclass(eq=False)
 class _Held:
     """Standard error while blocks run, perhaps of several threads: the first begins to hold it, the last

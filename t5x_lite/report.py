@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from t5x_lite import tree
+from t5x_lite import quiet, tree
 from t5x_lite.build import Program
 from t5x_lite.cost.flops import drawing_flops, rows_line
 from t5x_lite.data import spans
@@ -75,7 +75,7 @@ def _kind(device: jax.Device) -> str:
 
 
 # What an accelerator leaves on a Linux machine, and the extra of setup.py that uses it.
-_TRACES = (("an NVIDIA GPU", ("/proc/driver/nvidia", "/dev/nvidia0", "/dev/dxg"), "cuda"),
+_TRACES = (("an NVIDIA GPU", quiet.NVIDIA, "cuda"),
            ("an AMD GPU", ("/dev/kfd",), ""),
            ("a TPU", ("/dev/accel0", "/dev/vfio/0"), "tpu"))
 

@@ -73,3 +73,10 @@ def test_what_is_given_back_stays_given_back(capfd):
     os.write(2, b"noise\n")
     block.__exit__(None, None, None)
     assert capfd.readouterr().err == "news\nnoise\n"
+
+
+@pytest.mark.parametrize(("there", "set_to"), [((), "1"), (("/dev/dxg",), None), (("/dev/nvidia0",), None)])
+def test_cuda_is_looked_for_where_a_driver_is(monkeypatch, there, set_to):
+    monkeypatch.setattr(quiet.os, "environ", {})
+    quiet.expect_no_cuda(exists=lambda path: path in there)
+    assert quiet.os.environ.get("JAX_SKIP_CUDA_CONSTRAINTS_CHECK") == set_to

@@ -169,6 +169,7 @@ def described_devices(name: str, count: int) -> tuple:
     """`count` devices that can be compiled for, on machines of as many as the table says."""
     per_host = min(count, hardware.lookup(name).chips_per_host)
     hosts = -(-count // per_host)
+    quiet.expect_no_cuda()
     with quiet.stderr():
         topology = topologies.get_topology_desc(
             platform="cuda", topology_name=name, target_config=description(name),
