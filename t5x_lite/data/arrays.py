@@ -47,11 +47,14 @@ class ArraySource(seqio.FunctionDataSource):
         return ArraySource(self._name, self._make, self._splits_of, vocabulary)
 
     def num_input_examples(self, split: str) -> int:
-        return len(self._make()[split])
+        return len(self._make().get(split, ()))
 
     def _dataset(self, split: str, shuffle_files: bool = False, seed: int | None = None
                  ) -> tf.data.Dataset:
-        examples = self._make()[split]
+        examples = self._make().get(split)
+        if not examples:
+            raise UserError(f"the split {split!r} of {self._name!r} holds no example: what makes the task is "
+                            "to give it some, or name the splits that it has (arrays.register(splits=…))")
         columns = {name: [self._ids(example[name], f"{self._name}, {split}, example {number}")
                           for number, example in enumerate(examples)] for name in examples[0]}
         held = {name: (_padded(rows), np.array([len(row) for row in rows], np.int32))

@@ -34,6 +34,7 @@ ROLES = ("system", "user", "assistant", "tool")
 ASSISTANT = "assistant"
 # Halves of surrogate pairs: no text of a file holds one.
 _BEGIN, _END = "\ud800", "\udfff"
+_SAID = "\ud801"   # an answer that stands nowhere else in a text
 
 # Of tokenizers that have none. An answer ends in the vocabulary's end token (chats.py).
 PLAIN = """{% for message in messages %}
@@ -118,10 +119,10 @@ class ChatTemplate:
 
     def turn_end(self) -> str:
         """What stands behind an answer that counts as part of it, such as "<|im_end|>"."""
-        turns = [{"role": "user", "content": "?"}, {"role": ASSISTANT, "content": "!"}]
+        turns = [{"role": "user", "content": "?"}, {"role": ASSISTANT, "content": _SAID}]
         text, answers = self.rendered({"messages": turns}, self.where)
         start, end = answers[-1]
-        return text[text.index("!", start) + 1:end]
+        return text[text.index(_SAID, start) + 1:end]
 
     def _text(self, chat: Chat, where: str, prompt: bool = False) -> str:
         values = {"tools": None, "documents": None, **dict(self.special), **chat,
@@ -137,16 +138,29 @@ class ChatTemplate:
             if turn["role"] != ASSISTANT:
                 continue
             before = self._text({**chat, "messages": turns[:number]}, where, prompt=True)
-            last = self._text({**chat, "messages": turns[:number + 1]}, where)
+            # Of another answer in its place: this one's letters may stand in the turn's end token, too.
+            last = self._text({**chat, "messages": [*turns[:number], {**turn, "content": _SAID}]}, where)
+            end = _end_of(turn["content"], last.rpartition(_SAID)[2], text, len(before))
             said = turn["content"].strip()
-            start = text.find(said, len(before)) if text.startswith(before) else -1
-            ending = last[last.rfind(said) + len(said):].rstrip()
-            if start < 0 or said not in last or not text.startswith(ending, start + len(said)):
+            if end is None or _SAID not in last or not text.startswith(before):
                 raise UserError(
                     f"{where}, message {number + 1}: the answer {said[:40]!r} is not found in what "
                     f"{self.where} makes of it, behind the prompt of the messages before it; put "
                     "{% generation %} and {% endgeneration %} around answers in the template")
-            yield len(before), start + len(said) + len(ending)
+            yield len(before), end
+
+
+def _end_of(answer: str, ending: str, text: str, begin: int) -> int | None:
+    """Where an answer ends in a text whose template puts `ending` behind it, searched from `begin` on.
+
+    The template may have left white space around the answer or taken it away; at the end there is none.
+    """
+    said = answer.strip()
+    behind = answer[len(answer.rstrip()):]
+    for closed in (said + (behind + ending).rstrip(), said + ending.rstrip()):
+        if (start := text.find(closed, begin)) >= 0:
+            return start + len(closed)
+    return None
 
 
 def _without_marks(text: str) -> str:

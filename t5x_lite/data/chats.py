@@ -39,6 +39,7 @@ from t5x_lite.data.chat_template import Chat, ChatTemplate
 from t5x_lite.data.preprocessors import Format
 from t5x_lite.data.rows import INPUTS_WEIGHTS as WEIGHTS
 from t5x_lite.data.tokenizer_json import TokenizerJson
+from t5x_lite.errors import UserError
 
 _FIELDS = ("inputs_pretokenized", "targets_pretokenized", "inputs", "targets", WEIGHTS)
 
@@ -92,7 +93,7 @@ def _plain(vocabulary: str, end_token: str) -> ChatTemplate:
 def prompt(vocabulary: seqio.Vocabulary, chat: Chat, where: str) -> tuple[str, list[int]]:
     """(text, its tokens) of a conversation that the assistant is to go on with."""
     text = template_of(vocabulary).prompt(chat, where)
-    return text, tokens(vocabulary, text, ()).ids
+    return text, tokens(vocabulary, text, (), where).ids
 
 
 def turn_end(vocabulary: seqio.Vocabulary) -> int:
@@ -101,12 +102,16 @@ def turn_end(vocabulary: seqio.Vocabulary) -> int:
     return vocabulary.encode(ending)[0] if ending else vocabulary.eos_id
 
 
-def tokens(vocabulary: seqio.Vocabulary, text: str, answers: Sequence[tuple[int, int]]) -> Tokens:
+def tokens(vocabulary: seqio.Vocabulary, text: str, answers: Sequence[tuple[int, int]],
+           where: str = "a conversation") -> Tokens:
     """The tokens of a conversation's text, without the start token, which every row reads first.
 
     answers: where they stand in the text. A tokenizer.json encodes the text as a whole, and a token
     that shares a character with an answer is of it. Other vocabularies encode an answer and what
     stands before it apart, and give each answer the end token, for which they have no text.
+
+    Raises:
+        UserError: `where` in front; an answer that has no token.
     """
     if not isinstance(vocabulary, TokenizerJson):
         return _apart(vocabulary, text, answers)
@@ -118,6 +123,9 @@ def tokens(vocabulary: seqio.Vocabulary, text: str, answers: Sequence[tuple[int,
     spans = []
     for start, end in answers:
         inside = np.flatnonzero((begins < end) & (ends > start))
+        if not len(inside):   # its characters are none to the vocabulary, such as U+200B
+            raise UserError(f"{where}: the answer {text[start:end][:40]!r} has no token in data.vocabulary="
+                            f"{vocabulary.path}; leave it out")
         spans.append((int(inside[0]) - cut, int(inside[-1]) + 1 - cut))
     return Tokens(ids, spans)
 
@@ -144,7 +152,7 @@ def examples(vocabulary: seqio.Vocabulary, read: Callable[[str], Iterable[tuple[
     template = template_of(vocabulary)
     for content, where in read(path):
         rendered = template.rendered(json.loads(content), where)
-        ids, answers = tokens(vocabulary, *rendered)
+        ids, answers = tokens(vocabulary, *rendered, where)
         weights = np.zeros(len(ids), np.int32)
         for first, end in answers:
             weights[first:end] = 1

@@ -17,10 +17,15 @@ import numpy as np
 from t5x_lite.data.python_vocabulary import PythonVocabulary
 from t5x_lite.errors import UserError
 
-_NAME = re.compile(r"(bytes\+)?codes:(\d+)")
+_NAME = re.compile(r"(bytes\+)?codes:([0-9]+)")
 _SPECIAL, _BYTES = 3, 256
-_CODE = re.compile(r"<(\d+)>")
+_CODE = re.compile(r"<([0-9]+)>")
 _MOST = 1 << 24
+
+
+def _number(digits: str) -> int:
+    """The number that the digits write; of more than 18 figures one that is as much too large."""
+    return int(digits.lstrip("0")[:18] or 0)
 
 
 class CodeVocabulary(PythonVocabulary):
@@ -55,7 +60,7 @@ class CodeVocabulary(PythonVocabulary):
         if wrong is not None:
             raise UserError(f"{wrong[:40]!r} is no code: data.vocabulary={self.path} reads whole numbers "
                             f"with spaces between them; bytes+{self.path} reads text beside codes")
-        return self.ids([int(word[:18]) for word in words], f"{s[:40]!r}")
+        return self.ids([_number(word) for word in words], f"{s[:40]!r}")
 
     def decode(self, ids: Iterable[int]) -> str:
         """The codes up to the first end token; ids that are none are left out."""
@@ -86,7 +91,7 @@ class TextAndCodes(CodeVocabulary):
     def _encode(self, s: str) -> list[int]:
         ids: list[int] = []
         for place, part in enumerate(_CODE.split(s)):   # text, number, text, number, …
-            ids += self.ids([int(part[:18])], f"{s[:40]!r}") if place % 2 else [
+            ids += self.ids([_number(part)], f"{s[:40]!r}") if place % 2 else [
                 byte + _SPECIAL for byte in part.encode()]
         return ids
 
@@ -118,7 +123,7 @@ def named(name: str) -> CodeVocabulary | None:
     match = _NAME.fullmatch(name)
     if match is None:
         return None
-    count = int(match[2][:12])
+    count = _number(match[2])
     if not 0 < count <= _MOST:
         raise UserError(f"data.vocabulary={name!r}: from 1 to {_MOST:,} codes are possible")
     return TextAndCodes(count) if match[1] else CodeVocabulary(count)

@@ -34,9 +34,11 @@ class Codebook:
                             "what it was fitted on")
         if not np.isfinite(vectors).all():
             raise UserError("vectors hold a number that is not finite; leave such vectors out")
-        flat = vectors.reshape(-1, size)
-        # |x - c|^2 without |x|^2, which is the same for every centre
-        distances = np.sum(self.centres**2, 1) - 2 * flat @ self.centres.T
+        # |x - c|^2 without |x|^2, which is the same for every centre; around the centres' middle and in
+        # float64, since far from 0 the two terms nearly cancel.
+        middle = self.centres.mean(0, dtype=np.float64)
+        flat, centres = vectors.reshape(-1, size) - middle, self.centres - middle
+        distances = np.sum(centres**2, 1) - 2 * flat @ centres.T
         return distances.argmin(1).astype(np.int32).reshape(vectors.shape[:-1])
 
     def decode(self, codes: np.ndarray) -> np.ndarray:

@@ -174,6 +174,24 @@ def test_what_stands_before_an_answer_by_itself_is_learned():
     assert [text_[a:b] for a, b in answers] == ["Ä1.", "()2!."]
 
 
+@pytest.mark.parametrize("answer", ["d", "m", "end", "|", "<", ">", "<|im_end|>", "ok"])
+def test_an_answer_may_stand_in_the_end_token_of_its_turn(answer):
+    source = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+              "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    template = chat_template.ChatTemplate(source)
+    turns = chat([("user", "q"), ("assistant", answer), ("user", "m"), ("assistant", f"{answer} ")])
+    text_, answers = template.rendered(turns, "")
+    assert [text_[a:b] for a, b in answers] == [f"{answer}<|im_end|>", f"{answer} <|im_end|>"]
+    assert template.turn_end() == "<|im_end|>"
+
+
+def test_an_answer_without_a_token_is_named(tmp_path):
+    from tests.parity.test_peer_vectors import vocabulary_of
+    vocabulary = vocabulary_of(tmp_path, "chatml", True, in_config=True)
+    with pytest.raises(UserError, match=r"line 1: the answer 'b' has no token in data.vocabulary=.*leave it out"):
+        chats.tokens(vocabulary, "a b", [(5, 6)], "line 1")
+
+
 def test_tools_reach_the_template_and_marks_the_answers():
     source = ("{{ tools | tojson }}{% for m in messages %}{% if m.role == 'tool' %}{% continue %}{% endif %}"
               "{% if m.role == 'assistant' %}A{% generation %}{{ m.content }}{% endgeneration %}{% else %}"

@@ -50,6 +50,8 @@ def test_codes_stand_behind_the_special_ids_and_beside_bytes():
     assert numbers == vocabularies.load("codes:17") != vocabularies.load("codes:18")
     assert both != vocabularies.load("codes:64") and vocabularies.name_of(both) == "bytes+codes:64"
     assert numbers.encode_tf(tf.constant("3 4")).numpy().tolist() == [6, 7]
+    assert numbers.encode("0" * 20 + "5 " + "0" * 30) == [8, 3] and both.encode(f"<{'0' * 20}5>") == [264]
+    assert both.decode(both.encode("<٣>")) == "<٣>" and vocabularies.load(f"codes:{'0' * 20}17") == numbers
 
 
 @pytest.mark.parametrize("name, text, message", [
@@ -94,6 +96,13 @@ def test_a_code_is_the_nearest_centre():
     assert errors[0] > errors[1] > errors[2]
     again = quantise.fit(vectors, 16)
     np.testing.assert_array_equal(again.centres, books[2].centres)
+
+
+def test_a_code_is_the_nearest_centre_far_from_zero():
+    vectors = (np.random.default_rng(0).normal(size=(500, 4)) + 1e4).astype(np.float32)
+    book = quantise.Codebook(vectors[::8])
+    distances = ((vectors[:, None].astype(np.float64) - book.centres) ** 2).sum(-1)
+    assert book.encode(vectors).tolist() == distances.argmin(1).tolist()
 
 
 def test_patches_come_together_again():
@@ -157,6 +166,13 @@ def test_arrays_of_several_lengths_keep_them():
     source = arrays.ArraySource("some", made, ("train",), vocabularies.load("codes:4"))
     found = [x["targets"].tolist() for x in source.get_dataset("train").as_numpy_iterator()]
     assert found == [[4, 5], [6]] and source.num_input_examples("train") == 2
+
+
+@pytest.mark.parametrize("made", [{"train": []}, {}])
+def test_a_split_without_examples_is_named(made):
+    source = arrays.ArraySource("some", lambda: made, ("train",), vocabularies.load("codes:4"))
+    with pytest.raises(UserError, match="the split 'train' of 'some' holds no example"):
+        source.get_dataset("train")
 
 
 def test_inspect_task_shows_codes(tmp_path):
