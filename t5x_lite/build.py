@@ -21,8 +21,9 @@ from t5x_lite.cost import flops, hardware
 from t5x_lite.data import rows as data_rows, views
 from t5x_lite.errors import UserError, multiple_of
 from t5x_lite.layers import fp8, moe
+from t5x_lite.layers.attention import ATTENTIONS
 from t5x_lite.models import language_model, parametrization
-from t5x_lite.models.blocks import MIXERS
+from t5x_lite.models.blocks import MIXERS, check_length
 from t5x_lite.models.language_model import Model
 from t5x_lite.models.params import ParamInfo
 from t5x_lite.models.peft import Tuning
@@ -325,7 +326,8 @@ def build(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Pro
                                width=parametrization.width_ratio(config.model),
                                ema_decay=config.train.ema_decay)
     if config.sharding.places != ON_DEVICE:
-        optimizer.check_offload()
+        optimizer.check_offload("sharding.offload_optimizer=True" if config.sharding.offload_optimizer
+                                else f"sharding.offload={config.sharding.offload}")
         _check_places(config, policy, mesh)
     classes = Unlabelled.of(config.objective.unlabelled, config.data, config.objective.logits_chunk)
     differentiated = steps.Differentiated(
@@ -427,7 +429,12 @@ def _check_rows(config: RunConfig) -> None:
     if config.data.packing and not rows.packs:
         raise UserError(f"objective.name={config.objective.name!r} has a whole row for one example: "
                         "set data.packing=False.")
-    objectives.check_draws(config.objective, config.data, config.sharding)
+    objectives.check_draws(config)
+    if config.objective.draws:
+        length = config.data.targets_length
+        check_length("model.decoder", config.model.decoder, length + 1,
+                     f"objective.name={config.objective.name!r} draws into rows of data.targets_length={length} "
+                     "and a start token", positions=length)
     prompt, rows = config.model.prompt_length, data_rows.of(config.objective.learned)
     if prompt and (config.data.packing or rows.marks_inputs or rows.cuts_prompt):
         raise UserError(f"model.prompt_length={prompt} stands before a row that holds one example "
@@ -437,7 +444,8 @@ def _check_rows(config: RunConfig) -> None:
 
 def _check_pipelines(config: RunConfig, mesh: Mesh, rules: Rules) -> None:
     """What the mesh's stages ask of the stacks and the batches."""
-    ways, train = _ways(mesh, rules, "act_batch"), config.train
+    ways, train, objective = _ways(mesh, rules, "act_batch"), config.train, config.objective
+    parts = train.accumulation * objective.passes[1]
     sizes = (train.global_batch_size, *(size for size, _ in train.batch_ramp.stages))
     for side in ("encoder", "decoder"):
         stack = getattr(config.model, side)
@@ -446,7 +454,7 @@ def _check_pipelines(config: RunConfig, mesh: Mesh, rules: Rules) -> None:
         repeats = [segment.repeats for segment in stack.segments]
         for size in sizes:
             pipeline.validate(stack.pipeline, f"model.{side}", mesh.shape["stage"], repeats,
-                              size // train.accumulation, ways)
+                              size * objective.per_row // parts, ways)
 
 
 def _check_lengths(config: RunConfig, mesh: Mesh, rules: Rules) -> None:
@@ -463,9 +471,15 @@ def _check_lengths(config: RunConfig, mesh: Mesh, rules: Rules) -> None:
 
 
 def _check_mixers(config: RunConfig, mesh: Mesh) -> None:
-    """What rows and the mesh may not ask of layers that do not attend."""
+    """What rows and the mesh may not ask of layers that do not attend, or that attend by a pattern."""
     for side in ("encoder", "decoder"):
         stack = getattr(config.model, side)
+        patterns = [b.self_attention.kind for s in (stack.segments if stack else ()) for b in s.blocks
+                    if MIXERS[b.mixer.kind].attends and ATTENTIONS[b.self_attention.kind].visible]
+        if patterns and config.data.packing:
+            raise UserError(f"model.{side} has layers of self_attention.kind={patterns[0]!r}, whose global tokens and "
+                            "blocks are of the row: packed examples would not be computed as they are alone. "
+                            "Set data.packing=False.")
         kinds = [b.mixer.kind for s in (stack.segments if stack else ()) for b in s.blocks
                  if not MIXERS[b.mixer.kind].attends]
         if not kinds:

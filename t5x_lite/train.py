@@ -65,6 +65,8 @@ from t5x_lite.running.signals import Stop, stopped_status
 from t5x_lite.training import batch_ramp, metrics, schedules, trackers
 from t5x_lite.training.steps import FILLED, FINITE
 
+JUDGE = "judge"   # in a checkpoint's progress: what rollouts judge by
+
 
 @dataclasses.dataclass
 class _Session:
@@ -120,6 +122,8 @@ def run(config: RunConfig, workdir: str | os.PathLike, clock: Clock | None = Non
                 session = _Session(program, workdir, clock, stop, checkpointer, train_data,
                                    evaluator, sampler.make(program, init_from.restore))
                 start, train_step = _resume(session, state)
+                if session.rollouts is not None and start.record is not None:
+                    session.rollouts.resume(start.record.progress.get(JUDGE, {}))
                 _introduce(session, start.record)
                 return _loop(session, start, train_step, where)
 
@@ -274,6 +278,8 @@ def _best(session: _Session, record: Record | None) -> Best:
 def _save(session: _Session, meter: "_Meter", best: Best, state: Mapping, step: int) -> None:
     meter.writer.sync()   # what the checkpoint comes after is there before it
     config, followed = session.program.config, {BEST: best.memory()} if best.metric else {}
+    if session.rollouts is not None:
+        followed |= {JUDGE: session.rollouts.memory()}
     session.checkpointer.keep_best(best.step if config.checkpoint.best else None)
     with session.clock.during("save"):
         session.checkpointer.save(step, state, session.train_data.state(), to_json(config),

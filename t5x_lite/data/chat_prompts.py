@@ -10,6 +10,7 @@ from typing import Any
 from t5x_lite import files
 from t5x_lite.data import chat_template, tasks as data_tasks
 from t5x_lite.data.config import DataConfig
+from t5x_lite.data.rows import INPUTS_WEIGHTS
 from t5x_lite.decoding.decode import DecodeConfig
 
 
@@ -20,6 +21,24 @@ def is_chats(path: str) -> bool:
     data_tasks.tensorflow_side()
     from t5x_lite.data import chats
     return chats.is_chats(path)
+
+
+def stops(config: DataConfig, objective: str) -> tuple[int, ...]:
+    """Where answers to training's prompts end beside EOS: with their turn, where some are conversations.
+
+    objective: the kind of rows that the data give, as train_mixture has it.
+    """
+    mixture = data_tasks.train_mixture(config, objective)
+    if not any(INPUTS_WEIGHTS in task.output_features for task, _ in mixture):
+        return ()
+    return _turn_ends(data_tasks.vocabulary_of(config))
+
+
+def _turn_ends(vocabulary) -> tuple[int, ...]:
+    """The token that ends a turn, where it is another than EOS."""
+    from t5x_lite.data import chats
+    end = chats.turn_end(vocabulary)
+    return () if end == vocabulary.eos_id else (end,)
 
 
 class ChatPrompts:
@@ -47,8 +66,5 @@ class ChatPrompts:
 
     def ending(self, decode: DecodeConfig) -> DecodeConfig:
         """The same decoding, which also stops where a turn ends."""
-        from t5x_lite.data import chats
-        end = chats.turn_end(self._vocabulary)
-        if end in (self._vocabulary.eos_id, *decode.stop_ids):
-            return decode
-        return dataclasses.replace(decode, stop_ids=(*decode.stop_ids, end))
+        further = [end for end in _turn_ends(self._vocabulary) if end not in decode.stop_ids]
+        return dataclasses.replace(decode, stop_ids=(*decode.stop_ids, *further))

@@ -11,16 +11,17 @@ tokens. `record` is the line of the data's .jsonl file, as JSON has it; of anoth
 
     objective.rollout.reward=REWARD_RUN        the workdir of a run with objective.name=reward
 
-reads the last checkpoint of that run, on the mesh of this one; the score of an answer is its reward. A
-reward that is no finite number ends the run before anything is learned from it.
+reads the last checkpoint of that run, on the mesh of this one; the score of an answer is its reward. A run
+that is resumed goes on with the step of it that it began with. A reward that is no finite number, and a
+function that fails, ends the run before anything is learned from it.
 """
 
 import dataclasses
 import json
-import math
 import numbers
+import traceback
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -32,21 +33,31 @@ from t5x_lite import files, packages, same_vocabulary
 from t5x_lite.build import Program, build
 from t5x_lite.checkpoints import manager
 from t5x_lite.config import EvalConfig, RunConfig, TrainConfig, saved
-from t5x_lite.data import vocabulary as data_vocabulary
+from t5x_lite.data import rows as data_rows, vocabulary as data_vocabulary
 from t5x_lite.data.row_names import ANSWER, RECORD, RECORD_END, RECORD_JSON
 from t5x_lite.errors import UserError
+from t5x_lite.models import blocks
 from t5x_lite.parallel import sharding
 from t5x_lite.training import objectives, policy
 from t5x_lite.training.rollouts import ENCODED, Told
 
 FIELD = "objective.rollout.reward"
 
-# (what was drawn, the data's prompts) -> float32 [R], split by rows.
-Reward = Callable[[Told, Mapping[str, jax.Array]], jax.Array]
+class Reward(Protocol):
+    """What an answer is worth."""
+
+    def __call__(self, told: Told, prompts: Mapping[str, jax.Array]) -> jax.Array:
+        """(what was drawn, the data's prompts) -> float32 [R], split by rows."""
+
+    def memory(self) -> dict[str, Any]:
+        """What a resumed run is to judge by, as JSON values."""
+
+    def resume(self, memory: Mapping[str, Any]) -> None:
+        """Judges on by the memory of the run's checkpoint; {}: it has none."""
 
 
-# (program, workdir) -> (the parameters of its last checkpoint, the step): init_from.restore.
-Restore = Callable[[Program, str], tuple[dict, int]]
+# (program, workdir, step or "last") -> (the parameters of that checkpoint, its step): init_from.restore.
+Restore = Callable[[Program, str, int | str], tuple[dict, int]]
 
 
 def make(program: Program, vocabulary, restore: Restore) -> Reward:
@@ -77,12 +88,39 @@ class Drawn:
 
     def refuse(self, name: str, value: Any) -> UserError:
         """The error (not raised) of a reward that is no finite number."""
-        return UserError(f"{FIELD}={name!r} gives {value!r} for the answer {_short(self.answer)} to the "
-                         f"prompt {_short(self.prompt)}: must be a finite number.")
+        return UserError(f"{FIELD}={name!r} gives {_short(value)} for the answer {_short(self.answer)} to the "
+                         f"prompt {_short(self.prompt)}: must be a finite number, as float32 has it, and this "
+                         f"is of type {type(value).__name__}.")
+
+    def failed(self, name: str, error: Exception) -> UserError:
+        """The error (not raised) of a reward function that raised one."""
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return UserError(f"{FIELD}={name!r} fails for the answer {_short(self.answer)} to the prompt "
+                         f"{_short(self.prompt)}: {type(error).__name__}: {error} ({last.filename}, line "
+                         f"{last.lineno}).")
 
 
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 200 else f"{text[:200]}…")
+def _short(value: Any) -> str:
+    if isinstance(value, str):
+        return repr(value if len(value) <= 200 else f"{value[:200]}…")
+    if isinstance(value, int) and abs(value) >= 1 << 1024:
+        return f"an integer of {value.bit_length()} bits"   # Python refuses to write the longest out
+    return repr(value)[:200]
+
+
+def as_number(value: Any) -> np.float32 | None:
+    """A number, or an array of one without dimensions, as float32; None where that is not finite, or it is
+    something else."""
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if not isinstance(value, numbers.Real):
+        return None
+    try:
+        with np.errstate(over="ignore"):
+            number = np.float32(float(value))
+    except OverflowError:   # of an integer, beyond float64 even
+        return None
+    return number if np.isfinite(number) else None
 
 
 class _Reader:
@@ -146,22 +184,32 @@ class FunctionReward:
         try:
             found = {first: np.array([self._value(one) for one in drawn], np.float32)
                      for first, drawn in self._reader.read(told, prompts).items()}
-        except UserError as error:   # every process ends, where one of them must
+        except Exception as error:   # every process ends, where one of them must; raised in _agree
             problem = error
         _agree(problem, self._name)
         shape = told.answer_lengths.shape
         return jax.make_array_from_callback(
             shape, self._place, lambda index: found[index[0].indices(shape[0])[0]])
 
-    def _value(self, drawn: Drawn) -> float:
-        value = self._function(drawn.prompt, drawn.answer, drawn.record)
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+    def _value(self, drawn: Drawn) -> np.float32:
+        try:
+            value = self._function(drawn.prompt, drawn.answer, drawn.record)
+        except Exception as error:
+            raise drawn.failed(self._name, error) from error
+        if (number := as_number(value)) is None:
             raise drawn.refuse(self._name, value)
-        return float(value)
+        return number
+
+    def memory(self) -> dict[str, Any]:
+        """Nothing: the function is what its module says."""
+        return {}
+
+    def resume(self, memory: Mapping[str, Any]) -> None:
+        """Goes on as it is."""
 
 
-def _agree(problem: UserError | None, name: str) -> None:
-    """Raises UserError in every process where any of them met a problem."""
+def _agree(problem: Exception | None, name: str) -> None:
+    """Raises the problem, and UserError in the other processes, where any of them met one."""
     bad = problem is not None
     if jax.process_count() > 1:
         bad = bool(np.any(multihost_utils.process_allgather(np.array(bad))))
@@ -177,18 +225,39 @@ def rows_sharding(program: Program) -> NamedSharding:
 class ModelReward:
     """The reward of a reward model's last checkpoint, on the run's own mesh.
 
-    Raises UserError for a workdir of another kind of model, or of another vocabulary.
+    Raises UserError for a workdir of another kind of model, of another vocabulary, or whose rows are shorter.
     """
 
     def __init__(self, program: Program, vocabulary, workdir: str, restore: Restore):
         self._name = workdir
         self._reader = _Reader(program, vocabulary)
-        judge = _judge(program, workdir)
-        with judge.activate():
-            self._params, _ = restore(judge, workdir)
-        self._judge = judge
-        self._scores = jax.jit(_scores(judge, data_vocabulary.start_id(vocabulary)),
-                               out_shardings=rows_sharding(program))
+        self._restore, self._judge = restore, _judge(program, workdir)
+        self._params, self._step = self._restored("last")
+        self._scores = jax.jit(make_scores(self._judge, vocabulary), out_shardings=rows_sharding(program))
+
+    def _restored(self, step: int | str) -> tuple[dict, int]:
+        with self._judge.activate():
+            return self._restore(self._judge, self._name, step)
+
+    def memory(self) -> dict[str, Any]:
+        """Which judge it is, as JSON values."""
+        return {"reward": self._name, "step": self._step}
+
+    def resume(self, memory: Mapping[str, Any]) -> None:
+        """Goes on with the step of the judge that the memory names, whatever it has learned since; with the
+        last where the memory is of another judge, or of a run that did not keep it.
+
+        Raises:
+            UserError: that step is gone.
+        """
+        if memory.get("reward") != self._name or memory["step"] == self._step:
+            return
+        try:
+            self._params, self._step = self._restored(memory["step"])
+        except UserError as error:
+            raise UserError(f"{FIELD}={self._name!r}: this run began with step {memory['step']} of it, which "
+                            f"cannot be read any more ({error}). Put it back; or, to go on with the last "
+                            f"(step {self._step}), give {FIELD} another name of the folder.") from error
 
     def __call__(self, told: Told, prompts: Mapping[str, jax.Array]) -> jax.Array:
         with self._judge.activate():
@@ -219,16 +288,22 @@ def _judge(program: Program, workdir: str) -> Program:
         raise UserError(f"{FIELD}={workdir!r} is a model of architecture {config.model.architecture!r}, "
                         f"which reads no answers of model.architecture={ours.model.architecture!r}.")
     same_vocabulary.compare(ours.data, workdir)
+    blocks.check_length(f"{FIELD}={workdir!r}: model.decoder", config.model.decoder,
+                        ours.data.targets_length + 1, "It reads rows of "
+                        f"data.targets_length={ours.data.targets_length} and a start token")
     config = dataclasses.replace(
         config, mesh=ours.mesh, sharding=ours.sharding, eval=EvalConfig(ema=config.eval.ema),
         data=dataclasses.replace(ours.data, packing=False),
-        train=TrainConfig(global_batch_size=ours.train.global_batch_size, seed=config.train.seed,
+        train=TrainConfig(global_batch_size=ours.train.global_batch_size * ours.objective.per_row, seed=config.train.seed,
                           ema_decay=config.train.ema_decay))
     return build(config, sorted(program.mesh.devices.flat, key=lambda device: device.id))
 
 
-def _scores(judge: Program, start_id: int) -> Callable:
+def make_scores(judge: Program, vocabulary) -> Callable:
     """(params, rows of Told) -> float32 [R]: the score where each answer has been read."""
+    encodes = data_rows.of(judge.config.objective.rows).has_encoder
+    start_id = 0 if encodes else data_vocabulary.start_id(vocabulary)
+
     def scores(params, rows):
         rules = sharding.active_rules().replace(act_length=(), act_norm_length=())
         with sharding.using(rules):   # a row has a place more than the mesh may split

@@ -5,11 +5,17 @@
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
 from t5x_lite.build import Program
-from t5x_lite.data import rows as data_rows, tasks as data_tasks, vocabulary as data_vocabulary
+from t5x_lite.data import (
+    chat_prompts,
+    rows as data_rows,
+    tasks as data_tasks,
+    vocabulary as data_vocabulary,
+)
 from t5x_lite.data.row_names import RECORD
 from t5x_lite.parallel import sharding
 from t5x_lite.rollouts import rewards
@@ -29,6 +35,14 @@ class Rollouts:
         self._draw = jax.jit(rollouts.make_draw(_drawing(program, vocabulary)))
         names = frozenset(program.abstract_batch())
         self._judged = jax.jit(rollouts.make_judged(of, names), out_shardings=program.batch_sharding)
+
+    def memory(self) -> dict[str, Any]:
+        """What the next life of the run judges by, as JSON values; stands in the checkpoint."""
+        return self._reward.memory()
+
+    def resume(self, memory: Mapping[str, Any]) -> None:
+        """Goes on as the run that kept the memory. Raises UserError where its judge is gone."""
+        self._reward.resume(memory)
 
     def __call__(self, state: State, prompts: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """The batch of the state's next step. Raises UserError for a reward that is no number."""
@@ -60,4 +74,5 @@ def _drawing(program: Program, vocabulary) -> Drawing:
         prompts_a_batch=config.train.global_batch_size, row_length=length,
         answer_length=length - kind.shares_row * config.data.inputs_length,
         start_id=data_vocabulary.start_id(vocabulary) if kind.shares_row else 0,
-        eos_id=vocabulary.eos_id, seed=config.train.seed)
+        eos_id=vocabulary.eos_id, seed=config.train.seed,
+        stop_ids=chat_prompts.stops(config.data, config.objective.given))

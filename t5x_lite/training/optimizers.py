@@ -136,17 +136,21 @@ class Optimizer:
 
         return tree.map_with_path(axes, abstract)
 
-    def check_offload(self) -> None:
+    def check_offload(self, field: str) -> None:
         """Raises UserError where the state holds more than counts and what mirrors parameters: a
-        number that is made of all gradients at once cannot be made layer by layer."""
+        number that is made of all gradients at once cannot be made layer by layer.
+
+        field: what asks for it, "sharding.offload=params_host".
+        """
         abstract = jax.eval_shape(self.init, tree.unflatten(
             {p: jax.ShapeDtypeStruct(i.shape, i.dtype) for p, i in self.table.items()}))
         rest = Parts.of(abstract).rest
         shared = [name for name, x in rest.items() if not jnp.issubdtype(x.dtype, jnp.integer)]
         if shared:
             raise UserError(f"optimizer.name={self.config.name!r} keeps {', '.join(shared)} of all "
-                            "parameters together, which an update layer by layer cannot make: set "
-                            "sharding.offload_optimizer=False.")
+                            f"parameters together, which an update layer by layer ({field}) cannot make: "
+                            f"set {field.partition('=')[0]}="
+                            f"{False if field.endswith('=True') else 'none'}.")
 
     def loss_scale(self, opt_state: Mapping) -> jax.Array | float:
         """What the loss must be multiplied by before it is differentiated; update divides."""

@@ -55,6 +55,7 @@ class Drawing:
     start_id: int          # what a decoder reads before its row
     eos_id: int
     seed: int
+    stop_ids: tuple[int, ...] = ()   # where an answer ends, too: with the turn of a conversation
 
     @property
     def shares_row(self) -> bool:
@@ -66,7 +67,7 @@ class Drawing:
         rollout = self.of.objective.rollout
         return DecodeConfig(
             method="sample", num_samples=rollout.answers, temperature=rollout.temperature,
-            max_length=self.answer_length, eos_id=self.eos_id, seed=self.seed)
+            max_length=self.answer_length, eos_id=self.eos_id, seed=self.seed, stop_ids=self.stop_ids)
 
 
 def make_draw(drawing: Drawing) -> Callable[[State, Batch], Told]:

@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t5x_lite.build import build
+from t5x_lite.config import RunConfig
 from t5x_lite.cost import flops
+from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError
 from t5x_lite.layers import sparse_attention
 from t5x_lite.layers.attention import SparseAttention
@@ -17,6 +20,7 @@ from t5x_lite.layers.masks import Masking
 from t5x_lite.models.config import BlockConfig, ModelConfig, SegmentConfig, StackConfig
 from t5x_lite.models.language_model import Model
 from t5x_lite.parallel import sharding
+from t5x_lite.training.objectives import ObjectiveConfig
 
 LONGFORMER = AttentionConfig(2, 4, kind="longformer", window=2, sparse=SparseConfig(global_tokens=1))
 BIGBIRD = AttentionConfig(2, 4, kind="bigbird", sparse=SparseConfig(2, global_tokens=2, random_blocks=1))
@@ -157,3 +161,12 @@ def test_flops_are_linear_in_the_length():
 def test_what_cannot_be_is_refused_by_name(config, message):
     with pytest.raises(UserError, match=message):
         Model(config)
+
+
+@pytest.mark.parametrize("config", [LONGFORMER, BIGBIRD], ids=lambda config: config.kind)
+def test_packed_rows_are_refused_by_name(config):
+    """The second example's global tokens and blocks would be those of the row."""
+    run = RunConfig(model=encoder(config), objective=ObjectiveConfig("mlm"), data=DataConfig(packing=True))
+    with pytest.raises(UserError, match=f"layers of self_attention.kind='{config.kind}', whose global tokens .*packing=False"):
+        build(run, jax.devices()[:1])
+    build(dataclasses.replace(run, data=DataConfig()), jax.devices()[:1])

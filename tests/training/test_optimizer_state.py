@@ -96,3 +96,6 @@ def test_numbers_over_all_parameters_cannot_visit_layer_by_layer(monkeypatch):
     build_lib.build(run_of("prodigy"), jax.devices()[:1])
     with pytest.raises(UserError, match="optimizer.name='prodigy'.*offload_optimizer=False"):
         build_lib.build(run_of("prodigy", offload_optimizer=True), jax.devices()[:1])
+    for offload in ("optimizer_host", "params_host", "optimizer_disk"):
+        with pytest.raises(UserError, match=f"sharding.offload={offload}. cannot make: set sharding.offload=none"):
+            build_lib.build(run_of("prodigy", offload=offload), jax.devices()[:1])
