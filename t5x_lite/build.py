@@ -313,6 +313,7 @@ def build(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Pro
     _check_pipelines(config, mesh, rules)
     _check_lengths(config, mesh, rules)
     _check_mixers(config, mesh)
+    _check_patterns(config)
     with sharding.activate(mesh, rules):
         _check_mixtures(config)
     model = Model(config.model, jnp.dtype(policy.compute_dtype), jnp.dtype(policy.param_dtype))
@@ -470,16 +471,23 @@ def _check_lengths(config: RunConfig, mesh: Mesh, rules: Rules) -> None:
             multiple_of(f"data.{name}", length, ways, why)
 
 
+def _check_patterns(config: RunConfig) -> None:
+    """Packed rows are refused to layers that attend by a pattern of the row, which only encoders have."""
+    stack = config.model.encoder
+    if stack is None or not config.data.packing:
+        return
+    blocks = [block for segment in stack.segments for block in segment.blocks if MIXERS[block.mixer.kind].attends]
+    patterns = [b.self_attention.kind for b in blocks if ATTENTIONS[b.self_attention.kind].visible]
+    if patterns:
+        raise UserError(f"model.encoder has layers of self_attention.kind={patterns[0]!r}, whose global tokens and "
+                        "blocks are of the row: packed examples would not be computed as they are alone. "
+                        "Set data.packing=False.")
+
+
 def _check_mixers(config: RunConfig, mesh: Mesh) -> None:
-    """What rows and the mesh may not ask of layers that do not attend, or that attend by a pattern."""
+    """What rows and the mesh may not ask of layers that do not attend."""
     for side in ("encoder", "decoder"):
         stack = getattr(config.model, side)
-        patterns = [b.self_attention.kind for s in (stack.segments if stack else ()) for b in s.blocks
-                    if MIXERS[b.mixer.kind].attends and ATTENTIONS[b.self_attention.kind].visible]
-        if patterns and config.data.packing:
-            raise UserError(f"model.{side} has layers of self_attention.kind={patterns[0]!r}, whose global tokens and "
-                            "blocks are of the row: packed examples would not be computed as they are alone. "
-                            "Set data.packing=False.")
         kinds = [b.mixer.kind for s in (stack.segments if stack else ()) for b in s.blocks
                  if not MIXERS[b.mixer.kind].attends]
         if not kinds:
