@@ -86,7 +86,7 @@ def test_numbers_of_every_kind_are_rewards(value):
 @pytest.mark.parametrize("value, said", [
     (1e39, "1e.39 .*type float"), (10**5000, "an integer of 16610 bits .*type int"), (float("nan"), "nan"),
     ("2", "'2' .*type str"), (None, "None .*type NoneType"), (np.ones(1), r"array\(\[1.\]\) .*type ndarray"),
-    (2j, "2j .*type complex")])
+    (2j, "2j .*type complex")], ids=[*"abcdefg"])
 def test_what_is_no_finite_number_of_float32_is_named_with_its_type(value, said):
     assert rewards.as_number(value) is None
     error = rewards.Drawn("p", "a", {}).refuse("m:f", value)
