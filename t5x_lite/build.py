@@ -21,9 +21,8 @@ from t5x_lite.cost import flops, hardware
 from t5x_lite.data import rows as data_rows, views
 from t5x_lite.errors import UserError, multiple_of
 from t5x_lite.layers import fp8, moe
-from t5x_lite.layers.attention import ATTENTIONS
-from t5x_lite.models import language_model, parametrization
-from t5x_lite.models.blocks import MIXERS, check_length
+from t5x_lite.models import language_model, parametrization, room
+from t5x_lite.models.blocks import MIXERS
 from t5x_lite.models.language_model import Model
 from t5x_lite.models.params import ParamInfo
 from t5x_lite.models.peft import Tuning
@@ -31,7 +30,7 @@ from t5x_lite.parallel import disk, offload, pipeline, sharding
 from t5x_lite.parallel.offload import ON_DEVICE
 from t5x_lite.parallel.sharding import Rules
 from t5x_lite.running import counts
-from t5x_lite.training import objectives, precision, state, steps, unlabelled
+from t5x_lite.training import draw_checks, objectives, precision, state, steps, unlabelled
 from t5x_lite.training.layerwise import Layerwise, held_of
 from t5x_lite.training.optimizers import EMA, Optimizer, make_optimizer, until
 from t5x_lite.training.streamed import StreamedStep
@@ -313,7 +312,8 @@ def build(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Pro
     _check_pipelines(config, mesh, rules)
     _check_lengths(config, mesh, rules)
     _check_mixers(config, mesh)
-    _check_patterns(config)
+    if config.data.packing:
+        room.check_packing(config.model.encoder)
     with sharding.activate(mesh, rules):
         _check_mixtures(config)
     model = Model(config.model, jnp.dtype(policy.compute_dtype), jnp.dtype(policy.param_dtype))
@@ -430,12 +430,7 @@ def _check_rows(config: RunConfig) -> None:
     if config.data.packing and not rows.packs:
         raise UserError(f"objective.name={config.objective.name!r} has a whole row for one example: "
                         "set data.packing=False.")
-    objectives.check_draws(config)
-    if config.objective.draws:
-        length = config.data.targets_length
-        check_length("model.decoder", config.model.decoder, length + 1,
-                     f"objective.name={config.objective.name!r} draws into rows of data.targets_length={length} "
-                     "and a start token", positions=length)
+    draw_checks.check_draws(config)
     prompt, rows = config.model.prompt_length, data_rows.of(config.objective.learned)
     if prompt and (config.data.packing or rows.marks_inputs or rows.cuts_prompt):
         raise UserError(f"model.prompt_length={prompt} stands before a row that holds one example "
@@ -469,19 +464,6 @@ def _check_lengths(config: RunConfig, mesh: Mesh, rules: Rules) -> None:
             why = f"{axis} is split over mesh axes {' and '.join(rules.mesh_axes(axis))}"
             multiple_of("model.prompt_length", before, ways, f"like data.{name}, {why}")
             multiple_of(f"data.{name}", length, ways, why)
-
-
-def _check_patterns(config: RunConfig) -> None:
-    """Packed rows are refused to layers that attend by a pattern of the row, which only encoders have."""
-    stack = config.model.encoder
-    if stack is None or not config.data.packing:
-        return
-    blocks = [block for segment in stack.segments for block in segment.blocks if MIXERS[block.mixer.kind].attends]
-    patterns = [b.self_attention.kind for b in blocks if ATTENTIONS[b.self_attention.kind].visible]
-    if patterns:
-        raise UserError(f"model.encoder has layers of self_attention.kind={patterns[0]!r}, whose global tokens and "
-                        "blocks are of the row: packed examples would not be computed as they are alone. "
-                        "Set data.packing=False.")
 
 
 def _check_mixers(config: RunConfig, mesh: Mesh) -> None:

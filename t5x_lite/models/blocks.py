@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from t5x_lite.errors import UserError, at_least
+from t5x_lite.errors import UserError
 from t5x_lite.layers import attention_implementations, mixers
 from t5x_lite.layers.attention import ATTENTIONS
 from t5x_lite.layers.config import AttentionConfig, InitConfig, PositionConfig
@@ -208,21 +208,6 @@ MIXERS = {
                        mixers.kept(mixers.linear_cache), _with(mixers.linear_flops, gate=True),
                        settings=_HEADS, heads=True),
 }
-
-
-def check_length(where: str, stack: StackConfig, length: int, why: str, positions: int | None = None) -> None:
-    """Raises UserError where a stack has no room for rows of so many tokens.
-
-    why: what makes them so long, a clause. positions: tokens that need a position; None: all.
-    """
-    limits = [(f"{where}.segments[{i}].blocks[{j}].mixer.max_length", block.mixer.max_length, length)
-              for i, segment in enumerate(stack.segments) for j, block in enumerate(segment.blocks)
-              if "max_length" in MIXERS[block.mixer.kind].settings]
-    if "max_length" in POSITIONS[stack.position.kind].settings:
-        limits.append((f"{where}.position.max_length", stack.position.max_length,
-                       length if positions is None else positions))
-    for field, longest, needed in limits:
-        at_least(field, longest, needed, f"{why}.")
 
 
 class Block(nnx.Module):

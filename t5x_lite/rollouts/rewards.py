@@ -36,7 +36,7 @@ from t5x_lite.config import EvalConfig, RunConfig, TrainConfig, saved
 from t5x_lite.data import rows as data_rows, vocabulary as data_vocabulary
 from t5x_lite.data.row_names import ANSWER, RECORD, RECORD_END, RECORD_JSON
 from t5x_lite.errors import UserError
-from t5x_lite.models import blocks
+from t5x_lite.models import room
 from t5x_lite.parallel import sharding
 from t5x_lite.training import objectives, policy
 from t5x_lite.training.rollouts import ENCODED, Told
@@ -288,8 +288,8 @@ def _judge(program: Program, workdir: str) -> Program:
         raise UserError(f"{FIELD}={workdir!r} is a model of architecture {config.model.architecture!r}, "
                         f"which reads no answers of model.architecture={ours.model.architecture!r}.")
     same_vocabulary.compare(ours.data, workdir)
-    blocks.check_length(f"{FIELD}={workdir!r}: model.decoder", config.model.decoder,
-                        ours.data.targets_length + 1, "It reads rows of "
+    room.check_length(f"{FIELD}={workdir!r}: model.decoder", config.model.decoder,
+                      ours.data.targets_length + 1, "It reads rows of "
                         f"data.targets_length={ours.data.targets_length} and a start token")
     config = dataclasses.replace(
         config, mesh=ours.mesh, sharding=ours.sharding, eval=EvalConfig(ema=config.eval.ema),
