@@ -312,8 +312,7 @@ def build(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Pro
     _check_pipelines(config, mesh, rules)
     _check_lengths(config, mesh, rules)
     _check_mixers(config, mesh)
-    if config.data.packing:
-        room.check_packing(config.model.encoder)
+    room.check(config)
     with sharding.activate(mesh, rules):
         _check_mixtures(config)
     model = Model(config.model, jnp.dtype(policy.compute_dtype), jnp.dtype(policy.param_dtype))

@@ -1,5 +1,7 @@
 """Which rows a stack has no room for: too long ones, and packed ones."""
 
+from typing import Any
+
 from t5x_lite.errors import UserError, at_least
 from t5x_lite.layers.attention import ATTENTIONS
 from t5x_lite.layers.position import POSITIONS
@@ -31,3 +33,16 @@ def check_packing(encoder: StackConfig | None) -> None:
         raise UserError(f"model.encoder has layers of self_attention.kind={patterns[0]!r}, whose global tokens and "
                         "blocks are of the row: packed examples would not be computed as they are alone. "
                         "Set data.packing=False.")
+
+
+def check(run: Any) -> None:
+    """Raises UserError for what the data or drawn answers ask of the stacks.
+
+    run: a config.RunConfig.
+    """
+    if run.data.packing:
+        check_packing(run.model.encoder)
+    if run.objective.draws:
+        length = run.data.targets_length
+        check_length("model.decoder", run.model.decoder, length + 1, f"objective.name={run.objective.name!r} draws "
+                     f"into rows of data.targets_length={length} and a start token", positions=length)

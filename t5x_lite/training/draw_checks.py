@@ -4,7 +4,6 @@ from typing import Any
 
 from t5x_lite.data import rows as data_rows
 from t5x_lite.errors import UserError
-from t5x_lite.models import room
 
 
 def check_draws(run: Any) -> None:
@@ -22,9 +21,6 @@ def check_draws(run: Any) -> None:
     if data_rows.of(objective.learned).shares_row and data.targets_length <= data.inputs_length:
         raise UserError(f"data.targets_length={data.targets_length} is the whole row: the prompt has data."
                         f"inputs_length={data.inputs_length} of it, the answer the rest; set more.")
-    room.check_length("model.decoder", run.model.decoder, data.targets_length + 1,
-                      f"objective.name={objective.name!r} draws into rows of data.targets_length="
-                      f"{data.targets_length} and a start token", positions=data.targets_length)
 
 
 def _check_updates(run: Any) -> None:
