@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import gpt2
 from t5x_lite import tree
 from t5x_lite.cost import flops
 from t5x_lite.errors import UserError
+from t5x_lite.formats import hf
 from t5x_lite.layers.config import AttentionConfig, InitConfig, MLPConfig, PositionConfig
 from t5x_lite.models.config import BlockConfig, ModelConfig, SegmentConfig, StackConfig
 from t5x_lite.models.language_model import Model
@@ -188,3 +190,11 @@ def test_flops_count_the_modules():
 def test_what_does_not_go_together_is_refused(changes, message):
     with pytest.raises(UserError, match=message):
         Model(dataclasses.replace(model().config, **changes))
+
+
+def test_an_export_is_refused_by_the_fields_name():
+    """GPT-2 says the model but for its modules, and the message nothing else of it."""
+    written = dataclasses.replace(gpt2.run("small").model, further_tokens=1)
+    with pytest.raises(UserError, match="no Hugging Face family can express") as error:
+        hf.hf_config(written, "gpt2")
+    assert str(error.value).count("there") == 1 and "further_tokens: 1, there 0" in str(error.value)
