@@ -31,6 +31,7 @@ from t5x_lite.build import build
 from t5x_lite.checkpoints import format, lock, manager
 from t5x_lite.data import paths, readers, text_files, vocabulary
 from t5x_lite.errors import TryAgain, UserError
+from t5x_lite.evaluation import evaluator
 from t5x_lite.parallel.sharding import MeshConfig
 from t5x_lite.reporting import runs as reporting_runs
 from t5x_lite.running import profile
@@ -420,6 +421,38 @@ def test_a_killed_run_goes_on_and_is_the_uninterrupted_local_one(whole, text, bu
     assert found.arm == "a b=c/run" and found.settings["train.num_steps"] == 8
     init_from.check_workdir(workdir)
     assert init_from.open_source(workdir).config == config.model
+
+
+def test_the_best_step_and_the_average_are_in_the_bucket(text, bucket, tmp_path, monkeypatch):
+    """A run that averages, keeps its best step and stops early, killed on the way, is the local one."""
+    config = dataclasses.replace(mini.run(text), mesh=MeshConfig(data=8))
+    for field, value in {"train.num_steps": 9, "train.ema_decay": 0.5, "train.log_every": 1, "checkpoint.every": 1,
+                         "checkpoint.keep_last": 1, "checkpoint.best": "loss", "eval.every": 1, "eval.num_batches": 1,
+                         "eval.stop_after": 2}.items():
+        config = configs.replace(config, field, value)
+    losses, now, original = {0: 9.0, 1: 5.0, 2: 4.0, 3: 6.0, 4: 4.5}, [0], train._evaluate
+
+    def evaluate(session, held_out, meter, state, step):
+        now[0] = step
+        return original(session, held_out, meter, state, step)
+    monkeypatch.setattr(train, "_evaluate", evaluate)
+    monkeypatch.setattr(evaluator.Evaluator, "evaluate", lambda self, params: {
+        "validation_files": {"loss": losses[now[0]]}})
+    workdir, local = f"{bucket}/best", tmp_path / "local"
+    train.run(config, local)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_after(patch, 3)
+        train.run(config, workdir)
+    train.run(config, workdir)
+    assert manager.all_steps(workdir) == manager.all_steps(local) and manager.all_steps(local)[-1] == 4
+    for name, step in (("best", 2), ("last", 4)):
+        assert manager.read_record(workdir, name).step == step
+        found = [init_from.open_source(f"{folder}/checkpoints/{step}") for folder in (workdir, local)]
+        for path in found[1].shapes:
+            np.testing.assert_array_equal(*(source.read(path, jnp.float32) for source in found), err_msg=path)
+    assert init_from.open_source(f"{workdir}/checkpoints/best").shapes == found[0].shapes
+    assert eval_main.steps_to_evaluate(files.path(workdir), "best") == ["best"]
+    assert without_timings(workdir) == without_timings(local)
 
 
 def _infer(config, workdir, source, output):

@@ -62,6 +62,27 @@ def test_metrics_are_those_of_the_uninterrupted_run_byte_for_byte(
     assert mini.without_timings(tmp_path / "cut") == mini.without_timings(tmp_path / "whole")
 
 
+def test_rewritten_text_and_its_questions_go_on_where_they_were(tmp_path, monkeypatch):
+    """Sentences by their versions, the text's own questions among them and training questions mixed in; the cache
+    of the text is made anew behind the kill, as on another machine."""
+    text, questions = tmp_path / "persons.txt", tmp_path / "q.jsonl"
+    cities = "Rome Bonn Oslo Pisa Kiel Graz Linz Bern Lyon Riga".split()
+    text.write_text("".join(f"Ada {c}i was a cook. She was born in {c} in 1900.\n" for c in cities))
+    questions.write_text("".join(f'{{"question": "where was Ada {c}i born", "answer": "{c}"}}\n' for c in cities[:6]))
+    base = dataclasses.replace(tiny_config.run(str(text)), mesh=MeshConfig(data=8))
+    run = replaced(base, {
+        "train.num_steps": 6, "train.log_every": 1, "checkpoint.every": 2, "data.train": f"train_files=3,{questions}=1",
+        "data.train_files": str(text), "data.validation_files": "", "data.validation": str(questions),
+        "data.denoising": "salient_asked", "data.rewriting": "sentences,named,thinned", "data.rewrites": 3,
+        "data.salient_like": str(questions), "data.inputs_length": 64, "data.targets_length": 32, "data.cache_dir": str(tmp_path / "first")})
+    train.run(run, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_after(patch, 3)
+        train.run(run, tmp_path / "cut")
+    train.run(replaced(run, {"data.cache_dir": str(tmp_path / "second")}), tmp_path / "cut")
+    assert mini.without_timings(tmp_path / "cut") == mini.without_timings(tmp_path / "whole")
+
+
 def test_the_past_keeps_its_counts_when_the_batch_changes(config, tmp_path, capsys):
     run = replaced(config, {"train.num_steps": 4})
     train.run(run, tmp_path)
