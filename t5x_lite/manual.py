@@ -157,6 +157,13 @@ def section_text(where: str) -> str:
     return "\n".join(lines)
 
 
+def _no_such_field(path: str) -> UserError:
+    paths = [p for p, _ in all_fields()] + _top_sections()
+    hint = suggestion(path) or nearest(path, paths).removeprefix(" ")
+    return UserError(f"--help={path}: the config has no such section or field."
+                     f"{' ' + hint if hint else ''} Sections: {', '.join(_top_sections())}.")
+
+
 def field_at(path: str) -> config_reference.Field:
     """The field at a dotted path, such as model.decoder.segments[0].blocks[0].mlp.
 
@@ -170,10 +177,7 @@ def field_at(path: str) -> config_reference.Field:
         name = part.partition("[")[0]
         name = name if name in known else name.lower()   # --help=Data
         if name not in known:
-            paths = [p for p, _ in all_fields()] + _top_sections()
-            hint = suggestion(path) or nearest(path, paths).removeprefix(" ")
-            raise UserError(f"--help={path}: the config has no such section or field."
-                            f"{' ' + hint if hint else ''} Sections: {', '.join(_top_sections())}.")
+            raise _no_such_field(path)
         found = known[name]
         inner = [k for k, _ in config_reference.inner_sections(found.kind)]
         kind = inner[0] if inner else None

@@ -126,6 +126,14 @@ def fit(examples: tf.data.Dataset, lengths: Mapping[str, int]) -> bool:
         sum(sizes.values()) <= lengths.get("row", sum(sizes.values())))
 
 
+def _marked(sides: Sides, sizes: Mapping[str, int], examples: int) -> Sides:
+    """The sides of a packed row with the segment and the position of each token."""
+    return {side: {**features,
+                   f"{side}_segment_ids": tf.repeat(tf.range(1, examples + 1), sizes[side]),
+                   f"{side}_positions": tf.tile(tf.range(sizes[side]), [examples])}
+            for side, features in sides.items()}
+
+
 def rows(examples: tf.data.Dataset, convert: Callable[[dict], Sides], lengths: Mapping[str, int],
          packing: bool, finish: Callable[[Sides], dict], block_rows: int) -> tf.data.Dataset | None:
     """Blocks of rows of endless examples that have one shape; None where their sides have not.
@@ -143,10 +151,7 @@ def rows(examples: tf.data.Dataset, convert: Callable[[dict], Sides], lengths: M
         found = [convert({name: x[i] for name, x in taken.items()}) for i in range(in_row)]
         joined = {side: {name: tf.concat([other[side][name] for other in found], 0) for name in features}
                   for side, features in sides.items()}
-        for side, size in sizes.items() if packing else ():
-            joined[side][f"{side}_segment_ids"] = tf.repeat(tf.range(1, in_row + 1), size)
-            joined[side][f"{side}_positions"] = tf.tile(tf.range(size), [in_row])
-        return finish(joined)
+        return finish(_marked(joined, sizes, in_row) if packing else joined)
 
     def block(batch: dict) -> dict:
         return tf.vectorized_map(row, {name: tf.reshape(x, [block_rows, in_row, x.shape[1]])
