@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from t5x_lite.errors import at_least
-from t5x_lite.parallel.sharding import mapped, place_like, spec, split_of
+from t5x_lite.parallel.sharding import place_like, split_of
 
 # A device's logits above this are chunked when `chunk` is 0. Two chunks cost a CPU no time, but
 # each one adds a float32 gradient of the head to the sum: 4, 8 chunks of T5-small's 112 MiB took
@@ -349,7 +349,7 @@ def _reduced_later(w: jax.Array, hidden_BLD: jax.Array) -> jax.Array:
     """
     own = {axis for axes in split_of(w) for axis in axes}
     shared = {axis for axes in split_of(hidden_BLD)[:2] for axis in axes} - own
-    if not shared or w.ndim < 2 or mapped():   # JAX 0.10 cannot map over what has such a type
+    if not shared or w.ndim < 2:
         return w
     return jax.sharding.reshard(
         w, PartitionSpec(*jax.typeof(w).sharding.spec.partitions, reduced=shared))
@@ -369,6 +369,5 @@ def _add(a, b):
 
 
 def _zero_sums():
-    # Of this mesh: a scan that is mapped cannot split a scalar of none over the mapped dim.
-    return {name: jnp.zeros((), jnp.float32, out_sharding=spec())
+    return {name: jnp.zeros((), jnp.float32)
             for name in ("loss_sum", "z_loss_sum", "weight_sum", "correct_sum")}

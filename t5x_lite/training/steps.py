@@ -99,10 +99,6 @@ class Differentiated:
         staged = sizes.get("stage", 1) > 1
         if sizes.get("slice", 1) > 1 and (self.parts > 1 or staged):
             found += ("slice",)
-        # Of a mixture the losses that balance experts are means over the rows of a copy.
-        elif (self.zero == 1 and staged and sizes["fsdp"] > 1 and not self.model.config.has_mixtures
-                and "fsdp" in sharding.active_rules().mesh_axes("act_batch")):
-            found += ("fsdp",)
         return found
 
     def born_split(self) -> bool:
@@ -142,8 +138,7 @@ def gradients(of: Differentiated, params: Mapping, batch: Batch, key: jax.Array 
     of its own; only their sums cross the data-centre network, once a step, each device's part
     of them. (The map over slices costs something: XLA then sums over fsdp by all-reduces where
     it would use reduce-scatters. A step of one micro-batch crosses once anyway and goes
-    without.) Under ZeRO-1 each device of the fsdp axis holds whole gradients, and in a pipeline
-    adds up its own in the same way: else each micro-batch's would be summed over the axis.
+    without.)
 
     Args:
         key: the step's dropout key, None for no dropout.

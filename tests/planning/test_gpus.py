@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import importlib.util
-import math
 import os
 import pathlib
 import subprocess
@@ -20,12 +19,10 @@ from t5x_lite.cost import hardware, hlo
 from t5x_lite.errors import UserError
 from t5x_lite.layers import attention_implementations, dispatch, grouped
 from t5x_lite.layers.config import MLPConfig, MoEConfig
-from t5x_lite.parallel.pipeline_schedules import PipelineConfig
 from t5x_lite.parallel.sharding import MeshConfig
 from t5x_lite.planning import gpus, make, rehearse, search, show
 from t5x_lite.planning.make import make_plan
 from tests import tiny_config
-from tests.parallel.test_scale_tpu import lm as scaled
 from tests.planning.test_plan import HIDDEN, LAYERS, VOCAB, WIDTH, by_kind, lm
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -227,26 +224,6 @@ def test_a_dropless_step_on_eight_gpus_multiplies_no_more_for_more_experts():
     few, many = products(4), products(8)
     # Dense over experts it would be twice as much of what the mixtures take.
     assert many[0] < 1.25 * few[0]
-
-
-@needs_plugin
-@pytest.mark.slow
-def test_a_pipeline_under_zero_1_sums_gradients_over_fsdp_once_a_step():
-    """Float32, each device's stage of the layers; not once more for every micro-batch."""
-    micro_batches, stages, layers = 8, 2, 4
-    config = scaled({"stage": stages, "fsdp": 4}, rows=8 * micro_batches, layers=layers, zero=1,
-                    pipeline=PipelineConfig("1f1b", micro_batches))
-    topology = rehearse.topology("h100:8")
-    with topology.compiling():
-        program = build(config, topology.devices)
-        step = rehearse.compile_step(program)
-    summed = [c for c in step.collectives if "fsdp" in c.axes
-              and c.kind in ("all-reduce", "reduce-scatter") and c.bytes_per_device > 4096]
-    tables = sum(math.prod(info.shape) for path, info in program.model.table.items()
-                 if "layers" not in info.logical_axes)
-    in_layers = (program.num_params - tables) // stages
-    assert sum(c.bytes_per_step for c in summed) == pytest.approx(4 * in_layers, rel=0.1)
-    assert sum(c.count_per_step for c in summed) <= 4
 
 
 @needs_plugin
