@@ -102,6 +102,7 @@ def on_disk(tmp_path_factory):
     return program, state, on_disk_or_not(state), metrics
 
 
+@pytest.mark.slow
 def test_two_steps_on_disk_equal_the_ordinary_ones_closely(on_disk):
     """Close, and not the same: see above. The parameters of the first step are those of any run."""
     _, _, values, metrics = on_disk
