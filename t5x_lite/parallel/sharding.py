@@ -132,9 +132,9 @@ class Rules:
             dims.append(mesh_axes if len(mesh_axes) > 1 else mesh_axes[0] if mesh_axes else None)
         return PartitionSpec(*dims)
 
-    def without(self, *dropped: str) -> "Rules":
-        """Rules that split no dim over these mesh axes, and every dim over the others as before."""
-        return Rules({name: tuple(a for a in axes if a not in dropped)
+    def without(self, axis: str) -> "Rules":
+        """Rules that split no dim over this mesh axis, and every dim over the others as before."""
+        return Rules({name: tuple(a for a in axes if a != axis)
                       for name, axes in self.table.items()})
 
     def replace(self, **table: tuple[str, ...]) -> "Rules":
@@ -236,20 +236,19 @@ def using(rules: Rules):
         _rules.reset(token)
 
 
-# The mesh axes of each dim that is mapped.
-_mapped: contextvars.ContextVar[tuple[tuple[str, ...], ...]] = contextvars.ContextVar("mapped", default=())
+_mapped: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("mapped", default=())
 
 
 @contextlib.contextmanager
-def inside(*axes: str):
-    """For tracing a function under jax.vmap over a dim that lies on these mesh axes (pipeline
-    stages, copies of gradients): its arrays have no such dim, and no rule may name the axes.
+def inside(axis: str):
+    """For tracing a function under jax.vmap over a dim that lies on mesh axis `axis` (pipeline
+    stages, slices): its arrays have no such dim, and no rule may name the axis.
 
     Differentiate the mapped function, do not map the differentiated one: see `manual`.
     """
-    token = _mapped.set((*_mapped.get(), axes))
+    token = _mapped.set((*_mapped.get(), axis))
     try:
-        with using(active_rules().without(*axes)):
+        with using(active_rules().without(axis)):
             yield
     finally:
         _mapped.reset(token)
@@ -281,11 +280,11 @@ def mesh_sizes() -> dict[str, int]:
     mesh = jax.sharding.get_abstract_mesh()
     ours = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
             if kind != AxisType.Manual}
-    return dict(mesh.shape) if ours - {axis for axes in _mapped.get() for axis in axes} else {}
+    return dict(mesh.shape) if ours - {*_mapped.get()} else {}
 
 
 def mapped() -> bool:
-    """Whether whole arrays are traced for several stages or copies at once (see `inside`)."""
+    """Whether whole arrays are traced for several stages or slices at once (see `inside`)."""
     return bool(_mapped.get() and mesh_sizes())
 
 
@@ -410,15 +409,14 @@ def _manual(fn, in_specs, out_specs, check_vma, mapped):
     def rule(size, batched, *args):
         specs = jax.tree.map(lambda spec, arg: jax.tree.map(lambda _: spec, arg), in_specs, args,
                              is_leaf=is_spec)
-        dim = mapped[-1] if len(mapped[-1]) > 1 else mapped[-1][0]
-        specs = jax.tree.map(lambda b, spec: PartitionSpec(dim, *spec) if b else spec,
+        specs = jax.tree.map(lambda b, spec: PartitionSpec(mapped[-1], *spec) if b else spec,
                              tuple(batched), specs)
 
         def one(*parts):
             parts = jax.tree.map(lambda b, x: x[0] if b else x, tuple(batched), parts)
             return jax.tree.map(lambda y: y[None], fn(*parts))
 
-        outs = jax.tree.map(lambda spec: PartitionSpec(dim, *spec), out_specs,
+        outs = jax.tree.map(lambda spec: PartitionSpec(mapped[-1], *spec), out_specs,
                             is_leaf=is_spec)
         result = _manual(one, specs, outs, check_vma, mapped[:-1])(*args)
         return result, jax.tree.map(lambda _: True, result)

@@ -6,7 +6,6 @@ uninterrupted one drew, and an accumulated or pipelined step what the whole batc
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -51,31 +50,14 @@ def split_batch(batch: Batch, parts: int) -> Batch:
     return jax.tree.map(split, dict(batch))
 
 
-def _by_copy(batch: Batch, copies: tuple[str, ...]) -> Batch:
-    """[B, …] -> [copies, B / copies, …] on these mesh axes: every device keeps the rows it has."""
-    sizes = sharding.mesh_sizes()
-    axes = sharding.mesh_axes_of(sharding.spec("act_batch")[0])
-    order = (*copies, *(axis for axis in axes if axis not in copies))
-    ways = [sizes[axis] for axis in axes]
-    count = math.prod(sizes[axis] for axis in copies)
-
+def _by_slice(batch: Batch, slices: int) -> Batch:
+    """[B, …] -> [slices, B / slices, …], the rows of each slice, which are a block of B."""
     def split(x):
-        with sharding.inside(*copies):
+        with sharding.inside("slice"):
             inner = sharding.spec(*_FEATURE_AXES[:x.ndim])
-        rest = (None,) * (x.ndim - len(inner)) + tuple(inner)[1:]
-        # A dim for each axis, which then change places.
-        x = jax.lax.reshape(x, (*ways, x.shape[0] // math.prod(ways), *x.shape[1:]),
-                            out_sharding=PartitionSpec(*axes, None, *rest))
-        x = jnp.moveaxis(x, [axes.index(axis) for axis in order], range(len(order)))
-        return jax.lax.reshape(x, (count, -(-math.prod(x.shape[:len(axes) + 1]) // count),
-                                   *x.shape[len(axes) + 1:]),
-                               out_sharding=PartitionSpec(_dim(copies), inner[0], *rest))
+        return jax.lax.reshape(x, (slices, x.shape[0] // slices, *x.shape[1:]),
+                               out_sharding=PartitionSpec("slice", *inner))
     return jax.tree.map(split, dict(batch))
-
-
-def _dim(axes: tuple[str, ...]) -> str | tuple[str, ...]:
-    """A dim of a PartitionSpec, on these axes."""
-    return axes if len(axes) > 1 else axes[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,13 +75,11 @@ class Differentiated:
     noise_scale: bool = False   # measure the gradient noise scale, see noise_scale
     unlabelled: Unlabelled | None = None   # the loss of data.unlabelled; None: there is none
 
-    def copies(self) -> tuple[str, ...]:
-        """The mesh axes along which each device adds up gradients of its own: see `gradients`."""
-        sizes, found = sharding.mesh_sizes(), ()
-        staged = sizes.get("stage", 1) > 1
-        if sizes.get("slice", 1) > 1 and (self.parts > 1 or staged):
-            found += ("slice",)
-        return found
+    def slices(self) -> int:
+        """Into how many copies the mesh's slices ask for gradients of their own: see `gradients`."""
+        sizes = sharding.mesh_sizes()
+        many = self.parts > 1 or sizes.get("stage", 1) > 1
+        return sizes.get("slice", 1) if many else 1
 
     def born_split(self) -> bool:
         """Whether gradients of whole parameters are split where they arise (ZeRO-2)."""
@@ -147,33 +127,31 @@ def gradients(of: Differentiated, params: Mapping, batch: Batch, key: jax.Array 
     Returns:
         Nested gradients of the parameters that train, and {metric: (sum, count)}.
     """
-    copies, trained = of.copies(), of.trained(params)
-    count = math.prod(sharding.mesh_sizes()[axis] for axis in copies)
+    slices, trained = of.slices(), of.trained(params)
     flat = tree.flatten(params) | tree.flatten(base or {})
     divisors = objectives.totals(of.objective, batch)
     beside = of.unlabelled.totals(batch, step) if of.unlabelled else {}
-    if copies:   # each one's own: what is shared would have its gradients summed at once
-        flat, trained = jax.tree.map(lambda x: _copies(x, copies), (flat, trained))
+    if slices > 1:   # each slice's own: what is shared would have its gradients summed at once
+        flat, trained = jax.tree.map(lambda x: _copies(x, slices), (flat, trained))
 
     def part_loss(trained, flat, part):
         part_key = None if key is None else RowKey(key, part[_ROWS])
         part = objectives.with_base(lambda: of.base(flat), part, of.objective)
         module = of.module(trained, flat)
         value, sums = objectives.loss(module, part, part_key, of.objective, divisors,
-                                      of.parts * count)
+                                      of.parts * slices)
         if of.unlabelled:
             more, further = of.unlabelled.loss(module, part, key, beside)
             value, sums = value + more, {**sums, **further}
         return value * scale, sums
 
-    def copies_loss(trained, flat, part):
-        part = _by_copy(part, copies)
-        with sharding.inside(*copies):
-            values, sums = jax.vmap(part_loss)(trained, flat, part)
+    def slices_loss(trained, flat, part):
+        with sharding.inside("slice"):
+            values, sums = jax.vmap(part_loss)(trained, flat, _by_slice(part, slices))
         return jnp.sum(values), sums
 
     def part_gradients(part):
-        loss = copies_loss if copies else part_loss
+        loss = part_loss if slices == 1 else slices_loss
         return jax.grad(loss, has_aux=True)(trained, flat, part)
 
     num_rows = _num_rows(views.labelled(batch))
@@ -183,12 +161,12 @@ def gradients(of: Differentiated, params: Mapping, batch: Batch, key: jax.Array 
     totals, squares = (part_gradients(batch), None) if of.parts == 1 else _accumulated(
         part_gradients, split_batch(batch, of.parts), of.noise_scale,
         frozenset(path for path, x in trained.items() if offload.is_on_host(x)))
-    if copies:
+    if slices > 1:
         totals = jax.tree.map(sharding.sum_of_copies, totals)
     grads, sums = totals
     if of.noise_scale:
         sums = sums | noise_scale(squares / scale**2, _squares(grads) / scale**2,
-                                  of.parts * count, num_rows)
+                                  of.parts * slices, num_rows)
     return tree.unflatten(grads), sums
 
 
@@ -227,11 +205,10 @@ def _squares(grads: Mapping[str, jax.Array]) -> jax.Array:
     return sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads))
 
 
-def _copies(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """x for every device along these axes: [copies, …], split over them."""
-    count = math.prod(sharding.mesh_sizes()[axis] for axis in axes)
-    return jax.lax.broadcast(x, (count,), out_sharding=PartitionSpec(
-        _dim(axes), *jax.typeof(x).sharding.spec))
+def _copies(x: jax.Array, slices: int) -> jax.Array:
+    """x for every slice: [slices, …], split over the axis of slices."""
+    return jax.lax.broadcast(x, (slices,), out_sharding=PartitionSpec(
+        "slice", *jax.typeof(x).sharding.spec))
 
 
 def _added(total: jax.Array, part: jax.Array) -> jax.Array:
