@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from t5x_lite.data import names, rewriting
+from t5x_lite.data import called, names, rewriting
 
 
 class Question(NamedTuple):
@@ -27,6 +27,7 @@ class Evidence(NamedTuple):
     subject: str = ""                   # of the document whose subject the question names
     unit: str = ""                      # its sentence with an answer …
     span: tuple[int, int] = (0, 0)      # … and where the answer stands in it
+    called: str = ""                    # what the question calls the subject
 
     @property
     def answer(self) -> str:
@@ -44,39 +45,29 @@ class Evidence(NamedTuple):
                                        for start, limit in names.places(self.unit, self.subject))
 
 
-def by_name(documents: Iterable[rewriting.Document]) -> dict[str, list[rewriting.Document]]:
-    """{name in small letters: the documents whose subject is called so}; what two subjects may be called is nobody's,
-    unless it is the whole name of one."""
-    found: dict[str, list[rewriting.Document]] = {}
-    for document in documents:
-        for name in names.aliases(document.subject):
-            found.setdefault(name.casefold(), []).append(document)
-    whole = {name: [d for d in group if d.subject.casefold() == name] for name, group in found.items()}
-    return {name: whole[name] or group for name, group in found.items()
-            if whole[name] or len({d.subject for d in group}) == 1}
-
-
 def find(documents: Sequence[rewriting.Document], questions: Iterable[Question]) -> list[Evidence]:
     """The evidence of each question, in order."""
-    named = by_name(documents)
-    return [_of(question, named) for question in questions]
+    index = called.Index(documents)
+    return [_of(question, index) for question in questions]
 
 
-def _of(question: Question, named: Mapping[str, Sequence[rewriting.Document]]) -> Evidence:
-    asked = question.text.casefold()
-    known = [name for name in named if name in asked and names.places(asked, name)]
-    if not known:
+def _of(question: Question, index: called.Index) -> Evidence:
+    meant = index.find(question.text, lambda subject: bool(_answers(question, subject)))
+    if meant is None:
         return Evidence(question)
-    documents = named[max(known, key=len)]
-    units = [unit for document in documents for unit in document.units]
-    subject = documents[0].subject
-    found = [Evidence(question, subject, unit, span)
-             for unit in units for answer in question.answers for span in names.places(unit, answer)]
+    subject, name = meant
+    found = [Evidence(question, subject.name, unit, span, name) for unit, span in _answers(question, subject)]
     if not found:
-        return Evidence(question, subject)
-    wanted = _words(question.text) - _words(subject)
-    counts = collections.Counter(word for unit in units for word in _words(unit) & wanted)
+        return Evidence(question, subject.name, called=name)
+    wanted = _words(question.text) - _words(subject.name) - _words(name)
+    counts = collections.Counter(word for d in subject.documents for unit in d.units for word in _words(unit) & wanted)
     return max(found, key=lambda e: (round(_closeness(e.unit, counts), 1), e.is_detected, -len(e.unit)))
+
+
+def _answers(question: Question, subject: called.Subject) -> list[tuple[str, tuple[int, int]]]:
+    """(unit, where in it) of all that may answer."""
+    return [(unit, span) for document in subject.documents for unit in document.units
+            for answer in question.answers for span in names.places(unit, answer)]
 
 
 def _words(text: str) -> set[str]:

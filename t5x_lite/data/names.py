@@ -12,7 +12,7 @@ _DATE = re.compile(
     rf"|{_YEAR}s?"                                                         # 1776, 1770s
     r")(?!\w)")
 _WORD = r"[^\W\d_a-z][\w'’.&-]*"   # begins with a capital letter, of any script that has them
-_NAME = re.compile(rf"{_WORD}(?: (?:(?:of|the|de|da|di|du|la|le|van|von|der|den|bin|ibn|al|and)"
+NAME = re.compile(rf"{_WORD}(?: (?:(?:of|the|de|da|di|du|la|le|van|von|der|den|bin|ibn|al|and)"
                    rf" ){{0,2}}{_WORD})*")
 # Words that open sentences and are no names; after one of them the name may still go on.
 OPENERS = frozenset("""a an the this that these those he she it they we i you his her its their our
@@ -47,8 +47,8 @@ def salient_spans(sentence: str) -> list[tuple[int, int]]:
     "Bread is" and is left out.
     """
     spans = [m.span() for m in _DATE.finditer(sentence) if m.group() not in ("May", "March")]
-    for match in _NAME.finditer(sentence):
-        start, limit = _trimmed(sentence, *match.span())
+    for match in NAME.finditer(sentence):
+        start, limit = trimmed(sentence, *match.span())
         words = sentence[start:limit].split()
         opens = start == 0 or sentence[:start].rstrip().endswith((":", ";")) or (
             not sentence[:start].strip("\"“‘([ "))
@@ -60,7 +60,7 @@ def salient_spans(sentence: str) -> list[tuple[int, int]]:
     return sorted(spans)
 
 
-def _trimmed(sentence: str, start: int, limit: int) -> tuple[int, int]:
+def trimmed(sentence: str, start: int, limit: int) -> tuple[int, int]:
     """The span without opening words that are no names, possessives and final punctuation."""
     while start < limit:
         word, _, _ = sentence[start:limit].partition(" ")
@@ -76,6 +76,11 @@ def _trimmed(sentence: str, start: int, limit: int) -> tuple[int, int]:
 
 _HEADING = re.compile(r"\s*(?:=+\s*(.+?)\s*=+|#+\s*(.+?)\s*#*)\s*")
 _PREAMBLE = frozenset("born raised educated known named sir dame".split())
+# Behind a name: ", 8th Earl of Carlisle", ", Duke of Saxe-Weimar", ", 1st Baronet".
+TITLED = re.compile(rf",(?: \d+(?:st|nd|rd|th) {_WORD}(?: {_WORD})*| {_WORD}(?: {_WORD})*(?= of ))"
+                    rf"(?: of {_WORD}(?:(?: and)? {_WORD})*)?")
+# Behind a first name: ' "Bert" Nelson', " d'Évreux".
+_NICKNAMED = re.compile(rf" ?[\"“] ?[^\"”\d]{{1,25}}[\"”] ?({NAME.pattern})| [dl]['’]{NAME.pattern}")
 
 
 def subject(text: str) -> str:
@@ -86,31 +91,16 @@ def subject(text: str) -> str:
     if heading:
         return heading[1] or heading[2]
     first = (sentences(first_line) or [""])[0]
-    names = [first[slice(*_trimmed(first, *m.span()))] for m in _NAME.finditer(first)]
+    names = [first[slice(*trimmed(first, *m.span()))] for m in NAME.finditer(first)]
     names = [n for n in names if n and n.lower() not in _PREAMBLE and not _DATE.fullmatch(n)]
-    opening = [n for n in names if first.startswith(n)]
+    opening = [_extended(first, n) for n in names if first.startswith(n)]
     return next(iter([*opening, *(n for n in names if " " in n), *names]), "")
 
 
-_TITLES = frozenset("sir dame lord lady dr prof mr mrs ms st saint rev gen col capt".split())
-_SUFFIXES = frozenset("jr sr ii iii iv".split())
-
-
-def aliases(subject: str) -> list[str]:
-    """What else a text's subject may be called in whole: without titles and "Jr.", by first and last name.
-
-    The name itself comes first. "Sir Thomas Alva Edison Jr." -> also "Thomas Alva Edison", "Thomas Edison"; a name with
-    a small word ("Ludwig van Beethoven", "Bosnia and Herzegovina") is not shortened.
-    """
-    words = subject.split()
-    while len(words) > 2 and words[0].lower().rstrip(".") in _TITLES:
-        words = words[1:]
-    while len(words) > 2 and words[-1].lower().rstrip(".") in _SUFFIXES:
-        words = words[:-1]
-    words = [word.rstrip(",") for word in words]
-    plain = " ".join(words)
-    short = f"{words[0]} {words[-1]}" if len(words) > 2 and all(w[0].isupper() for w in words) else plain
-    return list(dict.fromkeys(filter(None, (subject, plain, short))))
+def _extended(text: str, name: str) -> str:
+    """The name that a text begins with, with what belongs to it: 'Albert "Bert" Nelson', "Hugh, 2nd Baron Ulm"."""
+    behind = _NICKNAMED.match(text[len(name):]) or (" " not in name and TITLED.match(text[len(name):]))
+    return name + behind[0].rstrip(".,") if behind else name
 
 
 def holds(text: str, name: str) -> bool:

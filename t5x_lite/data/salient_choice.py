@@ -23,12 +23,13 @@ from t5x_lite import files as file_lib
 from t5x_lite.data import evidence, names, paths, records, rewriting, text_files
 from t5x_lite.errors import UserError
 
-VERSION = 1
+VERSION = 2
 _LEFT, _RIGHT = 6, 3       # words of a span's sentence that are looked at
 LOST = 0.1                 # share of the questions' own answers that may score below the threshold
 _SEEN = 0.02               # share of the answers that a feature must stand beside to speak for a span
 _LEAST = 5                 # answers in the text from which to learn
 _MOST_SHAPES = 8
+_MOST_KNOWN = 256          # answers of small letters ("novelist") that are looked for as they are
 
 Span = tuple[int, int]
 
@@ -87,7 +88,7 @@ def features(unit: str, subject: str, span: Span) -> frozenset[str]:
         left, right = left.replace(subject, " \u2022 "), right.replace(subject, " \u2022 ")
     sides = [("<", word) for word in _words(left)[-_LEFT:]] + [
         (">", word) for word in _words(right)[:_RIGHT]]
-    first = "9" if text[0].isdigit() else "A" if text[0].isupper() else text[0]
+    first = "9" if text[0].isdigit() else "A" if text[0].isupper() else "a" if text[0].isalpha() else text[0]
     return frozenset({f"{side}{word}" for side, word in sides} | {
         f"={first}", f"={min(len(text.split()), 4)}", f"={any(c.isdigit() for c in text)}"})
 
@@ -152,13 +153,16 @@ def learned(files: tuple[str, ...], document: str, steps: tuple[str, ...], like:
     return train(documents, found)
 
 
-def train(documents: Iterable[rewriting.Document], found: Sequence[evidence.Evidence], lost: float = LOST) -> Finder:
+def train(documents: Iterable[rewriting.Document], found: Sequence[evidence.Evidence], lost: float = LOST,
+          known: tuple[str, ...] | None = None) -> Finder:
     """Naive Bayes on the evidence against all other spans of the documents that it is from.
 
     lost: the share of the answers in the evidence that may score below the threshold.
+    known: patterns of plain words that are spans too (known_answers; of the evidence, where it is None).
     """
     unseen = (shape(e.answer) for e in found if not e.is_detected)
     shapes = tuple(s for s, n in collections.Counter(filter(None, unseen)).most_common(_MOST_SHAPES) if n > 1)
+    shapes += known_answers(found) if known is None else known
     subjects = {e.subject for e in found}
     positives = [features(e.unit, e.subject, e.span) for e in found]
     answers = {(e.unit, e.span) for e in found}
@@ -169,6 +173,14 @@ def train(documents: Iterable[rewriting.Document], found: Sequence[evidence.Evid
     scores = sorted(finder.score(e.unit, e.subject, e.span) for e in found
                     if e.is_detected or shapes)
     return dataclasses.replace(finder, threshold=scores[int(len(scores) * lost)] if scores else -math.inf)
+
+
+def known_answers(found: Iterable[evidence.Evidence]) -> tuple[str, ...]:
+    """A pattern of the answers that are no name and have no shape ("novelist"); none without any."""
+    plain = collections.Counter(e.answer for e in found if not e.is_detected and len(e.answer.strip()) > 2
+                                and not shape(e.answer))
+    known = sorted((answer for answer, _ in plain.most_common(_MOST_KNOWN)), key=len, reverse=True)
+    return (f"(?:{'|'.join(map(re.escape, known))})",) if known else ()
 
 
 def _log_odds(positives: Sequence[frozenset[str]], negatives: Sequence[frozenset[str]]) -> dict[str, float]:

@@ -22,7 +22,7 @@ from t5x_lite.data.config import DataConfig
 
 PREFIX, MASK = "nem: ", "_X_"
 _VERSION = 1   # raise it whenever the detector finds other spans
-_ASKED_VERSION = 1   # … or other questions are asked
+_ASKED_VERSION = 2   # … or other questions are asked
 
 Spans = Sequence[tuple[int, int]]   # (start, limit) in characters
 
@@ -66,7 +66,9 @@ def spans_beside_the_name(unit: str, subject: str, spans: Spans) -> Spans:
 class Asker(Protocol):
     """What asks a document the questions that it answers: asked.Asker."""
 
-    def questions(self, document: rewriting.Document) -> list[tuple[str, str]]: ...
+    def answers(self, document: rewriting.Document) -> Sequence: ...
+
+    def questions(self, document: rewriting.Document, answers: Sequence, number: int) -> list[tuple[str, str]]: ...
 
 
 class Kind(NamedTuple):
@@ -111,16 +113,16 @@ def examples(texts: Iterable[str], settings: Settings = PLAIN, finder: salient_c
     if not rewrite.steps:
         for document in documents:
             yield from _rows(document, settings.kind, finder.spans)
-            yield from asker.questions(document) if asker else ()
+            yield from asker.questions(document, asker.answers(document), 0) if asker else ()
         return
-    prepared = [(*salient_choice.chosen(document, finder), asker.questions(document) if asker else ())
+    prepared = [(document, *salient_choice.chosen(document, finder), asker.answers(document) if asker else ())
                 for document in documents]
     rest = rewrite._replace(steps=tuple(step for step in rewrite.steps if step not in rewriting.CUTS))
     for number in range(rewrite.rewrites):
-        for document, chosen, questions in prepared:
-            version = rewriting.version(document, rest, number)
+        for document, with_spans, chosen, answers in prepared:
+            version = rewriting.version(with_spans, rest, number)
             yield from _rows(version, settings.kind, functools.partial(_places, chosen=chosen))
-            yield from questions
+            yield from asker.questions(document, answers, number) if asker else ()
 
 
 def _rows(document: rewriting.Document, kind: str, spans_of: Callable[[str, str], Spans]) -> Iterator[tuple[str, str]]:

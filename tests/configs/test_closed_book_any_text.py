@@ -38,6 +38,8 @@ def test_arms_differ_in_what_they_read(given):
     assert json.loads(named)["inputs"] == "nem: Ada Gilholm was born in _X_ on 1 May 1900."
     asking = experiment.get_runs(f"{given},seeds=1,arms=asked")[0].config.data
     assert (asking.denoising, asking.salient_like, asking.rewrites) == ("salient_asked", cured.salient_like, 20)
+    assert {r.arm for r in experiment.get_runs(given)} == {"none", "salient", "asked"}
+    assert {r.arm for r in experiment.get_runs(given.replace("[:50%]", "[:34%]"))} == {"none", "salient", "cured"}
     dev = experiment.get_runs(f"{given},dev=1,arms=none")[0].config.data
     assert dev.train.endswith("[0%:40%]") and dev.validation.endswith("[40%:50%]")
 

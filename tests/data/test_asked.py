@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from t5x_lite.data import asked, evidence, names, rewriting, salient_choice, salient_spans
+from t5x_lite.data import asked, called, evidence, rewriting, salient_choice, salient_spans
 from t5x_lite.data.config import DataConfig
 from t5x_lite.errors import UserError
 
@@ -32,26 +32,42 @@ def test_the_wording_is_the_question_without_its_name():
 def test_every_document_is_asked_what_it_answers(files):
     text, questions = files
     asker = asked.learned((text,), "line", ("sentences",), questions)
-    (wording,) = asker.wordings
-    assert wording.text == "Where was \u2022 born?"
+    (relation,) = asker.relations
+    assert relation.wordings == {"Where was \u2022 born?": 6}
     documents = map(rewriting.cut, ("Ada Rigaholm was born in Riga. She died in Rome on 4 May 1900.",
                                     "Tom Fry died in Rome."))
-    assert [asker.questions(d) for d in documents] == [[("Where was Ada Rigaholm born?", "Riga")], []]
+    assert [asker.questions(d, asker.answers(d), 0) for d in documents] == [[("Where was Ada Rigaholm born?", "Riga")], []]
     assert [asked._is_name("Panama and Panama City", "Panama", span) for span in ((0, 6), (11, 22))] == [True, False]
 
 
-def test_a_subject_is_asked_about_by_its_other_names_too():
-    assert [names.aliases(name) for name in ("Sir Thomas Alva Edison Jr.", "Ada Berg", "Ludwig van Beethoven", "")] == [
-        ["Sir Thomas Alva Edison Jr.", "Thomas Alva Edison", "Thomas Edison"], ["Ada Berg"], ["Ludwig van Beethoven"], []]
+def test_a_subject_is_asked_about_as_the_questions_call_others():
     cut = [rewriting.cut(f"{name} was born in {place}.") for name, place in (
         ("Ada Eva Berg", "Rome"), ("Ada Ida Berg", "Bonn"), ("Tom Al Fry", "Oslo"), ("Tom Fry", "Pisa"), ("Jo Al Ek", "Ulm"))]
-    named = evidence.by_name(cut)
-    assert "ada berg" not in named and named["tom fry"] == [cut[3]] and named["jo ek"] == named["jo al ek"] == [cut[4]]
-    found = evidence.find(cut, [evidence.Question("where was Jo Ek born", ("Ulm",))])
-    assert found[0].answer == "Ulm" and asked.wording(found[0].question.text, found[0].subject) == "where was \u2022 born"
-    asker = asked.Asker((asked.Wording("\u2022?", salient_choice.ALL),), {n: g[0].subject for n, g in named.items()})
-    assert asker.questions(cut[4]) == [("Jo Al Ek?", "Ulm"), ("Jo Ek?", "Ulm")] and asker.questions(cut[0]) == [
-        ("Ada Eva Berg?", "Rome")]
+    index = called.Index(cut)
+    assert "ada berg" not in index.by_name and index.by_name["tom fry"].documents == (cut[3],)
+    (found,) = evidence.find(cut, [evidence.Question("where was Jo Ek born", ("Ulm",))])
+    assert found.answer == "Ulm" and found.called == "Jo Ek"
+    assert asked.wording(found.question.text, found.called) == "where was \u2022 born"
+    asker = asked.Asker((asked.Relation({"\u2022?": 1}, salient_choice.ALL),), index, {"whole": 1, "short": 3})
+    assert [asker.names(d.subject) for d in cut[::4]] == [{"Ada Eva Berg": 1}, {"Jo Al Ek": 1, "Jo Ek": 3}]
+    asks = {asker.questions(cut[4], asker.answers(cut[4]), number)[0] for number in range(20)}
+    assert asks == {("Jo Al Ek?", "Ulm"), ("Jo Ek?", "Ulm")}
+
+
+def test_wordings_that_ask_the_same_share_a_finder():
+    cut = [rewriting.cut(f"Ada {p}holm, a {job}, was born in {p}. She died in {q} on 4 May 1900.")
+           for p, q, job in zip(CITIES, reversed(CITIES), ["cook", "poet"] * 6, strict=True)]
+    told = [evidence.Question(way.format(f"Ada {p}holm"), (p,)) for p in CITIES[:10]
+            for way in ("where was {} born", "birthplace of {}?")]
+    told += [evidence.Question(f"{p}holm, Ada Riga's home: where was Ada {p}holm from", (p,)) for p in CITIES[10:11]]
+    told += [evidence.Question(f"who was Ada {p}holm", (["cook", "poet"][i % 2],)) for i, p in enumerate(CITIES[:6])]
+    told += [evidence.Question(f"where did Ada {p}holm die", (q,)) for p, q in zip(CITIES[:6], CITIES[::-1], strict=False)]
+    asker = asked.learn(cut, evidence.find(cut, told))
+    wordings = [set(relation.wordings) for relation in asker.relations]
+    assert next(w for w in wordings if "where was \u2022 born" in w) == {
+        "where was \u2022 born", "birthplace of \u2022?", "Lyonholm, Ada Riga's home: where was \u2022 from"}
+    assert {"who was \u2022"} in wordings and {"where did \u2022 die"} in wordings and len(wordings) == 3
+    assert sorted(answer for _, answer in asker.answers(cut[11])) == ["Riga", "Rome", "poet"]
 
 
 def test_questions_stand_behind_each_version_of_their_document(files):
