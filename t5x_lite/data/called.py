@@ -10,9 +10,9 @@ import collections
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from t5x_lite.data import names, rewriting
+from t5x_lite.data import names
 
 _TITLES = frozenset("""sir dame lord lady dr prof mr mrs ms st saint rev gen col capt don doña baron baroness count
 countess princess prince king queen general colonel major captain lieutenant admiral pope cardinal bishop archbishop
@@ -76,11 +76,18 @@ def _short(words: Sequence[str]) -> str:
 
 # --- whom a question means ------------------------------------------------------------------
 
+class Document(Protocol):
+    """What is read of a rewriting.Document."""
+
+    subject: str
+    units: tuple[str, ...]
+
+
 class Subject(NamedTuple):
     """All documents of one subject."""
 
     name: str
-    documents: tuple[rewriting.Document, ...]
+    documents: tuple[Document, ...]
     aliases: dict[str, str]
     head: frozenset[str]     # words of the opening up to "was" or "is"
 
@@ -100,8 +107,8 @@ def mention(question: str) -> str:
 class Index:
     """Whom each name in a text may mean; what two subjects may be called is nobody's, unless it is all of one's name."""
 
-    def __init__(self, documents: Iterable[rewriting.Document]):
-        groups: dict[str, list[rewriting.Document]] = collections.defaultdict(list)
+    def __init__(self, documents: Iterable[Document]):
+        groups: dict[str, list[Document]] = collections.defaultdict(list)
         for document in documents:
             groups[document.subject].append(document)
         self.subjects = {name: _subject(name, group) for name, group in groups.items() if name}
@@ -150,7 +157,7 @@ class Index:
         return None
 
 
-def _subject(name: str, documents: Sequence[rewriting.Document]) -> Subject:
+def _subject(name: str, documents: Sequence[Document]) -> Subject:
     opening = next((d.units[0] for d in documents if d.units), "")
     head = re.split(r"\b(?:was|is|were|are)\b", opening[:300])[0]
     return Subject(name, tuple(documents), aliases(name, opening), frozenset(_words(f"{name} {head}")))
