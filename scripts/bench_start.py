@@ -92,6 +92,7 @@ def measure(trees: dict[str, pathlib.Path], folder: pathlib.Path) -> None:
     kinds = ("cold, to the end of step one", "warm, to the end of step one",
              "warm, to the end of the run")
     seconds = {kind: {tree: [] for tree in trees} for kind in kinds}
+    losses: dict[str, str] = {}     # of the last run
     caches = {tree: folder / f"cache{i}" for i, tree in enumerate(trees)}
     for tree, path in trees.items():   # text and bytecode
         run(path, caches[tree], folder / "run")
@@ -103,13 +104,13 @@ def measure(trees: dict[str, pathlib.Path], folder: pathlib.Path) -> None:
             first, whole = run(path, caches[tree], folder / "run")
             seconds[kinds[1]][tree].append(first)
             seconds[kinds[2]][tree].append(whole)
+            losses[tree] = _losses(folder / "run")
     if _T5X.value:
         theirs = [t5x_start(folder) for _ in range(_ROUNDS.value + 1)][1:]   # text and bytecode
         cold, warm = (statistics.median(seconds[kind]["now"]) for kind in kinds[:2])
         peer = statistics.median(theirs)
         print(f"T5X, to the end of step one {peer:.1f} s: ours cold {cold / peer:.2f}, warm "
               f"{warm / peer:.2f} of it")
-    losses = {tree: _losses(path, caches[tree], folder / "run") for tree, path in trees.items()}
     for kind, found in seconds.items():
         medians = {tree: statistics.median(values) for tree, values in found.items()}
         ratio = f"   ratio {medians['now'] / medians[_BEFORE.value]:.2f}" if _BEFORE.value else ""
@@ -122,11 +123,11 @@ def measure(trees: dict[str, pathlib.Path], folder: pathlib.Path) -> None:
     line = (folder / "run" / "metrics.jsonl").read_text().splitlines()[1]
     clock = {n: v for n, v in json.loads(line).items() if n == "seconds/step"}
     print(f"limit: import jax, seqio {imports:.1f} s; two steps {clock['seconds/step']:.1f} s")
-    print(f"losses equal to the bit: {len(set(losses.values())) == 1}")
+    if _BEFORE.value:
+        print(f"losses equal to the bit: {len(set(losses.values())) == 1}")
 
 
-def _losses(tree: pathlib.Path, caches: pathlib.Path, workdir: pathlib.Path) -> str:
-    run(tree, caches, workdir)
+def _losses(workdir: pathlib.Path) -> str:
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return json.dumps([{n: v for n, v in line.items() if n.endswith(("loss", "accuracy"))}
                        for line in lines])
