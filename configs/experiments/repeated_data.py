@@ -21,7 +21,7 @@ from t5x_lite.experiment import Run
 from t5x_lite.scaling import ladders
 from tasks import python_parts
 
-SHOWN = ("all/loss",)
+SHOWN = ("*/loss",)
 OVER, LOG_AXES = "tokens", "x"
 SIZES = ((32, 1), (64, 2))                # (width, layers)
 ROWS, LENGTH = 16, 64

@@ -17,7 +17,7 @@ from configs.experiments import ladder, switch_vs_dense
 from t5x_lite import experiment
 from t5x_lite.experiment import Run
 
-SHOWN = ("all/loss",)
+SHOWN = ("*/loss",)
 LOG_AXES = "xy"
 SEEDS = (0, 1)
 STEPS, ROWS = 600, 32

@@ -135,7 +135,8 @@ def test_transfer_is_what_scratch_would_have_needed_besides(tmp_path):
             size = transfer.python_parts.PARTS[run.stage] + 20_000 * (run.arm == "transfer")
             # Line by line a power law, so that interpolation is exact; the best counts, not the last.
             write(tmp_path, run, {1: 9.0, 2: 50 * size**-0.3, 3: 8.0})
-    transfer.conclude(runs, tmp_path)
+    said = transfer.conclude(runs, tmp_path)
+    assert "| above 2,097,152 | – |" in said and "\n2 of 10 lie outside" in said, said
     gained = [float(row["tokens_transferred"]) for row in rows(tmp_path / "transferred.csv")]
     np.testing.assert_allclose(gained, [20_000] * 8, rtol=1e-9)   # the largest lies beyond the curve
 
@@ -153,6 +154,16 @@ def test_sweep_of_batches_gives_the_critical_one(tmp_path):
     found = fits.fit(laws.LAWS["steps_of_batch"], table)
     assert found.exponents["B_crit"] == pytest.approx(51.2, rel=1e-3)
     assert {run.config.train.noise_scale for run in runs} == {False, True}
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda m: m.__name__.rsplit(".")[-1])
+def test_the_table_shows_what_the_runs_measure(study, tmp_path):
+    """Runs of one task have no "all/loss"."""
+    [run, *_] = study.get_runs()
+    for metric in ("loss", "accuracy"):
+        write(tmp_path, run, {1: 2.0}, f"eval/{run.config.data.train}/{metric}")
+    shown = getattr(study, "SHOWN", ("*/loss",))
+    assert "–" not in (said := experiment.summary([run], tmp_path, shown)), said
 
 
 def test_integers_are_whole_tables_and_noise_is_as_said():
