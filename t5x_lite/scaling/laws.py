@@ -176,11 +176,11 @@ class FormulaLaw(Law):
 
 
 def power(name: str, column: str, source: str, *, floor: bool = False, output: str = "loss",
-          rising: bool = False) -> SumLaw:
-    """A column^-alpha, plus E where there is a floor."""
+          rising: bool = False, steepest: float = 3.0) -> SumLaw:
+    """A column^-alpha, plus E where there is a floor; alpha is at most `steepest`."""
     sign = 1.0 if rising else -1.0
     terms = [Term("A", ((column, "alpha", sign),))]
-    params = [coefficient("A"), exponent("alpha")]
+    params = [coefficient("A"), exponent("alpha", high=steepest)]
     formula = f"{output} = A {column}^{'' if rising else '-'}alpha"
     if floor:
         terms.insert(0, Term("E"))
@@ -356,7 +356,7 @@ LAWS: dict[str, Law] = {law.name: law for law in (
             "Li et al. 2025 (Step Law)"),
     product("step_law_batch", "batch", {"tokens": "beta"}, "Li et al. 2025 (Step Law)"),
     power("critical_batch", "loss", "McCandlish et al. 2018; Kaplan et al. 2020, eq. 1.4",
-          output="batch"),
+          output="batch", steepest=20.0),     # a power of the loss: 1/.21 = 4.8 in Kaplan et al.
     FormulaLaw("steps_of_batch", "steps = S_min + E_min / batch, that is S/S_min - 1 = 1/(E/E_min - 1)",
                "McCandlish et al. 2018, eq. 2.11: steps to one loss by batch; B_crit = E_min / S_min",
                ("batch",), (coefficient("S_min"), coefficient("E_min")), "steps", _steps_of_batch,

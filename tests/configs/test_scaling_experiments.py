@@ -148,12 +148,23 @@ def test_sweep_of_batches_gives_the_critical_one(tmp_path):
         factor = float(run.arm.split("_")[1])
         steps = (100 + 5120 // batch) * (1 if factor == 1 else 2)
         write(tmp_path, run, {0: 4.0, steps: 3.0})
-    assert "| 3.0 | 1380 | 420 | 180 | 120 |" in (said := critical_batch.conclude(runs, tmp_path)), said
+    assert "| 3.0 | 1380 (1) | 420 (1) | 180 (1) | 120 (1) |" in (said := critical_batch.conclude(runs, tmp_path)), said
     table = tables.read(str(tmp_path / "sweep.csv"), {"batch": "rows", "steps": "steps"},
                         where={"loss": "3.0"})
     found = fits.fit(laws.LAWS["steps_of_batch"], table)
     assert found.exponents["B_crit"] == pytest.approx(51.2, rel=1e-3)
+    [critical] = [row for row in rows(tmp_path / "critical.csv") if row["loss"] == "3.0"]
+    assert float(critical["batch"]) == pytest.approx(found.exponents["B_crit"])
     assert {run.config.train.noise_scale for run in runs} == {False, True}
+
+
+def test_steps_to_a_loss_that_the_first_evaluation_is_below_are_not_known(tmp_path):
+    for run in critical_batch.get_runs():
+        late = 40 + 512 // run.config.train.global_batch_size
+        write(tmp_path, run, {20: 3.1, late: 2.7})
+    said = critical_batch.conclude(critical_batch.get_runs(), tmp_path)
+    assert "| 3.2 | at most 20 | at most 20 |" in said, said
+    assert {row["loss"] for row in rows(tmp_path / "sweep.csv")} == {"3.0", "2.8"}
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda m: m.__name__.rsplit(".")[-1])

@@ -419,3 +419,11 @@ def test_isoflop_parabolas(where, n, d):
     found = frontier.fit("parabola", table)
     assert found.exponents["N_of_C"] == pytest.approx(n, abs=6e-4)
     assert found.exponents["D_of_C"] == pytest.approx(d, abs=6e-4)
+
+
+def test_the_critical_batch_may_be_as_steep_as_published():
+    """Kaplan et al. 2020: B* / L^(1/.21), steeper than laws of the size or the data are."""
+    loss = np.array([2.3, 2.4, 2.5, 2.6, 2.8])
+    found = fits.fit(LAWS["critical_batch"], tables.Table({"loss": loss, "batch": 2e3 * loss**(-1 / 0.21)}))
+    assert found.parameters["alpha"] == pytest.approx(1 / 0.21, rel=1e-3)
+    assert not any("bound" in warning for warning in found.warnings), found.warnings
