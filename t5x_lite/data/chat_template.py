@@ -35,6 +35,7 @@ ASSISTANT = "assistant"
 # Halves of surrogate pairs: no text of a file holds one.
 _BEGIN, _END = "\ud800", "\udfff"
 _SAID = "\ud801"   # an answer that stands nowhere else in a text
+_TURN = "\ud802"   # around a message's number, in its text's place
 
 # Of tokenizers that have none. An answer ends in the vocabulary's end token (chats.py).
 PLAIN = """{% for message in messages %}
@@ -99,16 +100,22 @@ class ChatTemplate:
     where: str = "the plain chat template"      # what errors call it
 
     def prompt(self, chat: Chat, where: str) -> str:
-        """The text up to where the assistant is to go on."""
+        """The text up to where the assistant is to go on.
+
+        Raises:
+            UserError: `where` in front; a template that fails, or refuses or leaves out a message.
+        """
+        self._check_turns(chat, where, prompt=True)
         return _without_marks(self._text(chat, where, prompt=True))
 
     def rendered(self, chat: Chat, where: str) -> Rendered:
         """The conversation's text and its answers.
 
         Raises:
-            UserError: `where` in front; a template that fails or refuses the conversation, or in whose
-                text an answer cannot be told from the rest.
+            UserError: `where` in front; a template that fails or refuses the conversation, leaves a
+                message out, or in whose text an answer cannot be told from the rest.
         """
+        self._check_turns(chat, where)
         text = self._text(chat, where)
         found = Rendered(text, tuple(self._answers(chat, text, where)))
         if _BEGIN in text:
@@ -128,6 +135,20 @@ class ChatTemplate:
         values = {"tools": None, "documents": None, **dict(self.special), **chat,
                   "add_generation_prompt": prompt}
         return _compiled(self.source, self.where).render(values, f"{where}: {self.where}")
+
+    def _check_turns(self, chat: Chat, where: str, prompt: bool = False) -> None:
+        """Raises UserError for a message whose text the template leaves out, seen by putting another in its
+        place. Of one with tool calls these may be all that is written."""
+        turns = chat["messages"]
+        numbered = [{**turn, "content": f"{_TURN}{number}{_TURN}"} if turn["content"].strip() else turn
+                    for number, turn in enumerate(turns, 1)]
+        text = self._text({**chat, "messages": numbered}, where, prompt)
+        for number, turn in enumerate(numbered, 1):
+            if turn["content"].startswith(_TURN) and turn["content"] not in text and not turn.get("tool_calls"):
+                raise UserError(
+                    f"{where}, message {number}: {self.where} leaves out what the {turn['role']} says, "
+                    f"{turns[number - 1]['content'][:40]!r}; leave the message out, put it where the template "
+                    "reads one, or mend the template")
 
     def _answers(self, chat: Chat, text: str, where: str) -> Iterator[tuple[int, int]]:
         """Where each answer begins and ends in a text without marks."""

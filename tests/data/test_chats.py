@@ -164,6 +164,31 @@ def test_templates_that_fail_are_named(source, message):
         chat_template.ChatTemplate(source, where="the template").rendered(turns, "line 1")
 
 
+@pytest.mark.parametrize("marks", [("", ""), ("{% generation %}", "{% endgeneration %}")])
+@pytest.mark.parametrize("left_out, message", [
+    ('m.role != "system"', "line 1, message 1: the template leaves out what the system says, 'Be brief.'"),
+    ("not loop.first or loop.last", "line 1, message 1: the template leaves out what the system says"),
+])
+def test_a_template_that_leaves_a_message_out_is_named(marks, left_out, message):
+    source = ("{% for m in messages %}{% if " + left_out + " %}{{ m.role }}: " + marks[0] + "{{ m.content }}"
+              + marks[1] + "; {% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}")
+    template = chat_template.ChatTemplate(source, where="the template")
+    turns = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
+                          {"role": "assistant", "content": "Yo"}]}
+    with pytest.raises(UserError, match=message):
+        template.rendered(turns, "line 1")
+    with pytest.raises(UserError, match=message):
+        template.prompt({"messages": turns["messages"][:2]}, "line 1")
+
+
+def test_what_a_message_says_beside_tool_calls_may_be_left_out():
+    source = ("{% for m in messages %}{% if m.tool_calls %}{% generation %}call{% endgeneration %}{% else %}"
+              "{{ m.content }}{% endif %}{% endfor %}")
+    turns = {"messages": [{"role": "user", "content": "Hi"},
+                          {"role": "assistant", "content": "I look.", "tool_calls": [{}]}]}
+    assert chat_template.ChatTemplate(source).rendered(turns, "").text == "Hicall"
+
+
 def test_what_stands_before_an_answer_by_itself_is_learned():
     """As Qwen 3's empty thoughts, which only the last answer of a conversation has."""
     source = ("{% for m in messages %}<{{ m.role }}>{% if loop.last and m.role == 'assistant' %}(){% endif %}"
