@@ -115,13 +115,13 @@ class ChatTemplate:
             UserError: `where` in front; a template that fails or refuses the conversation, leaves a
                 message out, or in whose text an answer cannot be told from the rest.
         """
-        self._check_turns(chat, where)
         text = self._text(chat, where)
         found = Rendered(text, tuple(self._answers(chat, text, where)))
         if _BEGIN in text:
             found = _marked(text)
         if not found.answers:
             raise UserError(f"{where}: {self.where} marks nothing of it as the assistant's")
+        self._check_turns(chat, where)
         return found
 
     def turn_end(self) -> str:
@@ -138,13 +138,14 @@ class ChatTemplate:
 
     def _check_turns(self, chat: Chat, where: str, prompt: bool = False) -> None:
         """Raises UserError for a message whose text the template leaves out, seen by putting another in its
-        place. Of one with tool calls these may be all that is written."""
+        place. What a tool says need not be written; of a message with tool calls these may be all that is."""
         turns = chat["messages"]
         numbered = [{**turn, "content": f"{_TURN}{number}{_TURN}"} if turn["content"].strip() else turn
                     for number, turn in enumerate(turns, 1)]
         text = self._text({**chat, "messages": numbered}, where, prompt)
         for number, turn in enumerate(numbered, 1):
-            if turn["content"].startswith(_TURN) and turn["content"] not in text and not turn.get("tool_calls"):
+            free = turn["role"] == "tool" or turn.get("tool_calls")
+            if not free and turn["content"].startswith(_TURN) and turn["content"] not in text:
                 raise UserError(
                     f"{where}, message {number}: {self.where} leaves out what the {turn['role']} says, "
                     f"{turns[number - 1]['content'][:40]!r}; leave the message out, put it where the template "
