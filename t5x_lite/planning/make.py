@@ -7,10 +7,11 @@ no step is faster), and an assumption (Assumptions.mfu), from which time, energy
 import dataclasses
 from collections.abc import Sequence
 
+from t5x_lite import files
 from t5x_lite.build import Program, build
 from t5x_lite.config import RunConfig, replace
 from t5x_lite.cost import energy, hlo, roofline as roofline_lib
-from t5x_lite.cost.flops import drawing_flops
+from t5x_lite.cost.flops import drawing_flops, forward_flops
 from t5x_lite.cost.roofline import Roofline
 from t5x_lite.cost.tables import quantity
 from t5x_lite.errors import UserError, at_least, between, positive
@@ -19,7 +20,8 @@ from t5x_lite.parallel.sharding import MeshConfig
 from t5x_lite.planning import gpus, rehearse, traffic
 from t5x_lite.planning.rehearse import Compiled, Topology
 from t5x_lite.planning.traffic import Kept, Traffic
-from t5x_lite.training import batch_ramp
+from t5x_lite.rollouts import judges
+from t5x_lite.training import batch_ramp, state
 
 DEFAULT_MFU = 0.4       # of a tuned run on TPUs; --mfu
 
@@ -49,6 +51,21 @@ class Assumptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class Judge:
+    """A reward model beside the run that asks it.
+
+    Attributes:
+        params_bytes: of one device, there while the run lasts.
+        flops: of a forward pass over the answers of a step.
+        note: why it is not counted, or empty.
+    """
+
+    params_bytes: int = 0
+    flops: float = 0.0
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """A rehearsal. Bytes are one device's; None is unknown."""
 
@@ -58,6 +75,7 @@ class Plan:
     compiled: Compiled | None        # None: there is no compiler, or the state alone is too large
     arguments: dict[str, int]        # params, opt_state, batch
     kept: Kept                       # of parameters and optimizer state beyond the device
+    judge: Judge                     # the reward model of ppo and grpo
     activation_bytes: int
     model_flops: float               # a step's
     roofline: Roofline
@@ -67,8 +85,9 @@ class Plan:
 
     @property
     def drawing_flops(self) -> float:
-        """FLOPs of drawing and measuring a step's answers, beside model_flops; 0 for other objectives."""
-        return drawing_flops(self.config, self.program.lengths, self.config.train.global_batch_size).total
+        """FLOPs of drawing, measuring and judging a step's answers, beside model_flops; 0 for other objectives."""
+        rows = self.config.train.global_batch_size
+        return drawing_flops(self.config, self.program.lengths, rows).total + self.judge.flops
 
     @property
     def host_bytes(self) -> int:
@@ -88,16 +107,18 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int | None:
-        """Arguments, results that do not replace them, and temporaries."""
-        if self.compiled is None or self.compiled.peak_bytes is not None:
-            return self.compiled and self.compiled.peak_bytes
-        return self.temp_bytes and self.argument_bytes + self.temp_bytes
+        """Arguments, results that do not replace them, and temporaries, beside a reward model's parameters."""
+        if self.compiled is None or self.temp_bytes is None and self.compiled.peak_bytes is None:
+            return None
+        if self.compiled.peak_bytes is None:
+            return self.argument_bytes + self.temp_bytes + self.judge.params_bytes
+        return self.compiled.peak_bytes + self.judge.params_bytes
 
     @property
     def fits(self) -> bool | None:
         """Whether the step runs in the device's memory; None where only a compiler could tell."""
         hbm = self.topology.hbm_bytes
-        if hbm is not None and sum(self.arguments.values()) > hbm:
+        if hbm is not None and sum(self.arguments.values()) + self.judge.params_bytes > hbm:
             return False
         if self.compiled is None:
             return None
@@ -158,15 +179,35 @@ def make_plan(config: RunConfig, topology: Topology,
         program = build(config, topology.devices)
         arguments = rehearse.argument_bytes(program)
         activations = rehearse.activation_bytes(program)
+        judging = _judge(program)
         compiled, memory_note = _compile(program, topology, arguments)
-    notes = [note for note in (mesh_note, memory_note, compiled and compiled.note) if note]
+    notes = [note for note in (mesh_note, memory_note, compiled and compiled.note, judging.note) if note]
     model_flops = config.train.global_batch_size * config.objective.learned_per_row * program.flops_per_sequence
     bound = _bound(program, topology, compiled, arguments, model_flops, assumptions)
-    cost = _run_cost(program, topology, assumptions)
+    cost = _run_cost(program, judging, topology, assumptions)
     plan = Plan(config, topology, program, compiled, arguments,
-                traffic.kept(program), activations, model_flops, bound, cost,
+                traffic.kept(program), judging, activations, model_flops, bound, cost,
                 assumptions, ())
     return dataclasses.replace(plan, notes=(*notes, *_remarks(plan)))
+
+
+def _judge(program: Program) -> Judge:
+    """The run's reward model; nothing where a Python function judges, or the objective draws no answers.
+
+    Raises:
+        UserError: objective.rollout.reward is a folder without a reward model that fits the run.
+    """
+    objective = program.config.objective
+    if not objective.draws or objective.rollout.judged_by_function:
+        return Judge()
+    workdir = objective.rollout.reward
+    if not files.path(workdir).is_dir():
+        return Judge(note=f"objective.rollout.reward={workdir!r} is not here: the reward model's parameters and its "
+                          "pass over the answers are not counted")
+    model = judges.judge(program, workdir)
+    rows = program.config.train.global_batch_size * objective.per_row
+    return Judge(state.num_bytes_per_device(model.abstract_state["params"]),
+                 forward_flops(model.config.model, rows, *program.lengths).total)
 
 
 def _compile(program: Program, topology: Topology, arguments: dict[str, int]
@@ -213,7 +254,7 @@ def _beyond(moved: Traffic, topology: Topology, given: Assumptions) -> roofline_
         None if given.disk_bandwidth is None else given.disk_bandwidth * 1e9)
 
 
-def _run_cost(program: Program, topology: Topology, given: Assumptions
+def _run_cost(program: Program, judging: Judge, topology: Topology, given: Assumptions
               ) -> energy.RunCost | None:
     chip = topology.chip
     peak = chip.matmul_flops_per_second(program.policy.matmul_dtype)
@@ -224,7 +265,8 @@ def _run_cost(program: Program, topology: Topology, given: Assumptions
     price = given.dollars_per_chip_hour
     return energy.estimate(
         total_flops=rows * program.config.objective.learned_per_row * program.flops_per_sequence
-        + drawing_flops(program.config, program.lengths, rows).total, chips=topology.num_chips,
+        + drawing_flops(program.config, program.lengths, rows).total
+        + judging.flops * rows / train.global_batch_size, chips=topology.num_chips,
         flops_per_second=given.mfu * peak,
         watts=chip.watts if given.watts is None else given.watts,
         power_source=chip.power_source if given.watts is None else "given", pue=given.pue,
@@ -236,7 +278,8 @@ def _remarks(plan: Plan) -> list[str]:
     """What a reader of the plan must know and the tables do not say."""
     remarks, chip = [], plan.topology.chip
     if drawing := plan.drawing_flops:
-        remarks.append(f"drawing the answers and measuring them takes {quantity(drawing, 'FLOP')} a step beside the "
+        judged = " (the reward model's pass over them included)" if plan.judge.flops else ""
+        remarks.append(f"drawing the answers and measuring them{judged} takes {quantity(drawing, 'FLOP')} a step beside the "
                        "updates, of which alone memory, communication and the bound are: its decoding, a token at a "
                        "time, is not compiled here, and bound by reading parameters")
     dtype = plan.program.policy.matmul_dtype

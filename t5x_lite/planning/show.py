@@ -31,6 +31,7 @@ def to_json(plan: Plan, trials: Sequence[Trial] = ()) -> dict[str, Any]:
         "params_bytes": plan.arguments["params"],
         "optimizer_bytes": plan.arguments["opt_state"],
         "batch_bytes": plan.arguments["batch"],
+        "reward_model_bytes": plan.judge.params_bytes,
         "host_bytes": plan.host_bytes, "host_params_bytes": plan.kept.host_params,
         "disk_bytes": plan.kept.disk,
         "activation_bytes": plan.activation_bytes,
@@ -159,6 +160,8 @@ def _memory_table(plan: Plan) -> Table:
     table.add_row("arguments (the above, as laid out)", shown(plan.argument_bytes))
     table.add_row("temporaries at the peak", shown(plan.temp_bytes))
     table.add_row("  kept for the backward pass, before fusion", shown(plan.activation_bytes))
+    if plan.judge.params_bytes:
+        table.add_row("the reward model's parameters", shown(plan.judge.params_bytes))
     table.add_row("peak", shown(plan.peak_bytes))
     table.add_row("available", shown(plan.topology.hbm_bytes))
     return table

@@ -29,19 +29,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from t5x_lite import files, packages, same_vocabulary
-from t5x_lite.build import Program, build
-from t5x_lite.checkpoints import manager
-from t5x_lite.config import EvalConfig, RunConfig, TrainConfig, saved
+from t5x_lite.build import Program
 from t5x_lite.data import rows as data_rows, vocabulary as data_vocabulary
 from t5x_lite.data.row_names import ANSWER, RECORD, RECORD_END, RECORD_JSON
 from t5x_lite.errors import UserError
-from t5x_lite.models import room
 from t5x_lite.parallel import sharding
 from t5x_lite.training import objectives, policy
+from t5x_lite.training.policy import REWARD_FIELD as FIELD
 from t5x_lite.training.rollouts import ENCODED, Told
 
-FIELD = "objective.rollout.reward"
 
 class Reward(Protocol):
     """What an answer is worth."""
@@ -58,24 +54,6 @@ class Reward(Protocol):
 
 # (program, workdir, step or "last") -> (the parameters of that checkpoint, its step): init_from.restore.
 Restore = Callable[[Program, str, int | str], tuple[dict, int]]
-
-
-def make(program: Program, vocabulary, restore: Restore) -> Reward:
-    """The reward that the run's config names.
-
-    Raises:
-        UserError: it names neither a function nor the workdir of a reward model that fits the run.
-    """
-    name = program.config.objective.rollout.reward
-    if is_function(name):
-        return FunctionReward(program, vocabulary, packages.function(FIELD, name))
-    return ModelReward(program, vocabulary, name, restore)
-
-
-def is_function(name: str) -> bool:
-    """Whether it has the form MODULE:FUNCTION, and not that of a folder."""
-    module, colon, function = name.partition(":")
-    return bool(colon) and function.isidentifier() and all(map(str.isidentifier, module.split(".")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,13 +203,13 @@ def rows_sharding(program: Program) -> NamedSharding:
 class ModelReward:
     """The reward of a reward model's last checkpoint, on the run's own mesh.
 
-    Raises UserError for a workdir of another kind of model, of another vocabulary, or whose rows are shorter.
+    judge: the reward model's program, see judges.judge.
     """
 
-    def __init__(self, program: Program, vocabulary, workdir: str, restore: Restore):
-        self._name = workdir
+    def __init__(self, program: Program, vocabulary, judge: Program, restore: Restore):
+        self._name = program.config.objective.rollout.reward
         self._reader = _Reader(program, vocabulary)
-        self._restore, self._judge = restore, _judge(program, workdir)
+        self._restore, self._judge = restore, judge
         self._params, self._step = self._restored("last")
         self._scores = jax.jit(make_scores(self._judge, vocabulary), out_shardings=rows_sharding(program))
 
@@ -270,33 +248,6 @@ class ModelReward:
                 problem = drawn.refuse(self._name, float(_parts(scores)[first][rows[0]]))
         _agree(problem, self._name)
         return scores
-
-
-def _judge(program: Program, workdir: str) -> Program:
-    """The program of a reward model, on the run's mesh and over its rows."""
-    ours, folder = program.config, files.path(workdir)
-    if not folder.is_dir():
-        raise UserError(f"{FIELD}={workdir!r}: there is no such folder, and it is no MODULE:FUNCTION.")
-    config: RunConfig = saved(manager.read_record(workdir).config)
-    row = objectives.OBJECTIVES[config.objective.name]
-    if not (row.scalar_head and not row.predicts):
-        able = [name for name, other in objectives.OBJECTIVES.items()
-                if other.scalar_head and not other.predicts]
-        raise UserError(f"{FIELD}={workdir!r} is a run with objective.name={config.objective.name!r}: "
-                        f"must be one of a reward model, {' or '.join(able)}.")
-    if config.model.architecture != ours.model.architecture:
-        raise UserError(f"{FIELD}={workdir!r} is a model of architecture {config.model.architecture!r}, "
-                        f"which reads no answers of model.architecture={ours.model.architecture!r}.")
-    same_vocabulary.compare(ours.data, workdir)
-    room.check_length(f"{FIELD}={workdir!r}: model.decoder", config.model.decoder,
-                      ours.data.targets_length + 1, "It reads rows of "
-                        f"data.targets_length={ours.data.targets_length} and a start token")
-    config = dataclasses.replace(
-        config, mesh=ours.mesh, sharding=ours.sharding, eval=EvalConfig(ema=config.eval.ema),
-        data=dataclasses.replace(ours.data, packing=False),
-        train=TrainConfig(global_batch_size=ours.train.global_batch_size * ours.objective.per_row, seed=config.train.seed,
-                          ema_decay=config.train.ema_decay))
-    return build(config, sorted(program.mesh.devices.flat, key=lambda device: device.id))
 
 
 def make_scores(judge: Program, vocabulary) -> Callable:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from t5x_lite import packages
 from t5x_lite.build import Program
 from t5x_lite.data import (
     chat_prompts,
@@ -18,9 +19,10 @@ from t5x_lite.data import (
 )
 from t5x_lite.data.row_names import RECORD
 from t5x_lite.parallel import sharding
-from t5x_lite.rollouts import rewards
-from t5x_lite.rollouts.rewards import Restore
+from t5x_lite.rollouts import judges, rewards
+from t5x_lite.rollouts.rewards import Restore, Reward
 from t5x_lite.training import rollouts
+from t5x_lite.training.policy import REWARD_FIELD
 from t5x_lite.training.rollouts import Drawing
 from t5x_lite.training.state import State
 
@@ -31,7 +33,7 @@ class Rollouts:
     def __init__(self, program: Program, vocabulary, restore: Restore):
         """restore: reads a reward model, see rewards.Restore."""
         of = program.differentiated
-        self._reward = rewards.make(program, vocabulary, restore)
+        self._reward = _reward(program, vocabulary, restore)
         self._draw = jax.jit(rollouts.make_draw(_drawing(program, vocabulary)))
         names = frozenset(program.abstract_batch())
         self._judged = jax.jit(rollouts.make_judged(of, names), out_shardings=program.batch_sharding)
@@ -50,6 +52,14 @@ class Rollouts:
         read = {name: x for name, x in prompts.items() if name != RECORD}
         told = self._draw(kept, read)
         return self._judged(told.rows, self._reward(told, prompts))
+
+
+def _reward(program: Program, vocabulary, restore: Restore) -> Reward:
+    """The reward that the run's config names. Raises UserError where it is none, or does not fit the run."""
+    rollout = program.config.objective.rollout
+    if rollout.judged_by_function:
+        return rewards.FunctionReward(program, vocabulary, packages.function(REWARD_FIELD, rollout.reward))
+    return rewards.ModelReward(program, vocabulary, judges.judge(program, rollout.reward), restore)
 
 
 def make(program: Program, restore: Restore) -> Rollouts | None:

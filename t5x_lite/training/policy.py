@@ -29,6 +29,7 @@ from t5x_lite.errors import Count, Positive, Rate, Share
 from t5x_lite.parallel import sharding
 
 Arrays = Mapping[str, jax.Array]
+REWARD_FIELD = "objective.rollout.reward"
 _EPSILON = 1e-4   # beside the deviation of a group's rewards, as trl has it
 
 
@@ -57,6 +58,12 @@ class RolloutConfig:
     value_weight: float = 0.1     # ppo: weight of the values' loss
     value_clip: float = 0.2       # ppo: values count so near to those of before; 0: wherever they are
     whitened: bool = True         # ppo: the advantages of a step have mean 0 and deviation 1
+
+    @property
+    def judged_by_function(self) -> bool:
+        """Whether `reward` has the form MODULE:FUNCTION, and not that of a folder."""
+        module, colon, function = self.reward.partition(":")
+        return bool(colon) and function.isidentifier() and all(map(str.isidentifier, module.split(".")))
 
 
 # --- what answers were worth ----------------------------------------------------------------------

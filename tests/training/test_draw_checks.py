@@ -140,15 +140,15 @@ def test_an_encoder_decoder_judges_as_on_the_rows_that_it_learned_from(judge):
     assert abs(found[0]) > 1e-3
 
 
-def test_a_resumed_run_keeps_the_step_of_its_judge(judge, monkeypatch):
+def test_a_resumed_run_keeps_the_step_of_its_judge(judge):
     """The reward run has gone on to step 7 since."""
     def restore(program, workdir, step):
         if step == 5:
             raise UserError("no checkpoint of step 5")
         return {"of": step}, 7 if step == "last" else step
 
-    monkeypatch.setattr(rewards, "_judge", lambda program, workdir: judge[0])
-    made = lambda: rewards.ModelReward(build(run_of("grpo", PATH), jax.devices()[:1]), None, "runs/judge", restore)
+    run = run_of("grpo", PATH, reward="runs/judge")
+    made = lambda: rewards.ModelReward(build(run, jax.devices()[:1]), None, judge[0], restore)
     reward = made()
     assert reward.memory() == {"reward": "runs/judge", "step": 7}
     for memory in ({}, {"reward": "runs/other", "step": 3}):
